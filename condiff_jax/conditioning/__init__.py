@@ -1,0 +1,1 @@
+"""The conditioning mechanisms of the paper: what a denoiser is told, and how."""

@@ -1,0 +1,390 @@
+"""Configuration: ConfigDict -> frozen dataclasses. All validation lives here.
+
+`configs/base.py` documents every field and holds the defaults; the classes below fix the types.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from condiff_jax.conditioning.control import GROUPS, KINDS
+from condiff_jax.conditioning.text import PADDINGS
+from condiff_jax.data.pipeline import SOURCES
+from condiff_jax.diffusion.sampler import SAMPLERS, SPACINGS
+from condiff_jax.models import MODELS
+from condiff_jax.models.layers import ATTENTION_BACKENDS
+from condiff_jax.models.mmdit import SIZES, STREAMS
+
+
+class ConfigError(ValueError):
+    """Bad input: the message names the field or file and the fix, in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    name: str
+    size: str
+    streams: str
+    qk_norm: bool
+    position: str
+    base_resolution: int
+    dtype: str
+    attention: str
+    remat: str
+    unroll: int
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch, in latent pixels."""
+        return int(self.size.split("/")[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    name: str
+    path: str
+    resolution: int
+    semantics: str
+    crop: tuple[float, ...]
+    flip: bool
+    sizes: tuple[int, ...]
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    control: tuple[str, ...]
+    weighting: str
+    alpha: float
+    k: float
+    padding: str
+    beta_txt: float
+    drop_semantics: float
+    drop_control: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    timesteps: int
+    beta_start: float
+    beta_end: float
+    base_resolution: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    name: str
+    learning_rate: float
+    schedule: str
+    warmup: int
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    accumulate: int
+    ema: float
+    ema_warmup: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    name: str
+    scale: float
+    shift: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    name: str
+    length: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlValues:
+    crop_top: float
+    crop_left: float
+    crop_height: float
+    crop_width: float
+    flip: float
+    aspect: float
+    height: float
+    width: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    sampler: str
+    steps: int
+    spacing: str
+    eta: float
+    guidance: float
+    control_guidance: float
+    clip: bool
+    ema: bool
+    seed: int
+    batch_size: int
+    n: int
+    prompts: str
+    prompt_file: str
+    labels: tuple[int, ...]
+    control: ControlValues
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    prompts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int
+    keep: int
+    keep_best: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    every: int
+    samples_every: int
+    samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    fsdp: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment; see configs/base.py for the meaning of every field."""
+
+    seed: int
+    steps: int
+    batch_size: int
+    model: Model
+    data: Data
+    conditioning: Conditioning
+    diffusion: Diffusion
+    optimizer: Optimizer
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder
+    sampling: Sampling
+    evaluation: Evaluation
+    checkpoint: Checkpoint
+    log: Log
+    parallel: Parallel
+
+    def to_json(self) -> str:
+        """The resolved configuration, for config.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def create(values: Mapping[str, Any]) -> Config:
+    """The validated `Config` of a ConfigDict (or of the mapping in config.json)."""
+    config = _build(Config, values, "")
+    _validate(config)
+    return config
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str):
+    hints = get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            where = ", ".join(hints)
+            raise ConfigError(f"config: unknown field {prefix}{key}; choose from {where}")
+    out = {}
+    for key, hint in hints.items():
+        if key not in values:
+            raise ConfigError(f"config: missing field {prefix}{key}")
+        value, field = values[key], prefix + key
+        if dataclasses.is_dataclass(hint):
+            out[key] = _build(hint, value, field + ".")
+        elif getattr(hint, "__origin__", None) is tuple:
+            if isinstance(value, str) or not hasattr(value, "__iter__"):
+                value = (value,)
+            out[key] = tuple(_scalar(hint.__args__[0], v, field) for v in value)
+        else:
+            out[key] = _scalar(hint, value, field)
+    return cls(**out)
+
+
+def _scalar(kind: type, value: Any, field: str):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"config: {field} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+CHOICES = {
+    "model.name": MODELS,
+    "model.streams": ("auto", *STREAMS),
+    "model.position": ("resample", "extrapolate"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ATTENTION_BACKENDS,
+    "model.remat": ("none", "block"),
+    "data.name": SOURCES,
+    "data.semantics": ("text", "class"),
+    "conditioning.weighting": KINDS,
+    "conditioning.padding": PADDINGS,
+    "optimizer.name": ("adam", "adamw"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "autoencoder.name": ("pixels",),
+    "text_encoder.name": ("words",),
+    "sampling.sampler": SAMPLERS,
+    "sampling.spacing": SPACINGS,
+}
+# Bounds, both inclusive; None is open.
+BOUNDS = {
+    "steps": (1, None),
+    "batch_size": (1, None),
+    "model.unroll": (1, None),
+    "model.base_resolution": (0, None),
+    "data.resolution": (1, None),
+    "data.workers": (0, None),
+    "conditioning.alpha": (0, None),
+    "conditioning.k": (0, None),
+    "conditioning.beta_txt": (0, None),
+    "conditioning.drop_semantics": (0, 1),
+    "conditioning.drop_control": (0, 1),
+    "diffusion.timesteps": (1, None),
+    "diffusion.beta_start": (0, 1),
+    "diffusion.beta_end": (0, 1),
+    "diffusion.base_resolution": (0, None),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.warmup": (0, None),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.clip_norm": (0, None),
+    "optimizer.accumulate": (1, None),
+    "optimizer.ema": (0, 1),
+    "text_encoder.length": (1, None),
+    "text_encoder.width": (1, None),
+    "sampling.steps": (1, None),
+    "sampling.eta": (0, 1),
+    "sampling.batch_size": (1, None),
+    "sampling.n": (1, None),
+    "evaluation.prompts": (0, None),
+    "checkpoint.every": (1, None),
+    "checkpoint.keep": (1, None),
+    "checkpoint.keep_best": (0, None),
+    "log.every": (1, None),
+    "log.samples_every": (0, None),
+    "log.samples": (1, None),
+    "parallel.fsdp": (1, None),
+}
+
+
+def get(config: Config, field: str) -> Any:
+    """The value of a dotted field name."""
+    for part in field.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _validate(config: Config) -> None:
+    for field, choices in CHOICES.items():
+        if get(config, field) not in choices:
+            raise ConfigError(
+                f"config: {field}={get(config, field)!r} is unknown; choose from "
+                + ", ".join(choices)
+            )
+    for field, (low, high) in BOUNDS.items():
+        value = get(config, field)
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            limit = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ConfigError(f"config: {field} must be {limit}, got {value}")
+    _validate_model(config)
+    _validate_data(config)
+    _validate_training(config)
+
+
+def _validate_model(config: Config) -> None:
+    model = config.model
+    if not re.fullmatch(rf"({'|'.join(SIZES)})/[1-9]\d*", model.size):
+        raise ConfigError(
+            f"config: model.size={model.size!r} must be NAME/PATCH with a name of "
+            f"{', '.join(SIZES)}, such as XL/2"
+        )
+    for group in config.conditioning.control:
+        if group not in GROUPS:
+            raise ConfigError(
+                f"config: conditioning.control names {group!r}; choose from {', '.join(GROUPS)}"
+            )
+    factor = 1  # of the autoencoder; "pixels" is the only one
+    for field in ("data.resolution", "model.base_resolution"):
+        if get(config, field) % (model.patch * factor):
+            raise ConfigError(
+                f"config: {field}={get(config, field)} must be a multiple of "
+                f"{model.patch * factor} (patch {model.patch} x latent factor {factor})"
+            )
+    if model.attention == "cudnn" and model.dtype != "bfloat16":
+        raise ConfigError("config: model.attention=cudnn needs model.dtype=bfloat16")
+
+
+def _validate_data(config: Config) -> None:
+    data = config.data
+    if len(data.crop) != 2 or not 0 < data.crop[0] <= data.crop[1] <= 1:
+        raise ConfigError(f"config: data.crop must be two fractions in (0, 1], got {data.crop}")
+    if len(data.sizes) != 2 or not 8 <= data.sizes[0] <= data.sizes[1]:
+        raise ConfigError(f"config: data.sizes must be two sizes from 8 pixels, got {data.sizes}")
+    if data.name != "shapes" and not data.path:
+        raise ConfigError(f"config: data.path is empty; data.name={data.name} needs a path")
+    if config.evaluation.prompts and (data.name != "shapes" or data.semantics != "text"):
+        raise ConfigError(
+            "config: evaluation.prompts needs data.name=shapes and data.semantics=text; set it to 0"
+        )
+
+
+def _validate_training(config: Config) -> None:
+    if config.batch_size % config.optimizer.accumulate:
+        raise ConfigError(
+            f"config: batch_size={config.batch_size} must be a multiple of "
+            f"optimizer.accumulate={config.optimizer.accumulate}"
+        )
+    if config.diffusion.beta_start > config.diffusion.beta_end:
+        raise ConfigError("config: diffusion.beta_start must not be above diffusion.beta_end")
+    if config.sampling.steps > config.diffusion.timesteps:
+        raise ConfigError(
+            f"config: sampling.steps={config.sampling.steps} must not be above "
+            f"diffusion.timesteps={config.diffusion.timesteps}"
+        )
+
+
+# Fields that may differ between the runs that share a work directory: they change neither the
+# parameters' meaning nor the sequence of training steps.
+FREE = re.compile(
+    r"steps|(sampling|evaluation|checkpoint|log|parallel)\..*"
+    r"|data\.(path|workers)|model\.(attention|remat|unroll)"
+)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines "field: old -> new" for the fields that must agree within one work directory."""
+    fields = _flatten(dataclasses.asdict(old))
+    others = _flatten(dataclasses.asdict(new))
+    free = FREE
+    if new.optimizer.schedule == "cosine":  # its decay ends at the last step
+        free = re.compile(FREE.pattern.removeprefix("steps|"))
+    return [
+        f"{field}: {value} -> {others[field]}"
+        for field, value in fields.items()
+        if value != others[field] and not free.fullmatch(field)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out |= _flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

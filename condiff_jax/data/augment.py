@@ -1,0 +1,83 @@
+"""Crops, flips and resizes pictures, and says what was done: the model's control metadata."""
+
+import numpy as np
+from PIL import Image
+
+SCALARS = (
+    "crop_top", "crop_left", "crop_height", "crop_width", "flip", "aspect", "height", "width",
+)
+# Ranges of the crop's side, as a fraction of the picture's short side.
+CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}
+
+
+def augment(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    resolution: int,
+    crop: tuple[float, float] = CROPS["global"],
+    flip: bool = True,
+) -> tuple[np.ndarray, dict[str, np.float32]]:
+    """A random square crop of uint8 (H, W, 3), maybe mirrored: uint8 (R, R, 3) and its SCALARS.
+
+    ValueError for a crop range outside 0 < low <= high <= 1, a bad resolution or a bad image.
+    """
+    low, high = crop
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"crop={crop}: give fractions with 0 < low <= high <= 1")
+    height, width = _size(image)
+    side = max(1, round(rng.uniform(low, high) * min(height, width)))
+    top = int(rng.integers(height - side + 1))
+    left = int(rng.integers(width - side + 1))
+    # Drawn last, so that turning flips off leaves the crop of a given seed as it was.
+    mirrored = flip and rng.random() < 0.5
+    out = _resize(image, top, left, side, resolution)
+    if mirrored:
+        out = np.ascontiguousarray(out[:, ::-1])
+    return out, _scalars(top, left, side, mirrored, height, width)
+
+
+def center(image: np.ndarray, resolution: int) -> tuple[np.ndarray, dict[str, np.float32]]:
+    """The largest centred square of uint8 (H, W, 3): uint8 (R, R, 3) and its SCALARS."""
+    height, width = _size(image)
+    top, left, side = _centered(height, width)
+    out = _resize(image, top, left, side, resolution)
+    return out, _scalars(top, left, side, False, height, width)
+
+
+def full_frame(height: int, width: int) -> dict[str, np.float32]:
+    """The SCALARS of `center` for a picture of that many pixels: what to ask of a sampler."""
+    if min(height, width) < 1:
+        raise ValueError(f"height={height}, width={width}: both must be at least 1 pixel")
+    top, left, side = _centered(height, width)
+    return _scalars(top, left, side, False, height, width)
+
+
+def _centered(height: int, width: int) -> tuple[int, int, int]:
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side
+
+
+def _size(image: np.ndarray) -> tuple[int, int]:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"image is {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
+    return image.shape[:2]
+
+
+def _resize(image: np.ndarray, top: int, left: int, side: int, resolution: int) -> np.ndarray:
+    if resolution < 1:
+        raise ValueError(f"resolution={resolution}: it must be at least 1 pixel")
+    # Cut first: resize(box=...) would let pixels from outside the window into its border.
+    window = Image.fromarray(image[top : top + side, left : left + side])
+    size = (resolution, resolution)
+    return np.array(window.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+def _scalars(
+    top: int, left: int, side: int, flip: bool, height: int, width: int
+) -> dict[str, np.float32]:
+    """Crop as fractions of the picture, flip as 0 or 1, aspect as W / H, sizes in pixels."""
+    values = (
+        top / height, left / width, side / height, side / width, flip, width / height, height, width
+    )
+    return {name: np.float32(value) for name, value in zip(SCALARS, values, strict=True)}

@@ -1,0 +1,80 @@
+"""The training input: grain datasets, sharded by host, with exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import grain
+import numpy as np
+
+from condiff_jax.data.augment import SCALARS, augment
+from condiff_jax.data.shapes import Shapes
+from condiff_jax.data.webdataset import Webdataset
+
+if TYPE_CHECKING:
+    from condiff_jax.config import Config
+
+# Each source is a random-access sequence of {"image": uint8 (H, W, 3), "caption": str,
+# "label": int}, with `vocabulary()` (words of the captions) and `classes` (names of the labels).
+SOURCES = {
+    "shapes": lambda config, split: Shapes(split, sizes=config.data.sizes),
+    "webdataset": lambda config, split: Webdataset(config.data.path, split),
+}
+
+
+def create_source(config: Config, split: str = "train"):
+    """The data set `config.data.name`; ValueError or FileNotFoundError for a bad path."""
+    return SOURCES[config.data.name](config, split)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess(grain.transforms.RandomMap):
+    """A source's record -> one training example of fixed shapes.
+
+    image uint8 (R, R, 3), label int32, control {scalar: float32}, broken int32 (records skipped
+    to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,).
+    """
+
+    resolution: int
+    crop: tuple[float, float]
+    flip: bool
+    encode_text: Any = None  # caption -> (ids, mask)
+
+    def random_map(self, record: dict, rng: np.random.Generator) -> dict:
+        image, control = augment(
+            record["image"], rng, resolution=self.resolution, crop=self.crop, flip=self.flip
+        )
+        example = {
+            "image": image,
+            "label": np.int32(record["label"]),
+            "control": {name: np.float32(control[name]) for name in SCALARS},
+            "broken": np.int32(record.get("broken", 0)),
+        }
+        if self.encode_text is not None:
+            example["ids"], example["mask"] = self.encode_text(record["caption"])
+        return example
+
+
+def batches(
+    config: Config, source, encode_text=None, *, process: int = 0, processes: int = 1
+) -> grain.DatasetIterator:
+    """Endless local batches of host `process`; its state resumes the stream exactly.
+
+    Shuffling and augmentation depend on (config.seed, position in the global stream) alone, so
+    the stream is the same for any number of hosts: host p takes every processes-th example.
+    """
+    data = config.data
+    dataset = (
+        grain.MapDataset.source(source)
+        .seed(config.seed)
+        .shuffle()
+        .repeat()
+        .random_map(Preprocess(data.resolution, data.crop, data.flip, encode_text))
+    )[process::processes].batch(config.batch_size // processes, drop_remainder=True)
+    threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    dataset = dataset.to_iter_dataset(threads)
+    if data.workers:
+        options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=4)
+        dataset = dataset.mp_prefetch(options)
+    return iter(dataset)

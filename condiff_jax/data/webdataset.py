@@ -1,0 +1,249 @@
+"""Random access to the samples of webdataset tar shards, without unpacking them."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import operator
+import os
+import re
+import tarfile
+import uuid
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from PIL import Image, ImageOps
+
+PREFIXES = {"train": ("train-",), "validation": ("val-", "validation-")}
+COLUMNS = {"png": 0, "jpg": 0, "jpeg": 0, "webp": 0, "txt": 1, "json": 2}  # of Index.spans
+IMAGE, TEXT, JSON = range(3)
+VERSION = 1  # of the index; raise it when the fields or their meaning change
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where n samples lie: keys (n,) utf-8, shards (n,), spans (n, 3, 2) bytes, labels (n,)."""
+    keys: np.ndarray
+    shards: np.ndarray
+    spans: np.ndarray  # offset and size of image, text and json; size -1 where there is none
+    labels: np.ndarray
+
+
+class Webdataset:
+    """One split of a folder of tar shards (or of one tar), as a random-access sequence.
+
+    Members that share a key (the path up to the first dot of the file name) within a shard make a
+    sample; a repeated (key, extension) starts a new one. Items are {"image": uint8 (H, W, 3),
+    "caption": str, "label": int32 (0 if none), "broken": int32, the bad records skipped to get
+    there}. `num_classes` is the split's largest label + 1.
+    """
+
+    def __init__(self, path, split: str = "train", cache=None):
+        """Indexes the shards, or loads the index from `cache`; ValueError or FileNotFoundError."""
+        self.path, self.split = Path(path), split
+        self._shards = find_shards(self.path, split)
+        self._index = load_or_build(self._shards, split, cache)
+        if not len(self._index.keys):
+            raise ValueError(f"{self.path} has no {split} samples; are its tar shards empty?")
+        self.num_classes = int(self._index.labels.max()) + 1
+        self._reset()
+
+    def _reset(self):
+        # Bounded, as large sets have more shards than a process may hold open files.
+        self._open = functools.lru_cache(maxsize=256)(_Shard)
+        self._broken = set()
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k not in ("_open", "_broken")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._reset()
+
+    def __repr__(self):
+        return f"Webdataset({str(self.path)!r}, split={self.split!r})"
+
+    def __len__(self):
+        return len(self._index.keys)
+
+    def __getitem__(self, i) -> dict:
+        """The first good record at or after i (mod n); ValueError when there is none."""
+        n, i = len(self), operator.index(i)
+        if not -n <= i < n:
+            raise IndexError(f"sample {i} of {n} in {self.path}")
+        for skipped in range(n):
+            j = (i + skipped) % n
+            image = self._image(j)
+            if image is not None:
+                rest = {"label": self._index.labels[j], "broken": np.int32(skipped)}
+                return {"image": image, "caption": self._caption(j), **rest}
+        raise ValueError(f"{self.path} has no decodable {self.split} image; check its shards")
+
+    def captions(self) -> Iterator[str]:
+        """Every sample's caption in order, broken images' included, reading no image."""
+        return map(self._caption, range(len(self)))
+
+    def vocabulary(self, max_words: int = 8192) -> tuple[str, ...]:
+        """The captions' lower-case words, most frequent first, ties in alphabetical order."""
+        counts = Counter(w for c in self.captions() for w in re.findall(r"[a-z0-9']+", c.lower()))
+        return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:max_words])
+
+    def _member(self, i: int, column: int) -> bytes | None:
+        offset, size = self._index.spans[i, column].tolist()
+        shard = self._shards[self._index.shards[i]]
+        return self._open(shard).read(offset, size) if size >= 0 else None
+
+    def _image(self, i: int) -> np.ndarray | None:
+        if i in self._broken:
+            return None
+        data = self._member(i, IMAGE)
+        try:
+            if data is None:
+                raise ValueError("it has no image")
+            return decode(data)
+        except Exception as error:  # damaged files make Pillow raise nearly anything
+            self._broken.add(i)
+            shard, key = self._shards[self._index.shards[i]], self._index.keys[i].decode()
+            logging.warning("skipping record %s of %s: %s", key, shard, error)
+            return None
+
+    def _caption(self, i: int) -> str:
+        text = self._member(i, TEXT)
+        if text is not None:
+            return text.decode("utf-8", errors="replace").strip()
+        try:
+            caption = json.loads((self._member(i, JSON) or b"").decode("utf-8", errors="replace"))
+            return caption["caption"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return ""
+
+
+class _Shard:
+    """An open file for positioned reads, closed once nothing refers to it."""
+
+    def __init__(self, path: Path):
+        self._fd = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, size: int) -> bytes:
+        # pread shares no file position, so threads and forked processes may use one descriptor.
+        return os.pread(self._fd, size, offset)
+
+    def __del__(self):
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """A PNG, JPEG or WebP file's upright picture, over white where transparent: (H, W, 3) uint8."""
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            # Pillow clips 16-bit grey to 255 on conversion; keep its high byte instead.
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("RGB"))
+
+
+def find_shards(path: Path, split: str) -> list[Path]:
+    """The split's tar shards by name; without prefixed names every tar is "train"."""
+    if split not in PREFIXES:
+        raise ValueError(f"split={split!r}: choose one of {', '.join(PREFIXES)}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a folder of tar shards or a tar file")
+    tars = sorted(p.resolve() for p in path.glob("*.tar")) if path.is_dir() else [path.resolve()]
+    if not tars:
+        raise FileNotFoundError(f"{path} holds no *.tar shards; give the folder that does")
+    shards = {s: [p for p in tars if p.name.startswith(PREFIXES[s])] for s in PREFIXES}
+    if not any(shards.values()):
+        shards["train"] = tars
+    if not shards[split]:
+        other = next(s for s in PREFIXES if shards[s])
+        raise ValueError(f"{path} has no {split} shards, only {other}; use split={other!r}")
+    return shards[split]
+
+
+def load_or_build(shards: list[Path], split: str, cache=None) -> Index:
+    """The shards' index, from the first cache folder that has it, else built and stored there."""
+    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
+    digest = hashlib.sha256(json.dumps([VERSION, stats]).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "condiff_jax")
+    folders = [Path(cache)] if cache is not None else [shards[0].parent, home]
+    files = [folder / f".index-{split}-{digest}.npz" for folder in folders]
+    for file in files:
+        try:
+            with np.load(file, allow_pickle=False) as data:
+                return Index(**{field.name: data[field.name] for field in fields(Index)})
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            continue  # absent or damaged
+    index = build(shards)
+    if not any(save(index, file) for file in files):
+        logging.warning("cannot store the index of %s in %s", shards[0].parent, folders[-1])
+    return index
+
+
+def save(index: Index, file: Path) -> bool:
+    """Whether the index could be written; a reader sees all of the file or none of it."""
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Root may write to any folder: respect one that is marked read-only all the same.
+        if not file.parent.stat().st_mode & 0o222:
+            return False
+        with open(partial, "xb") as out:
+            np.savez(out, **vars(index))
+        os.replace(partial, file)
+        return True
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        return False
+
+
+def build(shards: list[Path]) -> Index:
+    """Reads every tar header and label; ValueError names a damaged shard."""
+    rows = [(number, *row) for number, path in enumerate(shards) for row in scan(path)]
+    return Index(
+        keys=np.array([key.encode("utf-8", "replace") for _, key, _, _ in rows], np.bytes_),
+        shards=np.array([number for number, _, _, _ in rows], np.int32),
+        spans=np.array([spans for _, _, spans, _ in rows], np.int64).reshape(-1, 3, 2),
+        labels=np.array([label for _, _, _, label in rows], np.int32),
+    )
+
+
+def scan(path: Path) -> list[list]:
+    """One shard's samples by position: [key, its three (offset, size) spans, label]."""
+    rows, latest = [], {}  # latest: key -> its last row and the extensions that has so far
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key, extension = f"{folder}/{stem}".lstrip("/"), extension.lower()
+                if not (member.isreg() and stem and extension in (*COLUMNS, "cls")):
+                    continue
+                row, extensions = latest.get(key, (None, {extension}))
+                if extension in extensions:
+                    row, extensions = latest[key] = [key, [(0, -1)] * 3, 0], set()
+                    rows.append(row)
+                extensions.add(extension)
+                if extension == "cls":
+                    text = os.pread(file.fileno(), member.size, member.offset_data).strip()
+                    row[2] = int(text) if re.fullmatch(rb"\d{1,9}", text) else 0  # int32
+                else:
+                    row[1][COLUMNS[extension]] = (member.offset_data, member.size)
+            # tarfile takes a cut or damaged header for the end of the archive.
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset).strip(b"\0"):
+                raise tarfile.ReadError("damaged header")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path} is truncated or no plain tar ({error}); fetch it again") from None
+    return rows

@@ -1,0 +1,1 @@
+"""Diffusion as pure maths on callables: schedules, losses, guidance, samplers."""

@@ -1,0 +1,30 @@
+"""The training loss: EDM-weighted denoising with epsilon prediction (App. C, Eqs. 5 and 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from condiff_jax.diffusion.schedule import Schedule
+
+
+def add_noise(schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """Eq. 5, equal to Eq. 6: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
+    alpha_bar = jnp.asarray(schedule.alpha_bar, jnp.float32)[t]
+    alpha_bar = alpha_bar.reshape(-1, *[1] * (x0.ndim - 1))
+    return jnp.sqrt(alpha_bar) * x0 + jnp.sqrt(1 - alpha_bar) * eps
+
+
+def denoising_loss(
+    denoise: Callable, schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array, cond
+) -> jax.Array:
+    """Loss of each sample, (B,).
+
+    The paper weights |x_0 - x_0_hat|^2 by 1 / sigma_t^2; with x_0_hat = sqrt(1 + sigma^2) x_t -
+    sigma eps_hat (Eq. 17) this is |eps - eps_hat|^2, computed here without the cancellation.
+    """
+    eps_hat = denoise(add_noise(schedule, x0, t, eps), t, cond)
+    error = jnp.square(eps_hat.astype(jnp.float32) - eps)
+    return error.mean(axis=tuple(range(1, error.ndim)))

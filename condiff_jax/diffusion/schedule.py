@@ -1,0 +1,41 @@
+"""Noise schedules: alpha_bar, sigma, and their rescaling between resolutions (Eq. 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """A discrete variance-preserving schedule; alpha_bar (T,) float64, decreasing in (0, 1)."""
+
+    alpha_bar: np.ndarray
+
+    @property
+    def timesteps(self) -> int:
+        """T, the number of noise levels."""
+        return len(self.alpha_bar)
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """EDM noise level sigma_t = sqrt((1 - alpha_bar) / alpha_bar), (T,)."""
+        return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
+
+
+def scaled_linear(
+    timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> Schedule:
+    """The paper's "quadratic" schedule (App. C): sqrt(beta_t) is linear in t."""
+    beta = np.linspace(beta_start**0.5, beta_end**0.5, timesteps) ** 2
+    return Schedule(np.cumprod(1 - beta))
+
+
+def rescale(schedule: Schedule, s: float, s_new: float) -> Schedule:
+    """Eq. 3: the schedule at resolution s_new that keeps the uncertainty of each patch at s.
+
+    alpha_bar' = s^2 alpha_bar / (s'^2 + alpha_bar (s^2 - s'^2)), that is sigma' = sigma s' / s.
+    """
+    a = schedule.alpha_bar
+    return Schedule(s**2 * a / (s_new**2 + a * (s**2 - s_new**2)))

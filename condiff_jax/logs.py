@@ -1,0 +1,94 @@
+"""What a run shows and leaves behind: metrics.jsonl, TensorBoard events, sample grids."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from condiff_jax import evaluate
+from condiff_jax.config import Config, ConfigError
+from condiff_jax.data.pipeline import create_source
+from condiff_jax.grid import caption_grid
+from condiff_jax.sample import Sampler, asked_for, requests, save_png, titles
+from condiff_jax.system import System
+from condiff_jax.workdir import Workdir, append_json, forget_after
+
+
+def example_captions(config: Config, n: int) -> list[str]:
+    """The first n different captions of the validation data, or of the training data if none."""
+    try:
+        source = create_source(config, "validation")
+    except (OSError, ValueError):
+        source = create_source(config, "train")
+    captions: dict[str, None] = {}
+    for i in range(min(len(source), 20 * n)):
+        captions.setdefault(source[i]["caption"] or "(no caption)")
+        if len(captions) == n:
+            break
+    return list(captions)
+
+
+class Reporter:
+    """Writes text and pictures of a run; all hosts sample, process 0 alone touches files."""
+
+    def __init__(self, system: System, mesh: Mesh, folder: Workdir, *, first: int = 0):
+        self.system, self.folder = system, folder
+        self.config = config = system.config
+        self.sampler = Sampler(system, mesh, config.sampling)
+        try:
+            self.asked = asked_for(config, system)
+        except ConfigError:  # no prompts named: take them from the data
+            captions = example_captions(config, config.sampling.n)
+            self.asked = [captions[i % len(captions)] for i in range(config.sampling.n)]
+        self.chief = jax.process_index() == 0
+        if self.chief:
+            folder.samples.mkdir(parents=True, exist_ok=True)
+            forget_after(folder.metrics, first)
+            self.events = SummaryWriter(str(folder.path), purge_step=first or None)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl and one point of each TensorBoard curve."""
+        if self.chief:
+            append_json(self.folder.metrics, {"step": step, **values})
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+            self.events.flush()
+
+    def samples(self, step: int, params: dict, n: int | None = None) -> np.ndarray:
+        """samples/STEP.png: a grid of n pictures with what was asked for under each."""
+        asked = self.asked[: n or self.config.log.samples]
+        pictures = self.sampler(params, requests(self.system, asked), label="sample grid")
+        if self.chief:
+            settings = self.config.sampling
+            title = (
+                f"step {step}, {settings.sampler} {settings.steps} steps, "
+                f"guidance {settings.guidance:g}, control guidance {settings.control_guidance:g}"
+            )
+            grid = caption_grid(pictures, titles(self.system, asked), title=title)
+            save_png(self.folder.samples / f"{step}.png", grid)
+            self.events.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        return pictures
+
+    def finish(self, step: int, params: dict) -> None:
+        """The final grid, the evaluation the config asks for, and where everything is."""
+        params = params if self.config.sampling.ema else params
+        self.samples(step, params, self.config.sampling.n)
+        lines = [f"Finished {step} steps."]
+        if self.config.evaluation.prompts:
+            result = evaluate.prompt_accuracy(self.system, self.sampler, params, step)
+            if self.chief:
+                append_json(self.folder.evaluation, result)
+            rates = ", ".join(f"{name} {value:.1%}" for name, value in result["accuracy"].items())
+            lines.append(f"Prompt accuracy on {result['n']} unseen prompts: {rates}")
+        if self.chief:
+            self.events.close()
+            grid = self.folder.samples / f"{step}.png"
+            lines += [
+                f"  pictures     {grid}",
+                f"  curves       {self.folder.metrics} (and TensorBoard events beside it)",
+                f"  checkpoints  {self.folder.checkpoints}",
+            ]
+            tqdm.write("\n".join(lines))

@@ -1,0 +1,168 @@
+"""Layers shared by the transformers: attention, MLP, modulation, patches, position embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from condiff_jax.conditioning.control import sinusoid
+
+ATTENTION_BACKENDS = ("xla", "cudnn")
+xavier = nn.initializers.xavier_uniform()
+normal = nn.initializers.normal(0.02)
+zeros = nn.initializers.zeros
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, backend: str = "xla") -> jax.Array:
+    """Softmax attention, the one entry point for all backends; each (B, T, heads, head size)."""
+    return jax.nn.dot_product_attention(q, k, v, implementation=backend)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm over channels without scale and bias, eps 1e-6, computed in f32."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+    return y.astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """AdaLN: x (B, T, D) scaled by 1 + scale (B, D), shifted by shift (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Modulation(nn.Module):
+    """AdaLN-zero: `count` vectors (B, D) from the conditioning vector (B, D); zero at the start."""
+
+    count: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, emb: jax.Array) -> list[jax.Array]:
+        width = self.count * emb.shape[-1]
+        x = nn.Dense(width, kernel_init=zeros, dtype=self.dtype, name="linear")(nn.silu(emb))
+        return jnp.split(x, self.count, axis=-1)
+
+
+class Mlp(nn.Module):
+    """Linear-GELU(tanh)-Linear, (B, T, D) -> (B, T, out)."""
+
+    hidden: int
+    out: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
+        x = nn.gelu(x, approximate=True)
+        return nn.Dense(self.out, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)
+
+
+class VectorEmbed(nn.Module):
+    """Linear-SiLU-Linear of a vector (B, C) to (B, width)."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(self.width, kernel_init=normal, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(self.width, kernel_init=normal, dtype=self.dtype, name="fc2")(nn.silu(x))
+
+
+class TimestepEmbed(nn.Module):
+    """Timestep embedding: t (B,) -> 256 sinusoids -> Linear-SiLU-Linear -> (B, width)."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        return VectorEmbed(self.width, self.dtype, name="mlp")(sinusoid(t, 256))
+
+
+class HeadProjection(nn.Module):
+    """Linear (B, T, D) -> (B, T, heads, D / heads): the layout attention wants, no transpose."""
+
+    heads: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = (self.heads, x.shape[-1] // self.heads)
+        return nn.DenseGeneral(
+            features, use_bias=self.use_bias, kernel_init=xavier, dtype=self.dtype, name="linear"
+        )(x)
+
+
+class HeadMerge(nn.Module):
+    """Linear (B, T, heads, head size) -> (B, T, heads * head size)."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-2] * x.shape[-1]
+        return nn.DenseGeneral(
+            width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="linear"
+        )(x)
+
+
+def rms_norm(enabled: bool, name: str):
+    """RMSNorm over the head size with a learned scale (Sec. 3.1), in f32; identity if disabled."""
+    if not enabled:
+        return lambda x: x
+    norm = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
+    return lambda x: norm(x).astype(x.dtype)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """(B, H, W, C) -> (B, H/p * W/p, p * p * C), patches in row order, channels last in a patch."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
+    return x.reshape(b, h * w // patch**2, patch**2 * c)
+
+
+def unpatchify(x: jax.Array, patch: int, height: int, width: int) -> jax.Array:
+    """Inverse of `patchify`: (B, N, p * p * C) -> (B, height, width, C)."""
+    b = x.shape[0]
+    x = x.reshape(b, height // patch, width // patch, patch, patch, -1).swapaxes(2, 3)
+    return x.reshape(b, height, width, -1)
+
+
+def position_grid(grid: int, base: int, mode: str = "resample") -> np.ndarray:
+    """Coordinates (grid,) of the tokens along one axis, for a model whose base grid is `base`.
+
+    resample: linspace(0, base, grid), the same limits at every resolution (pseudocode 1).
+    extrapolate: 0, 1, 2, ..., the baseline of Fig. 8a.
+    """
+    if mode == "resample":
+        return np.linspace(0, base, grid)
+    if mode == "extrapolate":
+        return np.arange(grid, dtype=np.float64)
+    raise ValueError(f"unknown position embedding {mode!r}, choose resample or extrapolate")
+
+
+def position_embedding(
+    width: int, height: int, columns: int, base: int, mode: str = "resample"
+) -> np.ndarray:
+    """2-D sin-cos position embedding (height * columns, width), f32.
+
+    The first half of the channels encodes the column, the second half the row, each as sines
+    then cosines with periods to 10000 (the convention of MAE, DiT and diffusers).
+    """
+
+    def encode(position):  # (N,) -> (N, width / 2)
+        frequency = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+        angle = position[:, None] * frequency
+        return np.concatenate([np.sin(angle), np.cos(angle)], 1)
+
+    rows, cols = np.meshgrid(
+        position_grid(height, base, mode), position_grid(columns, base, mode), indexing="ij"
+    )
+    return np.concatenate([encode(cols.ravel()), encode(rows.ravel())], 1).astype(np.float32)

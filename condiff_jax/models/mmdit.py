@@ -1,0 +1,219 @@
+"""mmDiT: joint attention over image and condition tokens (SD3), and the paper's model.
+
+`ours` is mmDiT with semantics heard only through attention and control metadata (Eq. 1) heard
+only through AdaLN; `mmdit` also adds the pooled text or the class to the AdaLN input.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from condiff_jax.conditioning.cond import Cond, Text
+from condiff_jax.conditioning.control import ControlEmbed, Weighting
+from condiff_jax.models import layers
+from condiff_jax.models.layers import HeadMerge, HeadProjection, Mlp, Modulation, modulate
+
+STREAMS = ("shared", "qkv", "full")
+# name: depth, width, heads
+SIZES = {
+    "tiny": (6, 128, 4),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+
+
+class Block(nn.Module):
+    """A DiT block over the joint sequence z (B, N + T, D) of N image and T condition tokens.
+
+    Everything is shared between the two kinds of tokens, except that `streams="qkv"` gives
+    condition tokens queries, keys and values of their own.
+    """
+
+    heads: int
+    tokens: int  # N
+    streams: str
+    qk_norm: bool
+    backend: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, z: jax.Array, emb: jax.Array) -> tuple[jax.Array, None]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, self.dtype)(emb)
+        y = modulate(layers.layer_norm(z), shift1, scale1)
+        q, k, v = self.queries_keys_values(y)
+        y = HeadMerge(self.dtype, name="out")(layers.attention(q, k, v, self.backend))
+        z = z + gate1[:, None] * y
+        y = modulate(layers.layer_norm(z), shift2, scale2)
+        y = Mlp(4 * z.shape[-1], z.shape[-1], self.dtype, name="mlp")(y)
+        return z + gate2[:, None] * y, None
+
+    def queries_keys_values(self, y: jax.Array) -> list[jax.Array]:
+        """Three arrays (B, N + T, heads, head size), queries and keys normalised."""
+        project = partial(HeadProjection, self.heads, dtype=self.dtype)
+        norm = partial(layers.rms_norm, self.qk_norm)
+        parts = {"": y}
+        if self.streams == "qkv":
+            parts = {"": y[:, : self.tokens], "context_": y[:, self.tokens :]}
+        qkv = []
+        for prefix, part in parts.items():
+            bias = not prefix  # Table A1 leaves no room for biases of the condition's projections
+            q = norm(prefix + "query_norm")(project(bias, name=prefix + "query")(part))
+            k = norm(prefix + "key_norm")(project(bias, name=prefix + "key")(part))
+            qkv.append((q, k, project(bias, name=prefix + "value")(part)))
+        return [jnp.concatenate(part, axis=1) for part in zip(*qkv, strict=True)]
+
+
+class TwoStreamBlock(nn.Module):
+    """An SD3 block: image x (B, N, D) and context c (B, T, D) share attention and nothing else.
+
+    last: the context only provides keys and values (and queries nobody reads), as its output
+    would not be used.
+    """
+
+    heads: int
+    qk_norm: bool
+    backend: str
+    dtype: Any
+    last: bool = False
+
+    @nn.compact
+    def __call__(self, xc: tuple[jax.Array, jax.Array], emb: jax.Array):
+        x, c = xc
+        mod_x = Modulation(6, self.dtype, name="modulation")(emb)
+        mod_c = Modulation(2 if self.last else 6, self.dtype, name="context_modulation")(emb)
+        qkv = [
+            jnp.concatenate(part, 1)
+            for part in zip(
+                self.queries_keys_values("", modulate(layers.layer_norm(x), *mod_x[:2])),
+                self.queries_keys_values("context_", modulate(layers.layer_norm(c), *mod_c[:2])),
+                strict=True,
+            )
+        ]
+        y = layers.attention(*qkv, self.backend)
+        x = self.update("", x, y[:, : x.shape[1]], mod_x[2:])
+        if not self.last:
+            c = self.update("context_", c, y[:, x.shape[1] :], mod_c[2:])
+        return (x, c), None
+
+    def queries_keys_values(self, prefix: str, y: jax.Array) -> tuple[jax.Array, ...]:
+        """Queries, keys and values of one stream, each (B, T, heads, head size)."""
+        project = partial(HeadProjection, self.heads, dtype=self.dtype)
+        norm = partial(layers.rms_norm, self.qk_norm)
+        q = norm(prefix + "query_norm")(project(name=prefix + "query")(y))
+        k = norm(prefix + "key_norm")(project(name=prefix + "key")(y))
+        return q, k, project(name=prefix + "value")(y)
+
+    def update(self, prefix: str, x: jax.Array, attended: jax.Array, mod: list) -> jax.Array:
+        """Attention output and MLP of one stream, each added behind its gate."""
+        gate1, shift2, scale2, gate2 = mod
+        x = x + gate1[:, None] * HeadMerge(self.dtype, name=prefix + "out")(attended)
+        y = modulate(layers.layer_norm(x), shift2, scale2)
+        y = Mlp(4 * x.shape[-1], x.shape[-1], self.dtype, name=prefix + "mlp")(y)
+        return x + gate2[:, None] * y
+
+
+class MMDiT(nn.Module):
+    """x_t (B, H, W, C), t (B,) int32, cond -> eps (B, H, W, C) f32.
+
+    classes: number of classes for class-conditional models, None for text. streams: `shared`
+    (the paper's class-conditional size), `qkv` (its text size) or `full` (SD3). pooled: also add
+    the pooled text or the class to the AdaLN input (SD3; not the paper's model). base_grid:
+    tokens per side at the base resolution, see `layers.position_grid`.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    patch: int
+    base_grid: int
+    streams: str = "qkv"
+    pooled: bool = False
+    classes: int | None = None
+    weighting: Weighting | None = None
+    qk_norm: bool = True
+    position: str = "resample"
+    remat: str = "none"
+    unroll: int = 1
+    backend: str = "xla"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
+        b, h, w, channels = x.shape
+        rows, columns = h // self.patch, w // self.patch
+        dense = partial(nn.Dense, kernel_init=layers.xavier, dtype=self.dtype)
+        image = dense(self.width, name="patch_embed")(layers.patchify(x, self.patch))
+        position = layers.position_embedding(
+            self.width, rows, columns, self.base_grid, self.position
+        )
+        image = image + jnp.asarray(position, self.dtype)  # (B, N, D)
+        context, pooled = self.embed_semantics(cond)  # (B, T, D), (B, D)
+
+        emb = layers.TimestepEmbed(self.width, self.dtype, name="timestep")(t)
+        if self.pooled:
+            emb = emb + pooled
+        if cond.control is not None:
+            control = ControlEmbed(self.width, self.weighting, self.dtype, name="control")
+            emb = emb + control(cond.control, t, cond.drop_control)
+
+        image = self.blocks(image, context, emb)
+        shift, scale = Modulation(2, self.dtype, name="final_modulation")(emb)
+        image = modulate(layers.layer_norm(image), shift, scale)
+        out = nn.Dense(
+            self.patch**2 * channels, kernel_init=layers.zeros, dtype=jnp.float32, name="final"
+        )(image)
+        return layers.unpatchify(out, self.patch, h, w)
+
+    def embed_semantics(self, cond: Cond) -> tuple[jax.Array, jax.Array | None]:
+        """Condition tokens (B, T, D) and the vector (B, D) for AdaLN, null where dropped."""
+        if self.classes is not None:
+            table = nn.Embed(
+                self.classes + 1, self.width, embedding_init=layers.normal, dtype=self.dtype,
+                name="class_embed",
+            )  # fmt: skip
+            emb = table(jnp.where(cond.drop_semantics, self.classes, cond.semantics))
+            return emb[:, None], emb
+        text: Text = cond.semantics
+        tokens = jnp.where(cond.drop_semantics[:, None, None], 0, text.tokens)
+        pooled = jnp.where(cond.drop_semantics[:, None], 0, text.pooled)
+        if self.streams == "full":  # as in SD3
+            caption = nn.Dense(
+                self.width, kernel_init=layers.xavier, dtype=self.dtype, name="caption"
+            )
+            pool = layers.VectorEmbed(self.width, self.dtype, name="pooled")
+        else:  # one MLP for tokens and pooled text: what the paper's parameter count allows
+            caption = pool = Mlp(self.width, self.width, self.dtype, name="caption")
+        return caption(tokens), pool(pooled) if self.pooled else None
+
+    def blocks(self, image: jax.Array, context: jax.Array, emb: jax.Array) -> jax.Array:
+        """The image tokens (B, N, D) after all blocks, whose parameters are stacked by layer."""
+        common = {"qk_norm": self.qk_norm, "backend": self.backend, "dtype": self.dtype}
+        n = image.shape[1]
+        if self.streams == "full":
+            stack = self.scan(TwoStreamBlock, self.depth - 1)
+            xc, _ = stack(self.heads, **common, name="blocks")((image, context), emb)
+            last = TwoStreamBlock(self.heads, **common, last=True, name="last_block")
+            return last(xc, emb)[0][0]
+        stack = self.scan(Block, self.depth)(self.heads, n, self.streams, **common, name="blocks")
+        z, _ = stack(jnp.concatenate([image, context], 1), emb)
+        return z[:, :n]
+
+    def scan(self, block: type[nn.Module], length: int):
+        """`block` applied `length` times in a row, rematerialised and unrolled as configured."""
+        if self.remat == "block":
+            block = nn.remat(block, prevent_cse=self.unroll != 1)
+        return nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=length,
+            unroll=min(self.unroll, length),
+        )

@@ -1,0 +1,36 @@
+"""Optimizers and learning-rate schedules, from optax."""
+
+from __future__ import annotations
+
+import optax
+
+from condiff_jax.config import Config
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """Learning rate of update `count` (from 0): linear warm-up, then constant or cosine to zero."""
+    settings = config.optimizer
+    peak, warmup = settings.learning_rate, settings.warmup
+    if settings.schedule == "cosine":
+        body = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1))
+    else:
+        body = optax.constant_schedule(peak)
+    if not warmup:
+        return body
+    # The first update already moves: step i of the warm-up has rate (i + 1) / warmup.
+    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, body], [warmup])
+
+
+def create(config: Config) -> optax.GradientTransformation:
+    """Adam (Sec. 3.1) or AdamW, behind clipping of the global gradient norm where asked for."""
+    settings = config.optimizer
+    rate = learning_rate(config)
+    common = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps}
+    if settings.name == "adamw":
+        tx = optax.adamw(rate, weight_decay=settings.weight_decay, **common)
+    else:
+        tx = optax.adam(rate, **common)
+    if settings.clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(settings.clip_norm), tx)
+    return tx

@@ -1,0 +1,187 @@
+"""Sampling: prompts or classes and control values in, pictures out; sample i depends on i alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from PIL import Image
+from tqdm import tqdm
+
+from condiff_jax import sharding
+from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.config import Config, ConfigError, Sampling
+from condiff_jax.diffusion.guidance import dual_guidance
+from condiff_jax.diffusion.sampler import SAMPLERS, initial_noise
+from condiff_jax.grid import caption_grid
+from condiff_jax.system import System
+from condiff_jax.system import create as create_system
+from condiff_jax.workdir import Workdir
+
+
+def control_values(config: Config, n: int) -> dict[str, np.ndarray]:
+    """The control scalars of config.sampling.control, for n samples: {name: (n,) f32}."""
+    values = dataclasses.asdict(config.sampling.control)
+    for side in ("height", "width"):
+        values[side] = values[side] or float(config.data.resolution)
+    return {name: np.full((n,), value, np.float32) for name, value in values.items()}
+
+
+def requests(
+    system: System, asked: Sequence[str] | Sequence[int], control: dict | None = None
+) -> dict:
+    """The batch that asks for these prompts (text models) or classes, each with control values."""
+    n = len(asked)
+    batch = system.example(n)
+    del batch["image"], batch["broken"]
+    batch["control"] = control or control_values(system.config, n)
+    if system.text_encoder is None:
+        batch["label"] = np.asarray(asked, np.int32)
+    else:
+        pairs = [system.encode_text(prompt) for prompt in asked]
+        batch["ids"], batch["mask"] = (np.stack(part) for part in zip(*pairs, strict=True))
+    return batch
+
+
+def generate(params: dict, batch: dict, index: jax.Array, *, system: System, settings: Sampling):
+    """Pictures uint8 (B, R, R, 3) for the requests in `batch`; pure, to be jitted.
+
+    index (B,) int32: the number of each sample; its noise comes from (settings.seed, index).
+    """
+    key = jax.random.key(settings.seed)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
+    keys = jax.vmap(partial(jax.random.split, num=2))(keys)  # (B, 2): text padding, sampler
+    text_noise = None
+    if system.text_encoder is not None:
+        shape = (system.config.text_encoder.length, system.config.text_encoder.width)
+        text_noise = jax.vmap(partial(jax.random.normal, shape=shape))(keys[:, 0])
+    cond = system.condition(params, batch, text_noise)
+    denoise = dual_guidance(system.denoise(params), settings.guidance, settings.control_guidance)
+    x = SAMPLERS[settings.sampler](
+        denoise,
+        system.schedule,
+        initial_noise(keys[:, 1], system.latent_shape),
+        cond,
+        keys[:, 1],
+        steps=settings.steps,
+        spacing=settings.spacing,
+        eta=settings.eta,
+        clip=system.autoencoder.bound if settings.clip else None,
+    )
+    return system.autoencoder.decode(x)
+
+
+class Sampler:
+    """`generate`, compiled once for batches of one size spread over a mesh."""
+
+    def __init__(self, system: System, mesh: Mesh, settings: Sampling):
+        self.system, self.mesh, self.settings = system, mesh, settings
+        self._generate = jax.jit(
+            partial(generate, system=system, settings=settings),
+            out_shardings=sharding.replicated(mesh),
+        )
+
+    def __call__(self, params: dict, batch: dict, *, first: int = 0, label: str = "") -> np.ndarray:
+        """Pictures uint8 (N, R, R, 3) for N requests, numbered from `first`."""
+        n = len(batch["label"])
+        devices = self.mesh.size
+        size = -(-min(self.settings.batch_size, n) // devices) * devices
+        out = []
+        starts = tqdm(range(0, n, size), desc=label or "sampling", disable=n <= size, leave=False)
+        for start in starts:
+            rows = np.arange(start, start + size) % n  # the last part is filled up
+            part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
+            index = (first + start + np.arange(size)).astype(np.int32)
+            out.append(self._generate(params, *put_global(self.mesh, (part, index))))
+        return np.concatenate([np.asarray(pictures) for pictures in out])[:n]
+
+
+def put_global(mesh: Mesh, batch):
+    """The same host arrays on every host -> one global batch over all devices."""
+    placed = sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, placed, lambda i, a=a: a[i]), batch
+    )
+
+
+def asked_for(config: Config, system: System) -> list[str] | list[int]:
+    """The prompts or classes that config.sampling names, repeated or cut to sampling.n."""
+    settings = config.sampling
+    if system.text_encoder is None:
+        classes = len(system.vocabulary.classes)
+        for label in settings.labels:
+            if not 0 <= label < classes:
+                raise ConfigError(
+                    f"config: sampling.labels names class {label}; classes go from 0 to "
+                    f"{classes - 1}"
+                )
+        asked = list(settings.labels or range(classes))
+    else:
+        asked = [prompt.strip() for prompt in settings.prompts.split(";") if prompt.strip()]
+        if settings.prompt_file:
+            asked += read_prompts(settings.prompt_file)
+        if not asked:
+            raise ConfigError(
+                'config: no prompts; set sampling.prompts="one; another" or sampling.prompt_file'
+            )
+    return [asked[i % len(asked)] for i in range(settings.n)]
+
+
+def read_prompts(path: str) -> list[str]:
+    """The non-empty lines of a text file."""
+    file = epath.Path(path)
+    if not file.exists():
+        raise ConfigError(f"config: sampling.prompt_file={path} does not exist")
+    try:
+        lines = file.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"config: sampling.prompt_file={path} is not a UTF-8 text") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"config: sampling.prompt_file={path} is empty; write a prompt a line")
+    return prompts
+
+
+def titles(system: System, asked: Sequence[str] | Sequence[int]) -> list[str]:
+    """What to write under the pictures."""
+    if system.text_encoder is None:
+        return [system.vocabulary.classes[label] for label in asked]
+    return list(asked)
+
+
+def run(config: Config, workdir: str) -> epath.Path:
+    """Mode `sample`: PNGs and a grid from the newest checkpoint; returns the folder."""
+    folder = Workdir(workdir)
+    folder.check(config)
+    mesh = sharding.create_mesh(config.parallel.fsdp)
+    system = create_system(config, folder.load_vocabulary())
+    asked = asked_for(config, system)
+    step, params = Checkpoints(folder.checkpoints, config).restore_params(
+        system, mesh, ema=config.sampling.ema
+    )
+    pictures = Sampler(system, mesh, config.sampling)(params, requests(system, asked))
+    out = folder.samples / f"{step}-seed{config.sampling.seed}"
+    if jax.process_index() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        save_pictures(out, pictures, titles(system, asked))
+        print(f"{len(pictures)} pictures of step {step} and grid.png in {out}")
+    return out
+
+
+def save_pictures(out: epath.Path, pictures: np.ndarray, captions: Sequence[str]) -> None:
+    """000000.png, 000001.png, ..., captions.txt and grid.png in the folder `out`."""
+    for i, picture in enumerate(pictures):
+        save_png(out / f"{i:06d}.png", Image.fromarray(picture))
+    (out / "captions.txt").write_text("".join(f"{caption}\n" for caption in captions))
+    save_png(out / "grid.png", caption_grid(pictures, captions))
+
+
+def save_png(path: epath.Path, image) -> None:
+    """Write a PIL image as PNG, locally or remotely."""
+    with path.open("wb") as file:
+        image.save(file, format="PNG")

@@ -1,0 +1,97 @@
+"""Where arrays live: one mesh, and regex rules from parameter names to partition specs.
+
+Layers carry no sharding; XLA derives the rest from the placement of parameters and batch.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+BATCH_AXES = ("data", "fsdp")
+# Every parameter must match exactly one rule. Stacked blocks have the layer as first dimension,
+# which is never split. Matrices are split along their input, or for merges along their output, so
+# that a gather restores whole heads.
+RULES = (
+    (r"blocks/.*(query|key|value)/linear/kernel", P(None, "fsdp")),  # (L, D, heads, head size)
+    (r"blocks/.*out/linear/kernel", P(None, None, None, "fsdp")),  # (L, heads, head size, D)
+    (r"blocks/.*(fc1|fc2)/kernel", P(None, "fsdp")),  # (L, D, 4D), (L, 4D, D)
+    (r"blocks/.*[mM]odulation(_\d+)?/linear/kernel", P(None, "fsdp")),  # (L, D, 6D)
+    (r"last_block/.*(query|key|value)/linear/kernel", P("fsdp")),  # (D, heads, head size)
+    (r"last_block/.*out/linear/kernel", P(None, None, "fsdp")),  # (heads, head size, D)
+    (r"last_block/.*(fc1|fc2)/kernel", P("fsdp")),
+    (r"last_block/.*[mM]odulation(_\d+)?/linear/kernel", P("fsdp")),
+    (r"model/(timestep|control|caption|pooled)/.+/kernel", P("fsdp")),  # (C, D)
+    (r"model/(patch_embed|caption)/kernel", P(None, "fsdp")),  # (C, D)
+    (r"model/final_modulation/linear/kernel", P("fsdp")),  # (D, 2D)
+    (r"model/final/kernel", P("fsdp")),  # (D, p p C)
+    (r".*/embedding", P(None, "fsdp")),  # (entries, D)
+    (r"text_encoder/positions", P()),
+    (r".*/(bias|scale)", P()),
+)
+
+
+def create_mesh(fsdp: int = 1) -> Mesh:
+    """All devices as a (data, fsdp) mesh; ValueError when they do not divide."""
+    devices = jax.device_count()
+    if devices % fsdp:
+        raise ValueError(
+            f"config: parallel.fsdp={fsdp} must divide the number of devices, {devices}"
+        )
+    return jax.make_mesh((devices // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First dimension over all devices."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def matching_rules(name: str) -> list[P]:
+    """Specs of the rules that match a parameter's name, such as "model/final/bias"."""
+    return [spec for pattern, spec in RULES if re.fullmatch(rf"(.*/)?{pattern}", name)]
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Sharding of every leaf of a state or parameter tree (arrays or ShapeDtypeStructs).
+
+    Optimizer moments and averages end in their parameter's name and so share its rule; scalars
+    are replicated, and so is a dimension which the mesh axis does not divide.
+    """
+
+    def place(path, leaf):
+        if not leaf.shape:
+            return replicated(mesh)
+        name = path_name(path)
+        specs = matching_rules(name)
+        if len(specs) != 1:
+            raise ValueError(f"{name} matches {len(specs)} sharding rules, expected exactly one")
+        axes = [
+            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip((*specs[0], *[None] * leaf.ndim), leaf.shape, strict=False)
+        ]
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def path_name(path: tuple) -> str:
+    """A tree path as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """Host-local numpy arrays (B / hosts, ...) -> global device arrays (B, ...)."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch
+    )

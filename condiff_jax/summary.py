@@ -1,0 +1,36 @@
+"""Mode `summary`: the parameter table, the parameter count and the forward FLOP of a config."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+from clu import parameter_overview
+
+from condiff_jax.config import Config
+from condiff_jax.data.pipeline import create_source
+from condiff_jax.system import System
+from condiff_jax.system import create as create_system
+from condiff_jax.train import create_vocabulary, forward_flops
+
+
+def count_parameters(params) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def summarize(system: System) -> dict[str, float]:
+    """{"parameters": of the denoiser, "gflop_forward": one image, multiply-add = 2}."""
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    return {
+        "parameters": count_parameters(params["model"]),
+        "gflop_forward": round(forward_flops(system) / 1e9, 3),
+    }
+
+
+def run(config: Config) -> None:
+    """Print the table, and as the last line one JSON object; nothing is allocated."""
+    system = create_system(config, create_vocabulary(config, create_source(config)))
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    print(parameter_overview.get_parameter_overview(params, include_stats=False))
+    print(json.dumps(summarize(system)))

@@ -1,0 +1,287 @@
+"""Training: a pure train step, and the loop around it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from condiff_jax import flops, optim, sharding, state
+from condiff_jax.checkpoint import Checkpoints, abstract_state
+from condiff_jax.conditioning.cond import Cond
+from condiff_jax.conditioning.dropout import drop_flags
+from condiff_jax.config import Config, ConfigError
+from condiff_jax.data.pipeline import batches, create_source
+from condiff_jax.diffusion.loss import denoising_loss
+from condiff_jax.logs import Reporter
+from condiff_jax.system import System, Vocabulary
+from condiff_jax.system import create as create_system
+from condiff_jax.workdir import Workdir
+
+BROKEN_LIMIT = 0.01  # share of broken images that stops a run
+
+
+def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Array]:
+    """All randomness of one step, each use with its own key; leading dimension B."""
+    settings = system.config.conditioning
+    key_t, key_eps, key_drop, key_text = jax.random.split(key, 4)
+    drop_semantics, drop_control = drop_flags(
+        key_drop, batch, settings.drop_semantics, settings.drop_control
+    )
+    noise = {
+        "t": jax.random.randint(key_t, (batch,), 0, system.schedule.timesteps),
+        "eps": jax.random.normal(key_eps, (batch, *system.latent_shape)),
+        "drop_semantics": drop_semantics,
+        "drop_control": drop_control,
+    }
+    if system.text_encoder is not None and settings.padding == "noisy_replicate":
+        text = system.config.text_encoder
+        noise["text"] = jax.random.normal(key_text, (batch, text.length, text.width))
+    return noise
+
+
+def loss_fn(params: dict, batch: dict, noise: dict, *, system: System) -> jax.Array:
+    """Mean loss of a batch with given noise, ()."""
+    cond: Cond = system.condition(params, batch, noise.get("text"))
+    cond = cond.replace(drop_semantics=noise["drop_semantics"], drop_control=noise["drop_control"])
+    x0 = system.autoencoder.encode(batch["image"])
+    denoise = system.denoise(params)
+    return denoising_loss(denoise, system.schedule, x0, noise["t"], noise["eps"], cond).mean()
+
+
+def accumulated(value_and_grad: Callable, params: dict, inputs, parts: int):
+    """Mean loss and gradient over `parts` equal parts of a batch, one after the other.
+
+    Part j takes every parts-th example, so each part is spread over all devices like the whole.
+    """
+    if parts == 1:
+        return value_and_grad(params, *inputs)
+    inputs = jax.tree.map(
+        lambda a: a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1), inputs
+    )
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zeros, inputs)
+    return jax.tree.map(lambda a: a / parts, total)
+
+
+def train_step(
+    train_state: state.State,
+    batch: dict,
+    *,
+    system: System,
+    tx: optax.GradientTransformation,
+) -> tuple[state.State, dict]:
+    """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted."""
+    settings = system.config.optimizer
+    key = jax.random.fold_in(jax.random.key(system.config.seed), train_state.step)
+    noise = draw_noise(key, system, batch["label"].shape[0])
+    value_and_grad = jax.value_and_grad(partial(loss_fn, system=system))
+    loss, grads = accumulated(
+        value_and_grad, train_state.params, (batch, noise), settings.accumulate
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "broken": batch["broken"].sum(),
+    }
+    train_state = state.update(
+        train_state, grads, tx, ema=settings.ema, ema_warmup=settings.ema_warmup
+    )
+    return train_state, metrics
+
+
+def compile_step(system: System, mesh: Mesh):
+    """(init, step): jitted `State` creation from a key, and the sharded, donating train step."""
+    tx = optim.create(system.config)
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(system, mesh))
+    init = jax.jit(lambda key: state.create(system.init(key), tx), out_shardings=places)
+    step = jax.jit(
+        partial(train_step, system=system, tx=tx),
+        in_shardings=(places, sharding.batch_sharding(mesh)),
+        out_shardings=(places, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    return init, step
+
+
+def forward_flops(system: System) -> int:
+    """FLOPs of the denoiser for one image (with its text encoder), multiply-add = 2."""
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, *system.latent_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    text = system.config.text_encoder
+    noise = jax.ShapeDtypeStruct((1, text.length, text.width), jnp.float32)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, system.example(1)))
+
+    def forward(params, x, t, batch, noise):
+        return system.denoise(params)(x, t, system.condition(params, batch, noise))
+
+    return flops.count(forward, params, x, t, batch, noise)
+
+
+class Interrupt:
+    """Remembers SIGTERM (the notice of a preemption) so that the loop can end in order."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.previous)
+
+
+class Meter:
+    """Collects the metrics of each step on the device; the host reads them at intervals only."""
+
+    def __init__(self, images_before: int):
+        self.pending: list[tuple[int, dict]] = []
+        self.seen, self.broken = images_before, 0
+        self.start = time.perf_counter()
+
+    def add(self, step: int, metrics: dict, images: int) -> None:
+        """Note the device values of one finished step."""
+        self.pending.append((step, metrics))
+        self.seen += images
+
+    def read(self) -> dict[str, float]:
+        """Means since the last read; errors name the step of a bad loss, or too many bad images."""
+        steps = [step for step, _ in self.pending]
+        values = jax.device_get([metrics for _, metrics in self.pending])
+        elapsed, self.start = time.perf_counter() - self.start, time.perf_counter()
+        self.pending = []
+        for step, value in zip(steps, values, strict=True):
+            if not math.isfinite(value["loss"]) or not math.isfinite(value["grad_norm"]):
+                raise FloatingPointError(
+                    f"step {step}: loss {value['loss']}, gradient norm {value['grad_norm']}; "
+                    "lower optimizer.learning_rate or set optimizer.clip_norm, then run the same "
+                    "command to go on from the last good checkpoint"
+                )
+        self.broken += int(sum(value["broken"] for value in values))
+        if self.broken > BROKEN_LIMIT * max(self.seen, 1000):
+            raise ConfigError(
+                f"data.path: {self.broken} broken images among {self.seen} read, more than "
+                f"{BROKEN_LIMIT:.0%}; see the log for their names and repair the data set"
+            )
+        return {
+            "loss": float(np.mean([value["loss"] for value in values])),
+            "grad_norm": float(np.mean([value["grad_norm"] for value in values])),
+            "step_time": elapsed / len(steps),
+            "broken_images": self.broken,
+        }
+
+
+def throughput(config: Config, step_time: float, flop_image: int) -> dict[str, float]:
+    """images_per_sec, tflops_per_device (3 forwards an image) and mfu where the peak is known."""
+    rate = config.batch_size / step_time
+    tflops = 3 * flop_image * rate / jax.device_count() / 1e12
+    out = {"images_per_sec": rate, "tflops_per_device": tflops}
+    if peak := flops.peak_tflops():
+        out["mfu"] = tflops / peak
+    return out
+
+
+def create_vocabulary(config: Config, source) -> Vocabulary:
+    """The words and classes of a data source, as far as the config uses them."""
+    if config.data.semantics == "class":
+        return Vocabulary((), tuple(source.classes))
+    return Vocabulary(tuple(source.vocabulary()), ())
+
+
+def run(config: Config, workdir: str) -> None:
+    """Mode `train`: start, resume or notice that all is done; SIGTERM saves and returns."""
+    mesh = sharding.create_mesh(config.parallel.fsdp)
+    if config.batch_size % (mesh.size * config.optimizer.accumulate):
+        raise ConfigError(
+            f"config: batch_size={config.batch_size} must be a multiple of {mesh.size} devices x "
+            f"optimizer.accumulate={config.optimizer.accumulate}"
+        )
+    try:
+        source = create_source(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.path: {error}") from error
+    vocabulary = create_vocabulary(config, source)
+    folder = Workdir(workdir)
+    folder.open(config, vocabulary)
+    checkpoints = Checkpoints(folder.checkpoints, config, create=True)
+    if (checkpoints.latest or 0) >= config.steps:
+        print(f"Nothing to do: {workdir} has finished its {config.steps} steps.")
+        return
+    system = create_system(config, vocabulary)
+    encode = system.encode_text if system.text_encoder is not None else None
+    data = batches(
+        config, source, encode, process=jax.process_index(), processes=jax.process_count()
+    )
+    init, step_fn = compile_step(system, mesh)
+    if checkpoints.latest is None:
+        train_state = init(jax.random.key(config.seed))
+    else:
+        train_state = checkpoints.restore(system, mesh, data)
+        logging.info("resumed %s at step %d", workdir, checkpoints.latest)
+    reporter = Reporter(system, mesh, folder, first=checkpoints.latest or 0)
+    try:
+        with Interrupt() as interrupt:
+            train_state = loop(
+                system, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
+            )
+    finally:
+        checkpoints.close()
+    if interrupt.asked and int(train_state.step) < config.steps:
+        print(f"Stopped at step {int(train_state.step)}; the same command goes on from there.")
+        return
+    reporter.finish(int(train_state.step), train_state.ema)
+
+
+def loop(
+    system: System, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
+) -> state.State:
+    """Steps until config.steps or an interrupt; logs, saves and shows samples on the way."""
+    config = system.config
+    first = int(train_state.step)
+    meter = Meter(first * config.batch_size)
+    flop_image = forward_flops(system)
+    bar = tqdm(
+        total=config.steps, initial=first, desc="train", unit="step", smoothing=0.05,
+        disable=jax.process_index() != 0,
+    )  # fmt: skip
+    with bar:
+        for step in range(first + 1, config.steps + 1):
+            batch = sharding.put_batch(mesh, next(data))
+            train_state, metrics = step_fn(train_state, batch)
+            meter.add(step, metrics, config.batch_size)
+            bar.update()
+            last = step == config.steps or interrupt.asked
+            save = last or step % config.checkpoint.every == 0
+            if save or step % config.log.every == 0:
+                values = meter.read()  # waits for the device
+                values |= throughput(config, values["step_time"], flop_image)
+                reporter.scalars(step, values)
+                bar.set_postfix(
+                    loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_sec']:.0f}"
+                )
+            if save:
+                checkpoints.save(step, train_state, data, values["loss"])
+            if last:
+                break
+            every = config.log.samples_every
+            if every and step % every == 0:
+                reporter.samples(step, train_state.ema)
+                meter.start = time.perf_counter()
+    return train_state

@@ -1,0 +1,136 @@
+"""Every field of a configuration, with its default. Other configs start from `get_config()`.
+
+Override any of them on the command line: `--config.optimizer.learning_rate=3e-4`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def arguments(text: str | None, **defaults) -> ConfigDict:
+    """Config arguments as in `--config=configs/X.py:key=value,other=value`, typed by `defaults`."""
+    values = ConfigDict(defaults)
+    for item in filter(None, (text or "").split(",")):
+        key, _, value = item.partition("=")
+        if key not in defaults:
+            known = ", ".join(defaults) or "none"
+            raise ValueError(f"unknown config argument {key!r}; this config takes: {known}")
+        kind = type(defaults[key])
+        try:
+            values[key] = value in ("1", "true", "True") if kind is bool else kind(value)
+        except ValueError:
+            raise ValueError(
+                f"config argument {key}={value!r} is not of type {kind.__name__}"
+            ) from None
+    return values
+
+
+def get_config() -> ConfigDict:
+    """The paper's model and recipe on the embedded data; a place to start, not an experiment."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1000
+    config.batch_size = 64  # images a step, over all devices and accumulated parts
+
+    config.model = model = ConfigDict()
+    model.name = "ours"  # an architecture of condiff_jax.models.MODELS
+    model.size = "tiny/4"  # NAME/PATCH: tiny, S, B, L or XL, and the patch size
+    model.streams = "auto"  # shared | qkv | full; auto is the paper's: shared for classes, else qkv
+    model.qk_norm = True  # RMSNorm of queries and keys; the paper's runs diverge without
+    model.position = "resample"  # resample (pseudocode 1) | extrapolate (baseline of Fig. 8a)
+    model.base_resolution = 0  # pixels at which positions count 0..grid; 0: data.resolution
+    model.dtype = "float32"  # compute dtype: float32 | bfloat16; parameters are always float32
+    model.attention = "xla"  # xla | cudnn (NVIDIA GPUs, needs bfloat16)
+    model.remat = "none"  # none | block: recompute each block in the backward pass
+    model.unroll = 1  # layers per iteration of the scan over layers
+
+    config.data = data = ConfigDict()
+    data.name = "shapes"  # shapes (embedded) | webdataset (tar shards in data.path)
+    data.path = ""
+    data.resolution = 32  # pixels
+    data.semantics = "text"  # text | class
+    data.crop = (0.9, 1.0)  # range of the crop's side, as a fraction of the short side (Fig. 8c)
+    data.flip = True  # random horizontal flips
+    data.sizes = (24, 96)  # shapes only: range of the originals' short sides, pixels
+    data.workers = 0  # worker processes; 0 reads in threads of this one
+
+    config.conditioning = conditioning = ConfigDict()
+    conditioning.control = ("crop", "flip", "size")  # any of crop, flip, aspect, size; () is none
+    conditioning.weighting = "cosine"  # gamma_c of Eq. 1: cosine | linear | step | uniform | zero
+    conditioning.alpha = 8.0  # power of `cosine` (Table 2a)
+    conditioning.k = 1.0  # noise level of `step` (Table A6)
+    conditioning.padding = "noisy_replicate"  # zero | replicate | noisy_replicate (Table 3)
+    conditioning.beta_txt = 0.02  # Eq. 7; the paper says "small" and gives no value
+    conditioning.drop_semantics = 0.1  # probability of dropping semantics, and control with it
+    conditioning.drop_control = 0.1  # probability of dropping control alone, otherwise
+
+    config.diffusion = diffusion = ConfigDict()
+    diffusion.timesteps = 1000
+    diffusion.beta_start = 0.00085
+    diffusion.beta_end = 0.012
+    diffusion.base_resolution = 0  # Eq. 3: the resolution the schedule is for; 0: this one
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adam"  # adam | adamw
+    optimizer.learning_rate = 1e-4
+    optimizer.schedule = "constant"  # constant | cosine (to zero at the last step)
+    optimizer.warmup = 0  # steps of linear warm-up
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.0  # adamw only
+    optimizer.clip_norm = 0.0  # bound on the global gradient norm; 0 is off
+    optimizer.accumulate = 1  # parts a batch is split into, one after the other
+    optimizer.ema = 0.9999  # decay of the parameters' moving average
+    optimizer.ema_warmup = True  # start with the decay (1 + step) / (10 + step) where it is lower
+
+    config.autoencoder = autoencoder = ConfigDict()
+    autoencoder.name = "pixels"  # pixels: diffusion in pixel space
+    autoencoder.scale = 1.0  # latents are (x - shift) * scale, pictures being in [-1, 1]
+    autoencoder.shift = 0.0
+
+    config.text_encoder = text_encoder = ConfigDict()
+    text_encoder.name = "words"  # words: a word embedding, trained with the model
+    text_encoder.length = 24  # T, tokens after padding
+    text_encoder.width = 128  # channels of the embedding
+
+    config.sampling = sampling = ConfigDict()
+    sampling.sampler = "ddim"  # ddim | ddpm
+    sampling.steps = 50
+    sampling.spacing = "trailing"  # leading | trailing | linspace
+    sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
+    sampling.guidance = 1.5  # lambda of Eq. 2
+    sampling.control_guidance = 1.0  # beta of Eq. 2
+    sampling.clip = True  # keep the predicted picture in range (pixel space only)
+    sampling.ema = True  # sample with the averaged parameters
+    sampling.seed = 0  # sample i depends on (seed, i) alone
+    sampling.batch_size = 64
+    sampling.n = 16  # pictures in all; prompts or classes are repeated or cut to this number
+    sampling.prompts = ""  # mode sample: prompts, separated by ";"
+    sampling.prompt_file = ""  # mode sample: a text file with one prompt a line
+    sampling.labels = ()  # mode sample: classes, e.g. "(1,2)"; empty: all in turn
+    sampling.control = control = ConfigDict()  # what to ask for: an uncropped square, unflipped
+    control.crop_top = 0.0  # fractions of the original
+    control.crop_left = 0.0
+    control.crop_height = 1.0
+    control.crop_width = 1.0
+    control.flip = 0.0
+    control.aspect = 1.0
+    control.height = 0.0  # pixels of the original; 0: data.resolution
+    control.width = 0.0
+
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.prompts = 0  # prompts to measure prompt accuracy on when done (data shapes); 0: none
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 1000  # steps
+    checkpoint.keep = 2  # newest checkpoints to keep
+    checkpoint.keep_best = 1  # checkpoints with the lowest mean loss to keep besides
+
+    config.log = log = ConfigDict()
+    log.every = 50  # steps between lines of metrics.jsonl
+    log.samples_every = 1000  # steps between sample grids; 0: only at the end
+    log.samples = 16  # pictures in them
+
+    config.parallel = parallel = ConfigDict()
+    parallel.fsdp = 1  # devices that share one copy of the parameters; the others are data-parallel
+    return config

@@ -1,0 +1,370 @@
+"""Procedural captioned scenes: coloured shapes on textured backgrounds, without limit or files."""
+
+import colorsys
+import itertools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")  # hues 60 degrees apart, from 0
+POSITIONS = (
+    "top left", "top", "top right",
+    "left", "center", "right",
+    "bottom left", "bottom", "bottom right",
+)  # fmt: skip
+SIZES = ("small", "medium", "large")
+RELATIONS = ("left of", "right of", "above", "below")
+TONES = ("dark", "grey", "pale")
+TEXTURES = ("plain", "striped", "checked", "dotted", "grainy")
+SPLITS = ("train", "validation")
+WARM = ("red", "yellow", "purple")
+CLASSES = tuple(f"{heat} {shape}" for heat in ("warm", "cool") for shape in SHAPES)
+
+TEMPLATES = {  # what each kind of scene may say; every template names colour and shape
+    "placed": (
+        "{colour} {shape} {position}",
+        "{colour} {shape} {at}",
+        "a {colour} {shape} {at}",
+        "a {size} {colour} {shape} {at}",
+        "there is a {colour} {shape} {at}",
+        "a picture of a {colour} {shape} {at}",
+        "{at} a {colour} {shape} on a {texture} background",
+        "a {size} {colour} {shape} {at} of a {tone} {texture} picture",
+    ),
+    "bare": (
+        "{colour} {shape}",
+        "a {colour} {shape}",
+        "a {size} {colour} {shape}",
+        "a {colour} {shape} on a {tone} {texture} background",
+    ),
+    "long": (
+        "this picture shows one {size} {colour} {shape} placed {at}"
+        " in front of a {tone} {texture} background",
+        "there is nothing but a {colour} {shape} {at} of this picture"
+        " and behind it a {tone} {texture} background",
+    ),
+    "pair": (
+        "{colour} {shape} {relation} {colour2} {shape2}",
+        "a {colour} {shape} {relation} a {colour2} {shape2}",
+        "a {size} {colour} {shape} {relation} a {size2} {colour2} {shape2}",
+        "a {colour} {shape} {at} and a {colour2} {shape2} {at2}",
+        "a {colour} {shape} {at} and {relation} a {colour2} {shape2}",
+        "a {colour} {shape} {relation} a {colour2} {shape2} on a {tone} {texture} background",
+        "this picture shows a {size} {colour} {shape} {relation} a {size2} {colour2} {shape2}"
+        " in front of a {tone} {texture} background",
+        "a {size} {colour} {shape} {at} and {relation} a {size2} {colour2} {shape2} {at2}",
+    ),
+}
+AT = {name: f"in the {name} corner" for name in POSITIONS if " " in name}
+AT |= {"top": "at the top", "bottom": "at the bottom", "center": "in the center"}
+AT |= {"left": "on the left", "right": "on the right"}
+
+DIAMETERS = {1: (0.28, 0.36, 0.45), 2: (0.25, 0.31, 0.37)}  # by number of objects, then by size
+PAIR_SHARE = 0.25
+CELL_SHARE = 0.6  # centres keep to this inner part of their third, so that positions are clear
+CUT_SHARE = 0.12  # at most this part of a diameter lies beyond a border
+ASPECT = 4 / 3
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape: (x, y) fractions of width and height, diameter a fraction of the short side."""
+
+    shape: str
+    colour: str
+    size: str
+    position: str
+    x: float
+    y: float
+    diameter: float
+    rgb: tuple[float, float, float]  # exact colour, each channel in 0..1
+
+
+@dataclass(frozen=True)
+class Background:
+    """Texture of mean colour rgb (0..1), swinging by +-contrast; period is in short sides."""
+
+    tone: str
+    texture: str
+    rgb: tuple[float, float, float]
+    contrast: float
+    period: float
+    angle: float  # radians
+    phase: float  # 0..1, also shifts the grain
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A captioned picture of height x width pixels; objects[0] is the main one, named first."""
+
+    objects: tuple[Object, ...]
+    relation: str | None  # of the main object to the other one
+    background: Background
+    height: int
+    width: int
+    caption: str
+    mentions: frozenset[str]  # attributes of the main object which the caption states
+    label: int  # index into CLASSES
+
+
+def held_out(colour: str, shape: str, position: str) -> bool:
+    """Whether the triple of names is kept from all training scenes."""
+    code = COLOURS.index(colour) + 2 * SHAPES.index(shape) + 4 * POSITIONS.index(position)
+    return code % 7 == 0
+
+
+def _relations(position: str, other: str) -> list[str]:
+    """Relations of position to other which are clear, that is, two thirds apart."""
+    row, column = divmod(POSITIONS.index(position), 3)
+    row2, column2 = divmod(POSITIONS.index(other), 3)
+    holds = (column2 - column == 2, column - column2 == 2, row2 - row == 2, row - row2 == 2)
+    return [name for name, true in zip(RELATIONS, holds, strict=True) if true]
+
+
+def _vocabulary() -> tuple[str, ...]:
+    texts = [re.sub(r"\{\w+\}", " ", t) for group in TEMPLATES.values() for t in group]
+    names = (SHAPES, COLOURS, POSITIONS, SIZES, RELATIONS, TONES, TEXTURES, CLASSES, AT.values())
+    texts += itertools.chain.from_iterable(names)
+    return tuple(sorted({word for text in texts for word in text.split()}))
+
+
+def _mentions(template: str) -> frozenset[str]:
+    fields = {"position" if f == "at" else f for f in re.findall(r"\{(\w+)\}", template)}
+    return frozenset(fields & {"colour", "shape", "position", "size", "relation"})
+
+
+def _grain(side: int = 128) -> np.ndarray:
+    """Fixed noise (side, side) of equal power per octave, so that it has detail at any scale."""
+    rng = np.random.default_rng(1)
+    cells = [2**k for k in range(3, side.bit_length())]
+    octaves = [np.kron(rng.uniform(-1, 1, (n, n)), np.ones((side // n,) * 2)) for n in cells]
+    return (np.sum(octaves, axis=0) / math.sqrt(len(cells))).astype(np.float32)
+
+
+VOCABULARY = _vocabulary()
+MENTIONS = {template: _mentions(template) for group in TEMPLATES.values() for template in group}
+TRIPLES = {
+    split: [t for t in itertools.product(COLOURS, SHAPES, POSITIONS) if held_out(*t) == unseen]
+    for split, unseen in zip(SPLITS, (False, True), strict=True)
+}
+APART = {p: [q for q in POSITIONS if _relations(p, q)] for p in POSITIONS}
+SECOND = {  # objects which may join a main object of another colour
+    (colour, position): [t for t in TRIPLES["train"] if t[2] == position and t[0] != colour]
+    for colour, position in itertools.product(COLOURS, POSITIONS)
+}
+GRAIN = _grain()
+GRAIN_CELLS = 96  # per short side: as fine as the largest native pixels
+
+
+class _Dice:
+    """Cheap choices out of one block of uniform numbers."""
+
+    def __init__(self, split: str, index: int):
+        rng = np.random.default_rng([SPLITS.index(split), index])
+        self.roll: Callable[[], float] = iter(rng.random(48).tolist()).__next__
+
+    def pick(self, options):
+        return options[int(self.roll() * len(options))]
+
+    def between(self, low: float, high: float) -> float:
+        return low + (high - low) * self.roll()
+
+
+def _object(dice: _Dice, triple: tuple[str, str, str], count: int) -> Object:
+    """An object of the triple's colour, shape and position for a scene of count objects."""
+    colour, shape, position = triple
+    size = int(dice.roll() * 3)
+    diameter = DIAMETERS[count][size] * dice.between(0.96, 1.04)
+    inset = (0.5 - CUT_SHARE) * diameter
+    row, column = divmod(POSITIONS.index(position), 3)
+    margin = (1 - CELL_SHARE) / 2
+    x, y = (
+        dice.between(max((k + margin) / 3, inset), min((k + 1 - margin) / 3, 1 - inset))
+        for k in (column, row)
+    )
+    hue = COLOURS.index(colour) / 6 + dice.between(-8, 8) / 360
+    rgb = colorsys.hsv_to_rgb(hue % 1, dice.between(0.82, 1), dice.between(0.75, 1))
+    return Object(shape, colour, SIZES[size], position, x, y, diameter, rgb)
+
+
+def _background(dice: _Dice) -> Background:
+    tone = int(dice.roll() * 3)
+    value = (0.22, 0.46, 0.74)[tone] + dice.between(-0.06, 0.06)
+    rgb = colorsys.hsv_to_rgb(dice.roll(), dice.between(0, 0.12), value)
+    return Background(
+        tone=TONES[tone],
+        texture=dice.pick(TEXTURES),
+        rgb=rgb,
+        contrast=dice.between(0.05, 0.1),
+        period=dice.between(0.11, 0.24),
+        angle=int(dice.roll() * 4) * math.pi / 4,
+        phase=dice.roll(),
+    )
+
+
+def _native_size(dice: _Dice, sizes: tuple[int, int]) -> tuple[int, int]:
+    """Height and width: short side log-uniform over sizes, aspect log-uniform in 3:4..4:3."""
+    short = round(math.exp(dice.between(math.log(sizes[0]), math.log(sizes[1]))))
+    stretch = dice.between(-1, 1)
+    long = round(short * ASPECT ** abs(stretch))
+    return (short, long) if stretch > 0 else (long, short)
+
+
+def _caption(
+    template: str, objects: tuple[Object, ...], relation: str | None, background: Background
+) -> str:
+    fields = {"relation": relation, "tone": background.tone, "texture": background.texture}
+    for item, suffix in zip(objects, ("", "2"), strict=False):
+        fields["colour" + suffix] = item.colour
+        fields["shape" + suffix] = item.shape
+        fields["size" + suffix] = item.size
+        fields["position" + suffix] = item.position
+        fields["at" + suffix] = AT[item.position]
+    return template.format_map(fields)
+
+
+def make_scene(split: str, index: int, sizes: tuple[int, int] = (24, 96)) -> Scene:
+    """Scene number index of a split; sizes bound the short side in pixels. ValueError if bad."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if not 8 <= sizes[0] <= sizes[1]:
+        raise ValueError(f"sizes must be (least, greatest) short side of 8 or more, got {sizes}")
+    dice = _Dice(split, index)
+    height, width = _native_size(dice, sizes)
+    background = _background(dice)
+    main = dice.pick(TRIPLES[split])
+    apart = APART[main[2]]
+    # The center has no cell two thirds away, so the other eight make up for its pairs.
+    pair = dice.roll() < PAIR_SHARE * 9 / 8 and bool(apart)
+    objects = (_object(dice, main, 1 + pair),)
+    relation = None
+    if pair:
+        second = dice.pick(SECOND[main[0], dice.pick(apart)])
+        objects += (_object(dice, second, 2),)
+        relation = dice.pick(_relations(main[2], second[2]))
+        template = dice.pick(TEMPLATES["pair"])
+    else:
+        kind = dice.roll()
+        kind = "placed" if kind < 0.8 else "bare" if kind < 0.92 else "long"
+        template = dice.pick(TEMPLATES[kind])
+    return Scene(
+        objects=objects,
+        relation=relation,
+        background=background,
+        height=height,
+        width=width,
+        caption=_caption(template, objects, relation, background),
+        mentions=MENTIONS[template],
+        label=SHAPES.index(main[1]) + len(SHAPES) * (main[0] not in WARM),
+    )
+
+
+def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Covered share (h, w) of pixels at offsets x (w,) and y (h, 1) from the centre, pixels."""
+    if shape in ("circle", "ring"):
+        outside = np.sqrt(x * x + y * y) - radius
+        if shape == "ring":
+            outside = np.abs(outside + 0.25 * radius) - 0.25 * radius
+    elif shape == "square":
+        outside = np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
+    elif shape == "cross":
+        x, y = np.abs(x), np.abs(y)
+        outside = np.maximum(np.minimum(x, y) - 0.3 * radius, np.maximum(x, y) - radius)
+    else:  # triangle: apex up, base 2 radii wide, 1.75 radii high
+        slope = math.hypot(1.75, 1)
+        side = (1.75 * np.abs(x) - (y + 0.875 * radius)) / slope
+        outside = np.maximum(side, y - 0.875 * radius)
+    return np.clip(0.5 - outside, 0, 1)  # a ramp of one pixel
+
+
+def _wave(phase: np.ndarray, period: float) -> np.ndarray:
+    """Square wave in -1..1 of period 1 in phase, its edges one pixel wide (period in pixels)."""
+    triangle = np.abs(4 * (phase - np.floor(phase)) - 2) - 1
+    return np.clip(triangle * np.float32(period / 2), -1, 1)
+
+
+def _texture(background: Background, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Background pattern and fine grain, each (height, width) or scalar, about -1..1."""
+    short = min(height, width)
+    x = (np.arange(width, dtype=np.float32) + 0.5) / short
+    y = (np.arange(height, dtype=np.float32) + 0.5)[:, None] / short
+    period, phase = background.period, background.phase
+    rows, columns = ((t * GRAIN_CELLS + 128 * phase).astype(np.intp) % 128 for t in (y, x))
+    grain = GRAIN[rows, columns]
+    if background.texture == "striped":
+        across = x * math.cos(background.angle) + y * math.sin(background.angle)
+        pattern = _wave(across / period + phase, period * short)
+    elif background.texture == "checked":
+        pattern = _wave(x / period + phase, period * short) * _wave(y / period, period * short)
+    elif background.texture == "dotted":
+        dots = np.cos(2 * math.pi * (x / period + phase)) + np.cos(2 * math.pi * y / period)
+        pattern = np.clip((dots - 0.6) * np.float32(period * short / 3), -1, 1)
+    elif background.texture == "grainy":
+        pattern = grain
+    else:
+        pattern = np.zeros((1, 1), np.float32)
+    return pattern, grain
+
+
+def render(scene: Scene, height: int | None = None, width: int | None = None) -> np.ndarray:
+    """Picture of a scene, uint8 (H, W, 3), at its native size or any other."""
+    height = scene.height if height is None else height
+    width = scene.width if width is None else width
+    pattern, grain = _texture(scene.background, height, width)
+    image = np.empty((3, height, width), np.float32)  # planar: broadcasting is faster
+    pattern = pattern * np.float32(255 * scene.background.contrast)
+    for plane, level in zip(image, scene.background.rgb, strict=True):
+        np.add(pattern, np.float32(255 * level), out=plane)
+    for item in scene.objects:
+        diameter = item.diameter * min(height, width)
+        x, y, reach = item.x * width, item.y * height, diameter / 2 + 1
+        left, right = max(int(x - reach), 0), min(int(x + reach) + 1, width)
+        top, bottom = max(int(y - reach), 0), min(int(y + reach) + 1, height)
+        xs = np.arange(left, right, dtype=np.float32) + np.float32(0.5 - x)
+        ys = np.arange(top, bottom, dtype=np.float32)[:, None] + np.float32(0.5 - y)
+        mask = _coverage(item.shape, xs, ys, diameter / 2)  # (h, w)
+        patch = image[:, top:bottom, left:right]
+        rgb = np.array(item.rgb, np.float32)[:, None, None] * 255
+        patch += mask * (rgb - patch)
+    image += grain * np.float32(5)
+    np.clip(image, 0, 255, out=image)
+    return np.ascontiguousarray((image + np.float32(0.5)).astype(np.uint8).transpose(1, 2, 0))
+
+
+class Shapes:
+    """Random access to the scenes of a split as records of image, caption and label."""
+
+    classes = CLASSES
+
+    def __init__(self, split: str = "train", sizes: tuple[int, int] = (24, 96)):
+        make_scene(split, 0, sizes)  # bad arguments fail here, not in a worker
+        self.split, self.sizes = split, sizes
+
+    def __len__(self) -> int:
+        return 2**31 - 1 if self.split == "train" else 10_000
+
+    def __getitem__(self, index: int) -> dict:
+        """Record of uint8 image (H, W, 3), caption and int32 label; IndexError out of range."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"scene {index} is outside 0..{len(self) - 1}")
+        scene = make_scene(self.split, index, self.sizes)
+        return {"image": render(scene), "caption": scene.caption, "label": np.int32(scene.label)}
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """All words of captions and class names, sorted."""
+        return VOCABULARY
+
+
+def prompts(n: int, offset: int = 0) -> list[Scene]:
+    """The n validation scenes, after offset, of one object with colour, shape and position."""
+    scenes = (make_scene("validation", index) for index in itertools.count())
+    wanted = (
+        scene
+        for scene in scenes
+        if len(scene.objects) == 1 and {"colour", "shape", "position"} <= scene.mentions
+    )
+    return list(itertools.islice(wanted, offset, offset + n))

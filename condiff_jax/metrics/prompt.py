@@ -1,0 +1,214 @@
+"""Names the shapes in any picture from its pixels, and so measures how prompts are followed."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from condiff_jax.data.shapes import COLOURS, POSITIONS, SHAPES
+
+ATTRIBUTES = ("colour", "shape", "position", "relation")
+LEAST_CHROMA = 36  # grey levels; weaker tints belong to the background
+LEAST_AREA = 0.012  # share of the picture; smaller blobs are speckle
+WORKING_SIDE = 48  # pictures with twice this short side or more are reduced first
+EDGES = (1.0, 2.5)  # pixels; sharp and blurred
+LEAST_CONFIDENCE = 0.6  # blobs less like any shape are none
+CLEAR_OFFSET = 0.15  # picture sides by which a relation has to hold
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One found shape: centre (x, y) in fractions of the picture, size sqrt(area) / short side."""
+
+    colour: str
+    shape: str
+    position: str
+    x: float
+    y: float
+    size: float
+    confidence: float  # share of the blob's energy which the ideal shape explains, 0..1
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    if min(image.shape[:2]) < 16:
+        raise ValueError(f"image must be 16 pixels or more a side, got {image.shape[:2]}")
+
+
+def _chroma(image: np.ndarray) -> np.ndarray:
+    """Hue plane (H, W) as complex numbers: pure red is 255, angle is hue; greys are 0."""
+    factor = min(image.shape[:2]) // WORKING_SIDE
+    image = image.astype(np.float32)
+    if factor > 1:
+        height, width = (n // factor * factor for n in image.shape[:2])
+        blocks = image[:height, :width].reshape(height // factor, factor, -1, factor, 3)
+        image = blocks.mean((1, 3))
+    red, green, blue = np.moveaxis(image, 2, 0)
+    return red - (green + blue) / 2 + 1j * (math.sqrt(3) / 2) * (green - blue)
+
+
+def _blobs(chroma: np.ndarray, count: int) -> list[np.ndarray]:
+    """Soft masks (H, W) in 0..1 of the count largest coloured regions, largest first."""
+    chroma = chroma - (np.median(chroma.real) + 1j * np.median(chroma.imag))  # less background
+    strength = np.abs(chroma)
+    # Noise has random hues, so that unlike those of a shape its neighbours cancel.
+    smooth = np.abs(ndimage.uniform_filter(chroma, 3))
+    floor = max(LEAST_CHROMA, 4 * np.median(smooth))  # most of a picture is background
+    seen = smooth > max(floor, 0.4 * np.percentile(smooth, 98))
+    labels, found = ndimage.label(seen, np.ones((3, 3)))
+    masks = []
+    for region in range(1, found + 1):
+        inside = labels == region
+        if inside.sum() < LEAST_AREA * inside.size:
+            continue
+        level = np.percentile(strength[inside], 75)
+        near = ndimage.binary_dilation(inside, iterations=2) & ((labels == 0) | inside)
+        masks.append(np.where(near, np.minimum(strength / level, 1), 0))
+    return sorted(masks, key=np.sum, reverse=True)[:count]
+
+
+def _outside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance to an ideal shape of half width 1 at offsets x, y; negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - 1
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.75) - 0.25
+    x = np.abs(x)
+    if shape == "square":
+        return np.maximum(x, np.abs(y)) - 1
+    if shape == "triangle":
+        return np.maximum((1.75 * x - y - 0.875) / math.hypot(1.75, 1), y - 0.875)
+    y = np.abs(y)
+    return np.maximum(np.minimum(x, y) - 0.3, np.maximum(x, y) - 1)
+
+
+def _misfits(shape: str, edge: float, patch: tuple, fits: np.ndarray) -> np.ndarray:
+    """Squared errors (N,) of ideal shapes fits (N, 3: x, y, radius in pixels) to a patch.
+
+    edge is the width of the soft edge in pixels; patch a mask (h, w) and the x and y of its
+    first pixel's centre. The strength of the ideal is left free, for blur dims thin shapes.
+    """
+    mask, x0, y0 = patch
+    x, y, radius = (column[:, None, None] for column in fits.T)
+    xs = (x0 + np.arange(mask.shape[1]) - x) / radius
+    ys = (y0 + np.arange(mask.shape[0])[:, None] - y) / radius
+    ideal = np.clip(0.5 - _outside(shape, xs, ys) * (radius / edge), 0, 1)
+    overlap, energy = np.einsum("nhw,hw->n", ideal, mask), np.einsum("nhw,nhw->n", ideal, ideal)
+    return np.square(mask).sum() - overlap**2 / np.maximum(energy, 1e-6)
+
+
+def _fit(mask: np.ndarray) -> tuple[str, float, float, float]:
+    """Best ideal shape for a soft mask (H, W): its name, centre x and y in pixels and misfit.
+
+    Only pixels of the picture count, so a shape cut by the border fits as well as a whole one.
+    """
+    rows, columns = (np.flatnonzero((mask > 0.5).any(axis)) for axis in (1, 0))
+    top, bottom = max(rows[0] - 2, 0), min(rows[-1] + 3, mask.shape[0])
+    left, right = max(columns[0] - 2, 0), min(columns[-1] + 3, mask.shape[1])
+    patch = mask[top:bottom, left:right].astype(np.float32), left + 0.5, top + 0.5
+    middle = [(columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2]
+    radius = (max(np.ptp(rows), np.ptp(columns)) + 1) / 2
+    steps = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3), -1).reshape(-1, 3)  # (27, 3)
+    best = (np.inf, "", 0.0, 0.0)
+    for shape, edge in itertools.product(SHAPES, EDGES):
+        guess, step = np.array([*middle, radius]), 0.16 * radius
+        for _ in range(4):
+            guesses = (guess + step * steps).astype(np.float32)
+            misfits = _misfits(shape, edge, patch, guesses)
+            guess, step = guesses[misfits.argmin()], step / 2
+        best = min(best, (float(misfits.min()), shape, float(guess[0]), float(guess[1])))
+    misfit, shape, x, y = best
+    return shape, x, y, misfit
+
+
+def detect(image: np.ndarray, max_objects: int = 2) -> list[Detection]:
+    """Coloured shapes in a uint8 image (H, W, 3), largest first; ValueError for other input."""
+    _check_image(image)
+    chroma = _chroma(image)
+    height, width = chroma.shape
+    found = []
+    for mask in _blobs(chroma, max_objects):
+        shape, x, y, misfit = _fit(mask)
+        confidence = 1 - misfit / float(np.square(mask).sum())
+        if confidence < LEAST_CONFIDENCE:
+            continue
+        hue = np.angle(chroma[mask > 0.8].sum()) / (2 * math.pi)
+        x, y = min(max(x / width, 0), 1), min(max(y / height, 0), 1)
+        cell = 3 * min(int(3 * y), 2) + min(int(3 * x), 2)
+        found.append(
+            Detection(
+                colour=COLOURS[round(6 * hue) % 6],
+                shape=shape,
+                position=POSITIONS[cell],
+                x=x,
+                y=y,
+                size=math.sqrt(mask.sum()) / min(height, width),
+                confidence=confidence,
+            )
+        )
+    return found
+
+
+def sharpness(image: np.ndarray) -> float:
+    """Mean absolute Laplacian of a uint8 image (H, W, 3) in grey levels; less means blurred."""
+    _check_image(image)
+    grey = image.astype(np.float32).mean(2)
+    inner = grey[1:-1, 1:-1]
+    around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+    return float(np.abs(around - 4 * inner).mean())
+
+
+def _relation_holds(relation: str, main: Detection, other: Detection) -> bool:
+    offsets = {
+        "left of": other.x - main.x,
+        "right of": main.x - other.x,
+        "above": other.y - main.y,
+        "below": main.y - other.y,
+    }
+    return offsets[relation] > CLEAR_OFFSET
+
+
+def _judge(image: np.ndarray, scene) -> dict[str, bool]:
+    """Whether each attribute which the caption mentions is right in the image."""
+    wanted = scene.objects[0]
+    found = detect(image, max_objects=2)
+    if len(scene.objects) == 1:
+        found = found[:1]
+    found.sort(key=lambda item: item.colour != wanted.colour)  # stable: else the largest
+    right = {}
+    for name in ATTRIBUTES[:3]:
+        if name in scene.mentions:
+            right[name] = bool(found) and getattr(found[0], name) == getattr(wanted, name)
+    if "relation" in scene.mentions:
+        right["relation"] = (
+            len(found) == 2
+            and found[0].colour == wanted.colour
+            and _relation_holds(scene.relation, *found)
+        )
+    return right
+
+
+def prompt_accuracy(images: np.ndarray, scenes: Sequence) -> dict[str, float]:
+    """Share of images (N, H, W, 3) uint8 which show what the captions of N scenes say.
+
+    Keys: each of ATTRIBUTES, among the scenes which mention it (left out if none does), and
+    "all". The main object is the detection of its colour, else the largest. ValueError if empty
+    or mismatched.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+    if len(images) != len(scenes) or not len(scenes):
+        raise ValueError(f"need as many images as scenes, got {len(images)} and {len(scenes)}")
+    results = [_judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    accuracy = {}
+    for name in ATTRIBUTES:
+        votes = [result[name] for result in results if name in result]
+        if votes:
+            accuracy[name] = float(np.mean(votes))
+    accuracy["all"] = float(np.mean([all(result.values()) for result in results]))
+    return accuracy

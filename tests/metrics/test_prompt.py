@@ -1,0 +1,159 @@
+"""The detector names rendered shapes, rejects what is not there, and accuracy can fail."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from condiff_jax.data.shapes import COLOURS, POSITIONS, make_scene, prompts, render
+from condiff_jax.metrics.prompt import detect, prompt_accuracy, sharpness
+
+
+def resized(image, side):
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def pictures(scenes, side, native=96, noise=8.0):
+    """Noisy renderings (N, side, side, 3) uint8 of scenes by way of native resolution."""
+    rng = np.random.default_rng(0)
+    images = np.stack([resized(render(scene, native, native), side) for scene in scenes])
+    return np.clip(images + rng.normal(0, noise, images.shape), 0, 255).astype(np.uint8)
+
+
+def everything_mentioned(scene):
+    names = {"colour", "shape", "position"} | ({"relation"} if scene.relation else set())
+    return replace(scene, mentions=frozenset(names))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Scenes of all shapes and colours, one or two objects, judged on all attributes."""
+    return [everything_mentioned(make_scene("train", index)) for index in range(150)]
+
+
+def assert_accurate(accuracy, colour=0.995, position=0.99, shape=0.98):
+    assert accuracy["colour"] >= colour
+    assert accuracy["position"] >= position
+    assert accuracy["shape"] >= shape
+
+
+@pytest.mark.parametrize("side,count", [(32, 300), (64, 60)])
+def test_accurate_on_noisy_validation_prompts(side, count):
+    scenes = prompts(count)
+    accuracy = prompt_accuracy(pictures(scenes, side), scenes)
+    assert_accurate(accuracy)
+    assert "relation" not in accuracy
+
+
+@pytest.mark.parametrize("native,noise", [(96, 8), (24, 8), (96, 16)])
+def test_accurate_on_all_shapes_blurred_or_noisier(mixed, native, noise):
+    accuracy = prompt_accuracy(pictures(mixed, 32, native, noise), mixed)
+    assert_accurate(accuracy)
+    assert accuracy["relation"] >= 0.95 and accuracy["all"] >= 0.97
+
+
+def test_names_shapes_drawn_by_another_renderer():
+    draw_on = {
+        "circle": lambda d, box: d.ellipse(box, fill="blue"),
+        "square": lambda d, box: d.rectangle(box, fill="blue"),
+        "ring": lambda d, box: d.ellipse(box, outline="blue", width=12),
+        "triangle": lambda d, box: d.polygon(
+            [(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill="blue"
+        ),
+        "cross": lambda d, box: (
+            d.rectangle((box[0] + 20, box[1], box[2] - 20, box[3]), fill="blue"),
+            d.rectangle((box[0], box[1] + 20, box[2], box[3] - 20), fill="blue"),
+        ),
+    }
+    for shape, draw in draw_on.items():
+        canvas = Image.new("RGB", (160, 160), (150, 145, 140))
+        draw(ImageDraw.Draw(canvas), (10, 90, 70, 150))
+        for side in (32, 64, 160):
+            (found,) = detect(resized(np.asarray(canvas), side))
+            assert (found.colour, found.shape) == ("blue", shape)
+            assert found.position == "bottom left"
+            assert abs(found.x - 0.25) < 0.04 and abs(found.y - 0.75) < 0.04
+
+
+def test_washed_out_colours_are_still_named(mixed):
+    images = pictures(mixed[:60], 32).astype(float)
+    pale = (0.5 * images + 0.5 * images.mean(3, keepdims=True)).astype(np.uint8)
+    assert_accurate(prompt_accuracy(pale, mixed[:60]))
+
+
+def test_nothing_is_found_without_objects():
+    rng = np.random.default_rng(0)
+    for index in range(30):
+        bare = replace(make_scene("train", index), objects=())
+        assert detect(render(bare, 48, 48)) == []
+        assert detect(rng.normal(128, 30, (32, 32, 3)).clip(0, 255).astype(np.uint8)) == []
+    assert detect(np.full((16, 16, 3), 90, np.uint8)) == []
+    assert detect(np.full((32, 32, 3), (200, 30, 30), np.uint8)) == []
+
+
+def test_objects_are_counted_and_ordered_by_size(mixed):
+    for scene in mixed[:60]:
+        found = detect(render(scene))
+        assert len(found) == len(scene.objects)
+        assert [d.size for d in found] == sorted((d.size for d in found), reverse=True)
+        assert {d.colour for d in found} == {o.colour for o in scene.objects}
+        assert len(detect(render(scene), max_objects=1)) == 1
+
+
+def test_wrong_images_score_near_chance(mixed):
+    images = pictures(mixed, 32)
+    accuracy = prompt_accuracy(np.roll(images, 1, axis=0), mixed)
+    assert accuracy["colour"] < 2.5 / len(COLOURS)
+    assert accuracy["shape"] < 2 / 5
+    assert accuracy["position"] < 2.5 / len(POSITIONS)
+    assert accuracy["relation"] < 0.4 and accuracy["all"] < 0.05
+    nothing = prompt_accuracy(np.full_like(images[:20], 128), mixed[:20])
+    assert set(nothing.values()) == {0.0}
+
+
+def test_each_wrong_attribute_is_told_apart():
+    scene = next(s for s in prompts(20) if s.objects[0].position != "center")
+    item = scene.objects[0]
+    other = {"circle": "cross"}.get(item.shape, "circle")
+    for name, changed in {
+        "shape": replace(item, shape=other),
+        "colour": replace(item, rgb=item.rgb[1:] + item.rgb[:1]),
+        "position": replace(item, x=0.5, y=0.5),
+    }.items():
+        image = render(replace(scene, objects=(changed,)), 48, 48)
+        accuracy = prompt_accuracy(image[None], [scene])
+        wrong = {key for key, value in accuracy.items() if value == 0}
+        assert wrong == {name, "all"}
+
+
+def test_mirrored_relation_is_wrong():
+    scenes = [make_scene("train", index) for index in range(300)]
+    scenes = [s for s in scenes if "relation" in s.mentions and s.relation.endswith("of")][:10]
+    images = pictures(scenes, 48)
+    assert prompt_accuracy(images, scenes)["relation"] == 1
+    assert prompt_accuracy(images[:, :, ::-1], scenes)["relation"] == 0
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_sharpness_falls_with_lost_resolution(index):
+    image = render(make_scene("train", index), 64, 64)
+    measured = [sharpness(image)]
+    for side in (48, 32, 24, 16):
+        measured.append(sharpness(resized(resized(image, side), 64)))
+    assert all(a > b for a, b in zip(measured, measured[1:], strict=False))
+    assert sharpness(np.full((16, 16, 3), 7, np.uint8)) == 0
+
+
+def test_bad_input():
+    scenes = prompts(2)
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    for bad in (images[0].astype(np.float32), images[0, ..., 0], images[0, :8]):
+        with pytest.raises(ValueError, match="image must"):
+            detect(bad)
+    with pytest.raises(ValueError, match="as many"):
+        prompt_accuracy(images[:1], scenes)
+    with pytest.raises(ValueError, match="as many"):
+        prompt_accuracy(images[:0], [])
+    with pytest.raises(ValueError, match="uint8"):
+        prompt_accuracy(images.astype(np.float32), scenes)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-
-from condiff_jax import config as config_lib
-from condiff_jax import sample, summary, train
-from condiff_jax.config import ConfigError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
@@ -18,17 +15,18 @@ MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "summary"], "What 
 
 def main(_) -> None:
     """Dispatch to the mode; bad input ends with one line and exit code 2."""
+    # Imported here so that bad flags are reported at once, not after loading JAX.
+    from condiff_jax import config as config_lib
+    from condiff_jax import sample, summary, train
+
     try:
-        if CONFIG.value is None:
-            raise ConfigError("--config is missing, e.g. --config=configs/quickstart.py")
         config = config_lib.create(CONFIG.value)
         if MODE.value == "summary":
             return summary.run(config)
         if not WORKDIR.value:
-            raise ConfigError(f"--workdir is missing; mode {MODE.value} needs the run's folder")
-        run = {"train": train.run, "sample": sample.run}[MODE.value]
-        run(config, WORKDIR.value)
-    except (ConfigError, FloatingPointError) as error:
+            raise config_lib.ConfigError(f"--workdir is missing; mode {MODE.value} needs it")
+        {"train": train.run, "sample": sample.run}[MODE.value](config, WORKDIR.value)
+    except (config_lib.ConfigError, FloatingPointError) as error:
         fail(error)
 
 
@@ -39,16 +37,33 @@ def fail(error: Exception) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's flag parsing, with errors of config files and overrides in one line."""
+    """absl's flag parsing and the loading of the config file, with errors in one line."""
     try:
         rest = flags.FLAGS(argv)
         if rest[1:]:
             raise flags.Error(f"unexpected argument {rest[1]!r}")
+        if CONFIG.value is None:
+            raise flags.Error("--config is missing, try --config=configs/quickstart.py")
+        CONFIG.value.keys()  # a file that failed to load says so on first use
         return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        fail(error)
+    except (KeyError, AttributeError) as error:
+        fail(ValueError(f"config: unknown field {error.args[0]}; configs/base.py lists all fields"))
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        # ml_collections appends the traceback of a failing config file; its last line says why.
+        fail(ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))
+
+
+def use_huge_pages() -> None:
+    """Start again with glibc's huge pages on, once: JAX on CPUs is about 1.5 times faster then.
+
+    glibc reads the setting when a process starts, so it cannot be changed from inside.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=parse)

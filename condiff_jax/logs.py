@@ -74,7 +74,6 @@ class Reporter:
 
     def finish(self, step: int, params: dict) -> None:
         """The final grid, the evaluation the config asks for, and where everything is."""
-        params = params if self.config.sampling.ema else params
         self.samples(step, params, self.config.sampling.n)
         lines = [f"Finished {step} steps."]
         if self.config.evaluation.prompts:

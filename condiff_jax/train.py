@@ -154,18 +154,26 @@ class Meter:
     def __init__(self, images_before: int):
         self.pending: list[tuple[int, dict]] = []
         self.seen, self.broken = images_before, 0
-        self.start = time.perf_counter()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last read: it went to something else than steps."""
+        self.start, self.timed = time.perf_counter(), 0
 
     def add(self, step: int, metrics: dict, images: int) -> None:
-        """Note the device values of one finished step."""
+        """Note the device values of one step that was started."""
         self.pending.append((step, metrics))
         self.seen += images
+        self.timed += 1
+        if len(self.pending) > 2:  # stay two steps ahead of the device, not hundreds
+            jax.block_until_ready(self.pending[-3][1])
 
     def read(self) -> dict[str, float]:
         """Means since the last read; errors name the step of a bad loss, or too many bad images."""
         steps = [step for step, _ in self.pending]
         values = jax.device_get([metrics for _, metrics in self.pending])
-        elapsed, self.start = time.perf_counter() - self.start, time.perf_counter()
+        step_time = (time.perf_counter() - self.start) / max(self.timed, 1)
+        self.restart_clock()
         self.pending = []
         for step, value in zip(steps, values, strict=True):
             if not math.isfinite(value["loss"]) or not math.isfinite(value["grad_norm"]):
@@ -183,7 +191,7 @@ class Meter:
         return {
             "loss": float(np.mean([value["loss"] for value in values])),
             "grad_norm": float(np.mean([value["grad_norm"] for value in values])),
-            "step_time": elapsed / len(steps),
+            "step_time": step_time,
             "broken_images": self.broken,
         }
 
@@ -266,6 +274,9 @@ def loop(
             batch = sharding.put_batch(mesh, next(data))
             train_state, metrics = step_fn(train_state, batch)
             meter.add(step, metrics, config.batch_size)
+            if step == first + 1:  # it was compiled
+                jax.block_until_ready(metrics)
+                meter.restart_clock()
             bar.update()
             last = step == config.steps or interrupt.asked
             save = last or step % config.checkpoint.every == 0
@@ -283,5 +294,5 @@ def loop(
             every = config.log.samples_every
             if every and step % every == 0:
                 reporter.samples(step, train_state.ema)
-                meter.start = time.perf_counter()
+                meter.restart_clock()
     return train_state

@@ -1,0 +1,79 @@
+"""The input pipeline: the same stream for any number of hosts, workers and restarts."""
+
+import jax
+import numpy as np
+import pytest
+
+from condiff_jax.conditioning.control import ControlSpec
+from condiff_jax.data.augment import SCALARS
+from condiff_jax.data.pipeline import batches, create_source
+from tests import tiny
+
+CONFIG = tiny.config()
+
+
+def stream(config=CONFIG, **hosts):
+    return batches(config, create_source(config), tiny.system(config).encode_text, **hosts)
+
+
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_batches_have_the_shapes_the_system_expects():
+    batch, example = next(stream()), tiny.system(CONFIG).example(16)
+    assert jax.tree.structure(batch) == jax.tree.structure(example)
+    for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(example), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+
+
+def test_state_resumes_the_exact_stream():
+    whole = stream()
+    expected = [next(whole) for _ in range(6)]
+    first = stream()
+    for _ in range(3):
+        next(first)
+    second = stream()
+    second.set_state(first.get_state())
+    for batch in expected[3:]:
+        assert_equal(batch, next(second))
+
+
+def test_two_hosts_see_the_stream_of_one():
+    one, parts = stream(), [stream(process=p, processes=2) for p in range(2)]
+    for _ in range(2):
+        whole, halves = next(one), [next(part) for part in parts]
+        merged = jax.tree.map(lambda a, b: np.stack([a, b], 1).reshape(-1, *a.shape[1:]), *halves)
+        assert_equal(whole, merged)
+
+
+def test_every_epoch_has_another_order_and_augmentation():
+    source = create_source(CONFIG)
+    few = [source[i] for i in range(16)]
+    data = batches(CONFIG, few, tiny.system(CONFIG).encode_text)
+    first, second = next(data), next(data)
+    assert sorted(first["label"]) == sorted(second["label"])  # the same records
+    assert not np.array_equal(first["ids"], second["ids"])
+    assert not set(first["control"]["crop_top"]) & set(second["control"]["crop_top"]) - {0.0}
+
+
+def test_another_seed_is_another_stream():
+    other = stream(tiny.config(seed=1))
+    assert not np.array_equal(next(stream())["image"], next(other)["image"])
+
+
+def test_control_scalars_feed_the_spec():
+    batch = next(stream())
+    assert set(batch["control"]) == set(SCALARS)
+    control = ControlSpec(("crop", "flip", "size")).control(batch["control"])
+    assert control.high.shape == (16, 5) and control.low.shape == (16, 2)
+    np.testing.assert_allclose(control.low[:, 0], batch["control"]["height"])
+    assert set(np.unique(control.high[:, 4])) <= {0.0, 1000.0}
+
+
+@pytest.mark.parametrize("workers", [1])
+def test_worker_processes_change_nothing(workers):
+    plain, worked = stream(), stream(tiny.config(**{"data.workers": workers}))
+    for _ in range(3):
+        assert_equal(next(plain), next(worked))

@@ -1,0 +1,84 @@
+"""Validation: bad values are errors that name the field and the fix; good ones round-trip."""
+
+import json
+
+import pytest
+
+from condiff_jax import config as config_lib
+from condiff_jax.config import ConfigError
+from configs import base
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("model.name", "sit", "choose from mmdit, ours"),
+        ("model.size", "XXL/2", "model.size"),
+        ("model.size", "XL", "NAME/PATCH"),
+        ("data.resolution", 18, "data.resolution=18 must be a multiple of 4"),
+        ("model.base_resolution", 30, "model.base_resolution"),
+        ("model.attention", "cudnn", "bfloat16"),
+        ("data.crop", (0.9, 0.5), "data.crop"),
+        ("data.crop", (0.9,), "data.crop"),
+        ("data.sizes", (4, 96), "data.sizes"),
+        ("data.name", "webdataset", "data.path"),
+        ("conditioning.control", ("crop", "zoom"), "zoom"),
+        ("conditioning.drop_control", 1.5, "between 0 and 1"),
+        ("optimizer.accumulate", 3, "optimizer.accumulate=3"),
+        ("diffusion.beta_start", 0.5, "beta_start"),
+        ("sampling.steps", 1001, "diffusion.timesteps"),
+        ("steps", 0, "steps must be at least 1"),
+        ("steps", "many", "steps must be of type int"),
+        ("optimizer.ema_warmup", 1, "type bool"),
+    ],
+)
+def test_bad_values_name_the_field(field, value, named):
+    values = tiny.values().to_dict()
+    *path, last = field.split(".")
+    section = values
+    for part in path:
+        section = section[part]
+    section[last] = value
+    with pytest.raises(ConfigError, match=named) as error:
+        config_lib.create(values)
+    assert field.split(".")[-1] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_and_missing_fields_are_errors():
+    values = tiny.values().to_dict()
+    values["model"]["depht"] = 3
+    with pytest.raises(ConfigError, match=r"unknown field model.depht"):
+        config_lib.create(values)
+    del values["model"]["depht"], values["optimizer"]["eps"]
+    with pytest.raises(ConfigError, match=r"missing field optimizer.eps"):
+        config_lib.create(values)
+
+
+def test_evaluation_of_prompts_needs_the_detector():
+    with pytest.raises(ConfigError, match=r"evaluation.prompts"):
+        tiny.config(**{"evaluation.prompts": 8, "data.semantics": "class"})
+
+
+def test_json_round_trip_is_the_same_config():
+    config = tiny.config()
+    assert config_lib.create(json.loads(config.to_json())) == config
+
+
+def test_arguments_are_typed_and_unknown_ones_refused():
+    parsed = base.arguments("alpha=4,flip=0,name=x", alpha=8.0, flip=True, name="", n=3)
+    assert parsed.to_dict() == {"alpha": 4.0, "flip": False, "name": "x", "n": 3}
+    with pytest.raises(ValueError, match="unknown config argument 'beta'; this config takes: n"):
+        base.arguments("beta=1", n=3)
+    with pytest.raises(ValueError, match="n='x' is not of type int"):
+        base.arguments("n=x", n=3)
+
+
+def test_differences_ignore_how_a_run_is_run_and_name_what_it_is():
+    old = tiny.config()
+    assert not config_lib.differences(old, tiny.config(steps=99, **{"sampling.guidance": 9.0}))
+    found = config_lib.differences(old, tiny.config(**{"conditioning.alpha": 2.0}))
+    assert found == ["conditioning.alpha: 8.0 -> 2.0"]
+    cosine = {"optimizer.schedule": "cosine"}
+    assert config_lib.differences(tiny.config(**cosine), tiny.config(steps=99, **cosine))

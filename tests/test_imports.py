@@ -1,0 +1,75 @@
+"""Imports run one way (DESIGN: diffusion -> jax only, ..., main -> everything), read off the AST."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Package -> the parts of condiff_jax it may import; modules not listed may import anything but main.
+ALLOWED = {
+    "conditioning": {"conditioning"},
+    "diffusion": {"diffusion"},
+    "models": {"models", "conditioning"},
+    "data": {"data", "conditioning.cond"},
+    "metrics": {"metrics", "data"},
+    "grid": set(),
+    "flops": set(),
+    "sharding": set(),
+    "state": set(),
+}
+FORBIDDEN_LIBRARIES = {
+    "diffusion": {"flax", "transformers", "tokenizers", "grain"},
+    "data": {"jax", "flax", "optax"},
+    "grid": {"jax", "flax"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules imported at run time (not those under `if TYPE_CHECKING`)."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and getattr(branch.test, "id", "") == "TYPE_CHECKING"
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "condiff_jax").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_module_imports_only_what_its_layer_may(path):
+    part = path.relative_to(ROOT / "condiff_jax").with_suffix("").parts[0]
+    for name in imports(path):
+        library, _, rest = name.partition(".")
+        if library == "condiff_jax":
+            assert not rest.startswith("main")
+            if part in ALLOWED and rest != "__version__":
+                allowed = any(f"{rest}.".startswith(f"{a}.") for a in ALLOWED[part])
+                assert allowed, f"{path.name} imports {name}"
+        assert library not in FORBIDDEN_LIBRARIES.get(part, ()), f"{path.name} imports {name}"
+        assert library not in {"configs", "tests", "torch", "diffusers", "tensorflow"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
+def test_configs_import_only_ml_collections_and_base(path):
+    for name in imports(path):
+        assert name.split(".")[0] == "ml_collections" or name.startswith("configs.base"), name
+
+
+def test_main_stays_small():
+    assert len((ROOT / "condiff_jax" / "main.py").read_text().splitlines()) <= 80

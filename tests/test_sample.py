@@ -1,0 +1,116 @@
+"""Sampling: sample i depends on (seed, i) alone; prompts and control are what was asked for."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from condiff_jax import sample, sharding, train
+from condiff_jax.config import ConfigError
+from tests import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_layers():
+    with tiny.few_layers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained():
+    system = tiny.system(tiny.config(**{"sampling.eta": 1.0}))
+    params = jax.jit(system.init)(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    return system, tree.unflatten(
+        [a + 0.1 * rng.standard_normal(a.shape, np.float32) for a in leaves]
+    )
+
+
+def pictures(system, params, prompts, *, devices=8, batch_size=64, first=0, **fields):
+    config = tiny.config(**{"sampling.batch_size": batch_size, "sampling.eta": 1.0, **fields})
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()[:devices]).reshape(devices, 1), sharding.BATCH_AXES
+    )
+    sampler = sample.Sampler(system, mesh, config.sampling)
+    return sampler(params, sample.requests(system, prompts), first=first)
+
+
+PROMPTS = ["red circle", "a blue square at the top left", "green ring"] * 3
+
+
+def assert_same(a, b):
+    """Equal up to one grey level: programs for other sizes round differently."""
+    assert a.shape == b.shape and a.dtype == b.dtype == np.uint8
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def test_samples_do_not_depend_on_batch_size_or_devices(trained):
+    whole = pictures(*trained, PROMPTS)
+    assert whole.shape == (9, 16, 16, 3)
+    assert_same(whole, pictures(*trained, PROMPTS, devices=1))
+    assert_same(whole, pictures(*trained, PROMPTS, devices=1, batch_size=2))
+    assert_same(whole[4:6], pictures(*trained, PROMPTS[4:6], devices=2, first=4))
+    different = np.abs(whole[0].astype(int) - whole[3].astype(int)).max()
+    assert different > 5  # same prompt, other noise
+
+
+def test_seed_prompt_and_control_matter(trained):
+    system, params = trained
+    whole = pictures(system, params, PROMPTS[:2])
+    assert np.abs(whole - pictures(system, params, PROMPTS[:2], **{"sampling.seed": 1})).max() > 5
+    assert np.abs(whole - pictures(system, params, ["red ring", "cross"])).max() > 1
+    request = sample.requests(
+        system, PROMPTS[:2], {k: v + 1 for k, v in sample.control_values(system.config, 2).items()}
+    )
+    sampler = sample.Sampler(system, sharding.create_mesh(), system.config.sampling)
+    assert np.abs(whole.astype(int) - sampler(params, request).astype(int)).max() > 1
+
+
+def test_control_defaults_to_an_uncropped_picture_of_the_training_resolution():
+    values = sample.control_values(tiny.config(**{"sampling.control.width": 48.0}), 2)
+    assert {k: v[0] for k, v in values.items()} == {
+        "crop_top": 0, "crop_left": 0, "crop_height": 1, "crop_width": 1,
+        "flip": 0, "aspect": 1, "height": 16, "width": 48,
+    }  # fmt: skip
+
+
+def test_mode_sample_writes_what_was_asked(tmp_path, capsys):
+    train.run(tiny.config(steps=2), str(tmp_path))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na green ring\n")
+    fields = {"sampling.prompt_file": str(prompts), "sampling.n": 3, "sampling.seed": 5}
+    folder = sample.run(tiny.config(**fields), str(tmp_path))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "000000.png", "000001.png", "000002.png", "captions.txt", "grid.png",
+    ]  # fmt: skip
+    assert (folder / "captions.txt").read_text().splitlines() == [
+        "a red circle", "a green ring", "a red circle",
+    ]  # fmt: skip
+    assert Image.open(folder / "000000.png").size == (16, 16)
+    assert "3 pictures of step 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [(None, "does not exist"), ("\n \n", "is empty"), (b"\xff\xfe", "not a UTF-8 text")],
+)
+def test_bad_prompt_files(tmp_path, content, error):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=error):
+        sample.read_prompts(str(path))
+
+
+def test_no_prompts_unknown_class_and_missing_run_are_errors(tmp_path, trained):
+    with pytest.raises(ConfigError, match="no prompts"):
+        sample.asked_for(tiny.config(), trained[0])
+    config = tiny.config(**{"data.semantics": "class", "sampling.labels": (10,)})
+    with pytest.raises(ConfigError, match="class 10; classes go from 0 to 9"):
+        sample.asked_for(config, tiny.system(config))
+    with pytest.raises(ConfigError, match="no run here"):
+        sample.run(tiny.config(), str(tmp_path / "nothing"))

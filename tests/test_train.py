@@ -1,0 +1,208 @@
+"""The train step: one law for any number of devices and parts, exact resume, honest failures."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from condiff_jax import optim, sharding, state, train
+from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.config import ConfigError
+from condiff_jax.data.pipeline import batches, create_source
+from condiff_jax.workdir import Workdir
+from tests import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_layers():
+    with tiny.few_layers():
+        yield
+
+
+def batch_of(config):
+    system = tiny.system(config)
+    return system, next(batches(config, create_source(config), system.encode_text))
+
+
+def loss_and_grads(system, mesh, parts=1):
+    """Loss and gradient at random (not zero-initialised) parameters, on a given mesh."""
+
+    @jax.jit
+    def compute(params, batch, noise):
+        value_and_grad = jax.value_and_grad(lambda *a: train.loss_fn(*a, system=system))
+        return train.accumulated(value_and_grad, params, (batch, noise), parts)
+
+    params = jax.jit(system.init)(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    params = tree.unflatten([a + 0.05 * rng.standard_normal(a.shape, np.float32) for a in leaves])
+    params = jax.device_put(params, sharding.tree_shardings(mesh, params))
+    _, batch = batch_of(system.config)
+    noise = jax.device_get(train.draw_noise(jax.random.key(1), system, 16))
+    placed = sharding.put_batch(mesh, (batch, noise))
+    return jax.device_get(compute(params, *placed))
+
+
+def assert_close(a, b, tolerance=2e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=tolerance * (1e-2 + np.abs(x).max()))
+
+
+def meshes():
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), sharding.BATCH_AXES)
+    return {"one": one, "data": sharding.create_mesh(1), "fsdp": sharding.create_mesh(8)}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    system = tiny.system(tiny.config())
+    return system, loss_and_grads(system, meshes()["one"])
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp"])
+def test_eight_devices_compute_what_one_does(reference, mesh):
+    system, expected = reference
+    assert_close(expected, loss_and_grads(system, meshes()[mesh]))
+
+
+def test_fsdp_splits_parameters(reference):
+    system, _ = reference
+    mesh = sharding.create_mesh(8)
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    places = sharding.tree_shardings(mesh, params)
+    sizes = [
+        np.prod(place.shard_shape(leaf.shape)) / leaf.size
+        for place, leaf in zip(jax.tree.leaves(places), jax.tree.leaves(params), strict=True)
+        if leaf.size >= 1024
+    ]
+    assert np.mean(np.array(sizes) == 1 / 8) > 0.9
+
+
+def test_accumulation_equals_one_big_batch(reference):
+    system, expected = reference
+    assert_close(expected, loss_and_grads(system, meshes()["one"], parts=4))
+
+
+def test_noise_is_a_function_of_seed_and_step():
+    system = tiny.system(tiny.config())
+    draw = lambda i: train.draw_noise(jax.random.fold_in(jax.random.key(0), i), system, 64)  # noqa: E731
+    first, again, other = draw(3), draw(3), draw(4)
+    assert_close(first, again, 0)
+    assert not np.array_equal(first["eps"], other["eps"])
+    assert first["t"].min() >= 0 and first["t"].max() < 1000
+    eps, text = np.asarray(first["eps"]).ravel(), np.asarray(first["text"]).ravel()
+    n = min(len(eps), len(text))
+    assert abs(np.corrcoef(eps[:n], text[:n])[0, 1]) < 0.05  # a key of its own for each use
+
+
+def test_ema_follows_its_recursion():
+    tx = optim.create(tiny.config(**{"optimizer.learning_rate": 0.1}))
+    now = state.create({"w": jnp.ones(3)}, tx)
+    average = np.ones(3)
+    for step in range(5):
+        now = state.update(now, {"w": jnp.ones(3)}, tx, ema=0.4, ema_warmup=True)
+        decay = min(0.4, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * np.asarray(now.params["w"])
+        np.testing.assert_allclose(now.ema["w"], average, rtol=1e-6)
+    assert int(now.step) == 5
+    assert float(state.ema_decay(jnp.array(0), 0.9, False)) == np.float32(0.9)
+
+
+def test_schedules_and_clipping():
+    rate = optim.learning_rate(tiny.config(**{"optimizer.warmup": 4}))
+    np.testing.assert_allclose([rate(i) for i in (0, 1, 3, 4, 99)], [25e-5, 5e-4, 1e-3, 1e-3, 1e-3])
+    cosine = {"optimizer.schedule": "cosine", "optimizer.warmup": 2}
+    rate = optim.learning_rate(tiny.config(steps=12, **cosine))
+    np.testing.assert_allclose([rate(i) for i in (2, 7, 12)], [1e-3, 5e-4, 0], atol=1e-9)
+    tx = optim.create(tiny.config(**{"optimizer.clip_norm": 1.0, "optimizer.name": "adamw"}))
+    params = {"w": jnp.zeros(2)}
+    small, _ = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)
+    large, _ = tx.update({"w": jnp.array([300.0, 400.0])}, tx.init(params), params)
+    np.testing.assert_allclose(small["w"], large["w"], rtol=1e-4)
+
+
+def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
+    fields = {"checkpoint.every": 100, "sampling.n": 2, "log.every": 5}
+    train.run(tiny.config(steps=20, **fields), str(tmp_path / "whole"))
+    train.run(tiny.config(steps=10, **fields), str(tmp_path / "parts"))
+    train.run(tiny.config(steps=20, **fields), str(tmp_path / "parts"))
+    config = tiny.config(steps=20, **fields)
+    system, mesh = tiny.system(config), sharding.create_mesh(1)
+    restored = []
+    for name in ("whole", "parts"):
+        checkpoints = Checkpoints(Workdir(tmp_path / name).checkpoints, config)
+        source = create_source(config)
+        data = batches(config, source, system.encode_text)
+        restored.append((checkpoints.restore(system, mesh, data), next(data)))
+    (whole, next_whole), (parts, next_parts) = restored
+    assert int(whole.step) == 20
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert_close(next_whole, next_parts, 0)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").open()]
+        for n in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    capsys.readouterr()
+    train.run(config, str(tmp_path / "parts"))
+    assert "finished its 20 steps" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"conditioning.alpha: 8.0 -> 2.0"):
+        train.run(tiny.config(**fields, **{"conditioning.alpha": 2.0}), str(tmp_path / "parts"))
+    assert (tmp_path / "parts" / "samples" / "20.png").exists()
+    assert list((tmp_path / "parts").glob("events*"))
+
+
+def test_class_conditional_training_runs_and_learns(tmp_path):
+    fields = {"data.semantics": "class", "model.name": "mmdit", "sampling.n": 2}
+    config = tiny.config(steps=30, **fields, **{"log.every": 10, "checkpoint.every": 100})
+    train.run(config, str(tmp_path))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_bad_loss_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    compile_step = train.compile_step
+
+    def poisoned(system, mesh):
+        init, step = compile_step(system, mesh)
+
+        def bad_step(train_state, batch):
+            now = int(train_state.step) + 1
+            train_state, metrics = step(train_state, batch)
+            return train_state, {**metrics, "loss": metrics["loss"] + (np.nan if now == 3 else 0)}
+
+        return init, bad_step
+
+    monkeypatch.setattr(train, "compile_step", poisoned)
+    config = tiny.config(steps=6, **{"checkpoint.every": 2, "log.every": 2})
+    with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*learning_rate"):
+        train.run(config, str(tmp_path))
+    assert Checkpoints(Workdir(tmp_path).checkpoints, config).latest == 2
+
+
+def test_sigterm_is_remembered_and_the_handler_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with train.Interrupt() as interrupt:
+        assert not interrupt.asked
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.asked
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_batch_must_divide_over_devices(tmp_path):
+    with pytest.raises(ConfigError, match="batch_size=12 must be a multiple of 8 devices"):
+        train.run(tiny.config(batch_size=12), str(tmp_path))
+
+
+def test_too_many_broken_images_stop_the_run():
+    meter = train.Meter(0)
+    good = {"loss": np.float32(1), "grad_norm": np.float32(1), "broken": np.int32(0)}
+    meter.add(1, {**good, "broken": np.int32(10)}, 64)
+    assert meter.read()["broken_images"] == 10  # 1% of the first thousand
+    meter.add(2, {**good, "broken": np.int32(1)}, 64)
+    with pytest.raises(ConfigError, match="11 broken images among 128"):
+        meter.read()

@@ -1,0 +1,46 @@
+"""A configuration small enough for tests: two layers of width 128, 4 x 4 image tokens."""
+
+from unittest import mock
+
+from condiff_jax import config as config_lib
+from condiff_jax import system as system_lib
+from condiff_jax.data.pipeline import create_source
+from condiff_jax.models import mmdit
+from condiff_jax.train import create_vocabulary
+from configs import base
+
+
+def values(**overrides):
+    """The ConfigDict, with overrides by dotted name."""
+    config = base.get_config()
+    config.steps = 4
+    config.batch_size = 16
+    config.model.size = "tiny/4"
+    config.data.resolution = 16
+    config.text_encoder.length = 8
+    config.text_encoder.width = 16
+    config.optimizer.learning_rate = 1e-3
+    config.sampling.steps = 3
+    config.sampling.n = 4
+    config.sampling.control_guidance = 1.375
+    config.checkpoint.every = 2
+    config.log.every = 2
+    config.log.samples_every = 0
+    with config.unlocked():
+        config.update_from_flattened_dict(overrides)
+    return config
+
+
+def config(**overrides) -> config_lib.Config:
+    """The validated configuration."""
+    return config_lib.create(values(**overrides))
+
+
+def system(config: config_lib.Config) -> system_lib.System:
+    """Its modules, on the vocabulary of its data."""
+    return system_lib.create(config, create_vocabulary(config, create_source(config)))
+
+
+def few_layers():
+    """Patches the tiny size to two layers: tests of the machinery need no more."""
+    return mock.patch.dict(mmdit.SIZES, {"tiny": (2, 32, 2)})

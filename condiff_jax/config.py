@@ -17,7 +17,7 @@ from condiff_jax.data.pipeline import SOURCES
 from condiff_jax.diffusion.sampler import SAMPLERS, SPACINGS
 from condiff_jax.models import MODELS
 from condiff_jax.models.layers import ATTENTION_BACKENDS
-from condiff_jax.models.mmdit import SIZES, STREAMS
+from condiff_jax.models.mmdit import REMAT, SIZES, STREAMS
 
 
 class ConfigError(ValueError):
@@ -228,7 +228,7 @@ CHOICES = {
     "model.position": ("resample", "extrapolate"),
     "model.dtype": ("float32", "bfloat16"),
     "model.attention": ATTENTION_BACKENDS,
-    "model.remat": ("none", "block"),
+    "model.remat": REMAT,
     "data.name": SOURCES,
     "data.semantics": ("text", "class"),
     "conditioning.weighting": KINDS,

@@ -21,7 +21,8 @@ def locate(grid, picture, scale):
     height, width = block.shape[:2]
     corners = np.argwhere((grid == block[0, 0]).all(-1))
     found = [
-        (int(y), int(x)) for y, x in corners
+        (int(y), int(x))
+        for y, x in corners
         if grid[y : y + height, x : x + width].shape == block.shape
         and (grid[y : y + height, x : x + width] == block).all()
     ]
@@ -93,11 +94,14 @@ def test_wrap_fits_breaks_and_shortens():
         assert all(FONT.getlength(line) <= 120 for line in lines)
 
 
-@pytest.mark.parametrize("captions, options, message", [
-    (["a"], {}, "captions: got 1 for 2"),
-    (None, {"columns": 0}, "columns=0"),
-    (None, {"scale": 0}, "scale=0"),
-])
+@pytest.mark.parametrize(
+    "captions, options, message",
+    [
+        (["a"], {}, "captions: got 1 for 2"),
+        (None, {"columns": 0}, "columns=0"),
+        (None, {"scale": 0}, "scale=0"),
+    ],
+)
 def test_bad_arguments(captions, options, message):
     with pytest.raises(ValueError, match=message):
         caption_grid(pictures(2), captions, **options)

@@ -4,7 +4,14 @@ import numpy as np
 from PIL import Image
 
 SCALARS = (
-    "crop_top", "crop_left", "crop_height", "crop_width", "flip", "aspect", "height", "width",
+    "crop_top",
+    "crop_left",
+    "crop_height",
+    "crop_width",
+    "flip",
+    "aspect",
+    "height",
+    "width",
 )
 # Ranges of the crop's side, as a fraction of the picture's short side.
 CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}
@@ -78,6 +85,13 @@ def _scalars(
 ) -> dict[str, np.float32]:
     """Crop as fractions of the picture, flip as 0 or 1, aspect as W / H, sizes in pixels."""
     values = (
-        top / height, left / width, side / height, side / width, flip, width / height, height, width
+        top / height,
+        left / width,
+        side / height,
+        side / width,
+        flip,
+        width / height,
+        height,
+        width,
     )
     return {name: np.float32(value) for name, value in zip(SCALARS, values, strict=True)}

@@ -29,6 +29,7 @@ VERSION = 1  # of the index; raise it when the fields or their meaning change
 @dataclass(frozen=True)
 class Index:
     """Where n samples lie: keys (n,) utf-8, shards (n,), spans (n, 3, 2) bytes, labels (n,)."""
+
     keys: np.ndarray
     shards: np.ndarray
     spans: np.ndarray  # offset and size of image, text and json; size -1 where there is none
@@ -41,7 +42,7 @@ class Webdataset:
     Members that share a key (the path up to the first dot of the file name) within a shard make a
     sample; a repeated (key, extension) starts a new one. Items are {"image": uint8 (H, W, 3),
     "caption": str, "label": int32 (0 if none), "broken": int32, the bad records skipped to get
-    there}. `num_classes` is the split's largest label + 1.
+    there}. `classes` names the labels to the split's largest: "0", "1", ...
     """
 
     def __init__(self, path, split: str = "train", cache=None):
@@ -51,7 +52,7 @@ class Webdataset:
         self._index = load_or_build(self._shards, split, cache)
         if not len(self._index.keys):
             raise ValueError(f"{self.path} has no {split} samples; are its tar shards empty?")
-        self.num_classes = int(self._index.labels.max()) + 1
+        self.classes = tuple(str(i) for i in range(int(self._index.labels.max()) + 1))
         self._reset()
 
     def _reset(self):

@@ -19,6 +19,12 @@ from condiff_jax.models import layers
 from condiff_jax.models.layers import HeadMerge, HeadProjection, Mlp, Modulation, modulate
 
 STREAMS = ("shared", "qkv", "full")
+# What the backward pass finds stored: nothing of a block, or its matrix products with weights.
+REMAT = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 # name: depth, width, heads
 SIZES = {
     "tiny": (6, 128, 4),
@@ -207,8 +213,9 @@ class MMDiT(nn.Module):
 
     def scan(self, block: type[nn.Module], length: int):
         """`block` applied `length` times in a row, rematerialised and unrolled as configured."""
-        if self.remat == "block":
-            block = nn.remat(block, prevent_cse=self.unroll != 1)
+        if self.remat != "none":
+            policy = REMAT[self.remat]
+            block = nn.remat(block, policy=policy, prevent_cse=self.unroll != 1)
         return nn.scan(
             block,
             variable_axes={"params": 0},

@@ -86,7 +86,7 @@ def test_random_access_equals_sequential_reading(folder):
         assert item["caption"] == text.decode()
         assert (item["label"], item["broken"]) == (int(label), 0)
         assert {item[k].dtype.name for k in ("label", "broken")} == {"int32"}
-    assert data.num_classes == 5
+    assert data.classes == tuple("01234")
     assert data[-1]["caption"] == "picture 8"
     with pytest.raises(IndexError):
         data[9]
@@ -105,34 +105,44 @@ def test_splits_and_single_tar(folder, tmp_path):
 
 def test_captions_keys_and_labels(tmp_path):
     png = encode(picture(0))
-    write_tar(tmp_path / "a.tar", [
-        ("README.md", b"not a sample"),
-        ("../x.y/1.PNG", png),
-        ("../x.y/1.json", json.dumps({"caption": "from json"}).encode()),
-        ("x/2.png", png),
-        ("x/2.txt", b"caf\xe9 \n"),
-        ("x/2.json", b'{"caption": "unused"}'),
-        ("x/2.cls", b"-1"),
-        ("x/3.png", png),
-        ("x/3.json", b'{"caption": 3'),
-        ("x/3.cls", b"7\n"),
-        ("y/3.png", png),
-        ("y/3.json", b'{"caption": 3}'),
-        ("y/3.cls", b"99999999999"),
-    ])
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("README.md", b"not a sample"),
+            ("../x.y/1.PNG", png),
+            ("../x.y/1.json", json.dumps({"caption": "from json"}).encode()),
+            ("x/2.png", png),
+            ("x/2.txt", b"caf\xe9 \n"),
+            ("x/2.json", b'{"caption": "unused"}'),
+            ("x/2.cls", b"-1"),
+            ("x/3.png", png),
+            ("x/3.json", b'{"caption": 3'),
+            ("x/3.cls", b"7\n"),
+            ("y/3.png", png),
+            ("y/3.json", b'{"caption": 3}'),
+            ("y/3.cls", b"99999999999"),
+        ],
+    )
     data = Webdataset(tmp_path)
     assert [x["caption"] for x in data] == ["from json", "caf\ufffd", "", ""]
     assert [x["label"] for x in data] == [0, 0, 7, 0]
-    assert data.num_classes == 8
+    assert len(data.classes) == 8
     assert all(x["broken"] == 0 for x in data)
 
 
 def test_members_of_a_sample_may_lie_apart_and_a_repeat_starts_a_new_one(tmp_path):
     pngs = [encode(picture(i)) for i in range(3)]
-    write_tar(tmp_path / "a.tar", [
-        ("1.png", pngs[0]), ("2.png", pngs[1]), ("1.txt", b"one"), ("2.txt", b"two"),
-        ("1.png", pngs[2]), ("1.txt", b"three"),
-    ])
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("1.png", pngs[0]),
+            ("2.png", pngs[1]),
+            ("1.txt", b"one"),
+            ("2.txt", b"two"),
+            ("1.png", pngs[2]),
+            ("1.txt", b"three"),
+        ],
+    )
     write_tar(tmp_path / "b.tar", [("1.png", pngs[0]), ("1.txt", b"four")])
     data = Webdataset(tmp_path)
     assert list(data.captions()) == ["one", "two", "three", "four"]
@@ -143,9 +153,10 @@ def test_members_of_a_sample_may_lie_apart_and_a_repeat_starts_a_new_one(tmp_pat
 def test_vocabulary_orders_by_count_then_alphabet(tmp_path):
     png = encode(picture(0))
     texts = [b"The cat's hat, the HAT", b"a bee; a cow", b"the end"]
-    write_tar(tmp_path / "a.tar", [
-        m for i, t in enumerate(texts) for m in ((f"{i}.png", png), (f"{i}.txt", t))
-    ])
+    write_tar(
+        tmp_path / "a.tar",
+        [m for i, t in enumerate(texts) for m in ((f"{i}.png", png), (f"{i}.txt", t))],
+    )
     words = ("the", "a", "hat", "bee", "cat's", "cow", "end")
     assert Webdataset(tmp_path).vocabulary() == words
     assert Webdataset(tmp_path).vocabulary(max_words=3) == words[:3]
@@ -160,7 +171,7 @@ def test_index_is_reused_and_refreshed(folder, monkeypatch):
         forbid_tarfile(patch)
         again = Webdataset(folder)
         assert list(again.captions()) == list(first.captions())
-        assert again.num_classes == first.num_classes
+        assert again.classes == first.classes
         shard = folder / "train-00001.tar"
         os.utime(shard, ns=(1, 1))
         with pytest.raises(AssertionError, match="a tar was opened"):
@@ -237,13 +248,19 @@ def test_broken_records_are_skipped_counted_and_logged_once(tmp_path, warnings, 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     bomb = encode(np.zeros((100, 51, 3), np.uint8))
     members = [
-        ("0.png", good), ("0.txt", b"zero"),
-        ("1.png", noise[: len(noise) // 2]), ("1.txt", b"cut"),
+        ("0.png", good),
+        ("0.txt", b"zero"),
+        ("1.png", noise[: len(noise) // 2]),
+        ("1.txt", b"cut"),
         ("2.txt", b"no image"),
-        ("3.jpg", b""), ("3.txt", b"empty"),
-        ("4.png", bomb), ("4.txt", b"bomb"),
-        ("5.webp", good), ("5.txt", b"five"),
-        ("6.png", b"GIF89a" + bytes(40)), ("6.txt", b"other"),
+        ("3.jpg", b""),
+        ("3.txt", b"empty"),
+        ("4.png", bomb),
+        ("4.txt", b"bomb"),
+        ("5.webp", good),
+        ("5.txt", b"five"),
+        ("6.png", b"GIF89a" + bytes(40)),
+        ("6.txt", b"other"),
     ]
     write_tar(tmp_path / "a.tar", members)
     data = Webdataset(tmp_path)
@@ -341,8 +358,13 @@ def test_grey_16_bit_bilevel_and_cmyk():
 def test_exif_orientation_is_undone(orientation):
     upright = picture(1)
     stored = {  # how a camera with that orientation tag lays out the upright picture
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).swapaxes(0, 1),
         8: np.rot90(upright, -1),
     }[orientation]
     exif = Image.Exif()

@@ -1,0 +1,126 @@
+"""Layers of the transformers: patches, positions, norms and attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+from condiff_jax.models import layers
+
+
+def test_patchify_by_hand():
+    # 2 x 4 pixels with channels (n, 10 n): two patches of two rows each
+    n = np.arange(8).reshape(1, 2, 4, 1)
+    patches = layers.patchify(jnp.asarray(np.concatenate([n, 10 * n], -1)), 2)
+    np.testing.assert_array_equal(
+        patches, [[[0, 0, 1, 10, 4, 40, 5, 50], [2, 20, 3, 30, 6, 60, 7, 70]]]
+    )
+
+
+def test_patches_are_in_row_order():
+    patches = layers.patchify(jnp.arange(24).reshape(1, 4, 6, 1), 2)
+    np.testing.assert_array_equal(patches[0, :, 0], [0, 2, 4, 12, 14, 16])
+
+
+@pytest.mark.parametrize("shape, patch", [((2, 4, 6, 3), 2), ((1, 9, 3, 2), 3), ((2, 2, 5, 1), 1)])
+def test_unpatchify_inverts_patchify(shape, patch):
+    x = jax.random.normal(jax.random.key(0), shape)
+    tokens = layers.patchify(x, patch)
+    assert tokens.shape == (shape[0], shape[1] * shape[2] // patch**2, patch**2 * shape[3])
+    np.testing.assert_array_equal(layers.unpatchify(tokens, patch, *shape[1:3]), x)
+
+
+def test_position_embedding_agrees_with_diffusers():
+    table = get_2d_sincos_pos_embed(24, 6, base_size=6).numpy()
+    ours = layers.position_embedding(24, 6, 6, base=3, mode="extrapolate")
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, table, atol=1e-6)
+    # More columns than rows: the upper part of the square.
+    ours = layers.position_embedding(24, 4, 6, base=3, mode="extrapolate")
+    np.testing.assert_allclose(ours, table.reshape(6, 6, 24)[:4].reshape(24, 24), atol=1e-6)
+
+
+def test_position_embedding_by_hand():
+    # Column, then row: sines of (x, x / 100), cosines of the same.
+    ours = layers.position_embedding(8, 2, 3, base=4).reshape(2, 3, 8)
+
+    def encode(x):
+        return [np.sin(x), np.sin(x / 100), np.cos(x), np.cos(x / 100)]
+
+    np.testing.assert_allclose(ours[1, 1], [*encode(2), *encode(4)], atol=1e-6)
+    np.testing.assert_allclose(ours[0, 2], [*encode(4), *encode(0)], atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [4, 8, 32])
+def test_resampled_positions_have_the_same_limits_at_every_resolution(grid):
+    positions = layers.position_grid(grid, 4, "resample")
+    np.testing.assert_allclose(positions, np.linspace(0, 4, grid))  # pseudocode 1
+    assert positions[0] == 0 and positions[-1] == 4
+    np.testing.assert_array_equal(layers.position_grid(grid, 4), positions)
+    corners = [0, grid - 1, -grid, -1]
+    ours = layers.position_embedding(16, grid, grid, base=4)[corners]
+    base = layers.position_embedding(16, 4, 4, base=4)[[0, 3, -4, -1]]
+    np.testing.assert_allclose(ours, base, atol=1e-6)
+
+
+def test_extrapolated_positions_count_on():
+    np.testing.assert_array_equal(layers.position_grid(6, 4, "extrapolate"), np.arange(6))
+
+
+def test_bad_position_mode():
+    with pytest.raises(ValueError, match="unknown position embedding 'rope', choose resample"):
+        layers.position_embedding(8, 2, 2, base=2, mode="rope")
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])  # at 1e-3 the epsilon shows
+def test_layer_norm_agrees_with_torch(scale):
+    x = scale * (3 + np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32))
+    expected = torch.nn.functional.layer_norm(torch.from_numpy(x), (12,), eps=1e-6).numpy()
+    np.testing.assert_allclose(layers.layer_norm(jnp.asarray(x)), expected, atol=1e-5)
+
+
+def test_layer_norm_computes_in_f32():
+    x = jnp.asarray(np.random.default_rng(0).normal(50, 1, (2, 512)), jnp.bfloat16)
+    out = layers.layer_norm(x)
+    assert out.dtype == jnp.bfloat16
+    expected = layers.layer_norm(x.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(out.astype(jnp.float32), expected.astype(jnp.float32))
+
+
+def test_modulate_by_hand():
+    x = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+    out = layers.modulate(x, shift=jnp.array([[10.0, 20.0]]), scale=jnp.array([[1.0, -1.0]]))
+    np.testing.assert_array_equal(out, [[[12, 20], [16, 20]]])
+
+
+def test_attention_agrees_with_torch():
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 7, 3, 8)).astype(np.float32)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.from_numpy(a).transpose(1, 2) for a in (q, k, v))
+    )
+    ours = layers.attention(*map(jnp.asarray, (q, k, v)))
+    np.testing.assert_allclose(ours, expected.transpose(1, 2).numpy(), atol=1e-5)
+
+
+def test_heads_split_and_merge_like_a_dense_layer():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 12))
+    split = layers.HeadProjection(3)
+    variables = split.init(jax.random.key(1), x)
+    kernel = variables["params"]["linear"]["kernel"]
+    assert kernel.shape == (12, 3, 4)
+    heads = split.apply(variables, x)
+    np.testing.assert_allclose(heads.reshape(2, 5, 12), x @ kernel.reshape(12, 12), atol=1e-5)
+    merge = layers.HeadMerge()
+    variables = merge.init(jax.random.key(2), heads)
+    kernel = variables["params"]["linear"]["kernel"].reshape(12, 12)
+    np.testing.assert_allclose(
+        merge.apply(variables, heads), heads.reshape(2, 5, 12) @ kernel, atol=1e-5
+    )
+
+
+def test_head_projection_without_bias():
+    x = jnp.zeros((1, 1, 4))
+    params = layers.HeadProjection(2, use_bias=False).init(jax.random.key(0), x)["params"]
+    assert set(params["linear"]) == {"kernel"}

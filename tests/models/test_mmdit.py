@@ -1,0 +1,495 @@
+"""mmDiT: parity with diffusers' SD3 transformer, paths of each condition, the paper's sizes."""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from condiff_jax.conditioning.cond import Cond, Control, Text
+from condiff_jax.conditioning.control import Weighting
+from condiff_jax.models.mmdit import SIZES, Block, MMDiT, TwoStreamBlock
+
+DEPTH, WIDTH, HEADS, CHANNELS, CLASSES = 3, 32, 2, 4, 5
+TOKENS, TEXT, POOLED = 5, 12, 10
+T = np.array([3, 700], np.int32)
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def text(seed=0, batch=2):
+    tokens = rng(seed).normal(size=(batch, TOKENS, TEXT)).astype(np.float32)
+    pooled = rng(seed + 100).normal(size=(batch, POOLED)).astype(np.float32)
+    return Text(jnp.asarray(tokens), jnp.ones((batch, TOKENS), bool), jnp.asarray(pooled))
+
+
+def control(high=0.0, low=0.0):
+    return Control(jnp.full((2, 3), 100 + high), jnp.full((2, 2), 32 + low))
+
+
+def semantics(classes, seed=0):
+    """Two texts, or two labels, that differ between seeds 0 and 1."""
+    return text(seed) if classes is None else jnp.array([seed, 2 + seed])
+
+
+def noise(side=4, seed=5):
+    return rng(seed).normal(size=(2, side, side, CHANNELS)).astype(np.float32)
+
+
+def random_like(shapes, seed=0):
+    """Parameters that leave nothing zero, not even what AdaLN-zero starts with."""
+    generator = rng(seed)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        fan_in = leaf.size // leaf.shape[-1] if path[-1].key == "kernel" else 25
+        size = 0.2 if leaf.ndim < 2 else max(0.2, fan_in**-0.5)
+        return jnp.asarray(centre + size * generator.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def build(cond, side=4, **settings):
+    """(model, random parameters); pooled text has the token width unless streams are full."""
+    defaults = {"streams": "qkv", "weighting": Weighting("cosine"), "base_grid": 2}
+    model = MMDiT(DEPTH, WIDTH, HEADS, patch=2, **(defaults | settings))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), noise(side), T, cond)["params"]
+    return model, random_like(shapes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parity with diffusers: (ours, theirs, layout); every module has a kernel or scale, and a bias.
+
+OUTSIDE = (
+    ("patch_embed", "pos_embed.proj", "patches"),
+    ("caption", "context_embedder", "linear"),
+    ("timestep/mlp/fc1", "time_text_embed.timestep_embedder.linear_1", "linear"),
+    ("timestep/mlp/fc2", "time_text_embed.timestep_embedder.linear_2", "linear"),
+    ("pooled/fc1", "time_text_embed.text_embedder.linear_1", "linear"),
+    ("pooled/fc2", "time_text_embed.text_embedder.linear_2", "linear"),
+    ("final_modulation/linear", "norm_out.linear", "swapped"),
+    ("final", "proj_out", "linear"),
+)
+BLOCK = (
+    ("modulation/linear", "norm1.linear", "linear"),
+    ("context_modulation/linear", "norm1_context.linear", "linear"),
+    ("query/linear", "attn.to_q", "split"),
+    ("key/linear", "attn.to_k", "split"),
+    ("value/linear", "attn.to_v", "split"),
+    ("context_query/linear", "attn.add_q_proj", "split"),
+    ("context_key/linear", "attn.add_k_proj", "split"),
+    ("context_value/linear", "attn.add_v_proj", "split"),
+    ("query_norm", "attn.norm_q", "norm"),
+    ("key_norm", "attn.norm_k", "norm"),
+    ("context_query_norm", "attn.norm_added_q", "norm"),
+    ("context_key_norm", "attn.norm_added_k", "norm"),
+    ("out/linear", "attn.to_out.0", "merge"),
+    ("context_out/linear", "attn.to_add_out", "merge"),
+    ("mlp/fc1", "ff.net.0.proj", "linear"),
+    ("mlp/fc2", "ff.net.2", "linear"),
+    ("context_mlp/fc1", "ff_context.net.0.proj", "linear"),
+    ("context_mlp/fc2", "ff_context.net.2", "linear"),
+)
+# The context of the last block has a modulation of two parts, like the final layer.
+LAST = tuple(
+    (ours, theirs, "swapped" if ours == "context_modulation/linear" else layout)
+    for ours, theirs, layout in BLOCK
+)
+
+
+def swap_halves(a):
+    """diffusers' AdaLayerNormContinuous has (scale, shift), we have (shift, scale)."""
+    return np.concatenate(np.split(a, 2)[::-1])
+
+
+def patches(kernel):  # (p p C, D) -> (D, C, p, p)
+    side = math.isqrt(kernel.shape[0] // CHANNELS)
+    return kernel.reshape(side, side, CHANNELS, -1).transpose(3, 2, 0, 1)
+
+
+WEIGHT = {
+    "linear": lambda k: k.T,
+    "swapped": lambda k: swap_halves(k.T),
+    "split": lambda k: k.reshape(k.shape[0], -1).T,  # (D, heads, head size)
+    "merge": lambda k: k.reshape(-1, k.shape[-1]).T,  # (heads, head size, D)
+    "norm": lambda k: k,
+    "patches": patches,
+}
+
+
+def to_diffusers(params):
+    """Our parameters (or gradients) under diffusers' names and in its layouts."""
+    ours = {name: np.asarray(a) for name, a in flatten_dict(params, sep="/").items()}
+    out = {}
+
+    def move(prefix, theirs_prefix, table, layer=None):
+        for module, theirs, layout in table:
+            for leaf in ("kernel", "scale", "bias"):
+                name = f"{prefix}{module}/{leaf}"
+                if name not in ours:
+                    continue
+                array = ours[name] if layer is None else ours[name][layer]
+                if leaf == "bias":
+                    array = swap_halves(array) if layout == "swapped" else array.reshape(-1)
+                    out[f"{theirs_prefix}{theirs}.bias"] = array
+                else:
+                    out[f"{theirs_prefix}{theirs}.weight"] = WEIGHT[layout](array)
+                moved.add(name)
+
+    moved = set()
+    move("", "", OUTSIDE)
+    for layer in range(DEPTH - 1):
+        move("blocks/", f"transformer_blocks.{layer}.", BLOCK, layer)
+    move("last_block/", f"transformer_blocks.{DEPTH - 1}.", LAST)
+    assert moved == set(ours), f"not in the table: {set(ours) - moved}"
+    return out
+
+
+def sd3(params, side, qk_norm):
+    """diffusers' model with our parameters; none of its own is left."""
+    model = SD3Transformer2DModel(
+        sample_size=side,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=DEPTH,
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        joint_attention_dim=TEXT,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=POOLED,
+        pos_embed_max_size=side // 2,
+        qk_norm="rms_norm" if qk_norm else None,
+    )
+    state = {name: torch.tensor(a.copy()) for name, a in to_diffusers(params).items()}
+    assert set(state) == {name for name, _ in model.named_parameters()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing == ["pos_embed.pos_embed"] and not unexpected  # a table, not a parameter
+    return model
+
+
+def relative(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+@pytest.mark.parametrize("side", [4, 8])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_full_streams_agree_with_sd3_of_diffusers(qk_norm, side):
+    cond, x = Cond.of(text()), noise(side)
+    model, params = build(
+        cond, side, streams="full", pooled=True, qk_norm=qk_norm, position="extrapolate"
+    )
+    target = noise(side, seed=6)
+
+    def loss(params):
+        eps = model.apply({"params": params}, x, T, cond)
+        return ((eps - target) ** 2).mean(), eps
+
+    grads, eps = jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    theirs = sd3(params, side, qk_norm)
+    channels_first = lambda a: torch.from_numpy(a).permute(0, 3, 1, 2)  # noqa: E731
+    out = theirs(
+        channels_first(x),
+        torch.tensor(np.array(cond.semantics.tokens)),
+        torch.tensor(np.array(cond.semantics.pooled)),
+        torch.tensor(T).long(),
+    ).sample
+    ((out - channels_first(target)) ** 2).mean().backward()
+    assert relative(eps, out.detach().permute(0, 2, 3, 1).numpy()) < 1e-4
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    largest = max(g.abs().max() for g in expected.values() if g is not None)
+    for name, gradient in to_diffusers(grads).items():
+        if "add_q" in name or "norm_added_q" in name:  # nobody reads the last block's
+            last = f"transformer_blocks.{DEPTH - 1}." in name
+            assert last != (np.abs(gradient).max() > 0), name
+        if expected[name] is not None:
+            error = np.abs(gradient - expected[name].numpy()).max()
+            # Biases of keys have no gradient but rounding errors when nothing normalises them.
+            assert error < 1e-3 * max(expected[name].abs().max(), 1e-4 * largest), name
+
+
+# ---------------------------------------------------------------------------------------------
+# AdaLN-zero
+
+VARIANTS = [(s, c) for s in ("shared", "qkv", "full") for c in (None, CLASSES)]
+
+
+@pytest.mark.parametrize("streams, classes", VARIANTS)
+def test_output_is_zero_at_the_start(streams, classes):
+    cond = Cond.of(semantics(classes), control())
+    model = MMDiT(
+        2, WIDTH, HEADS, patch=2, base_grid=2, streams=streams, classes=classes, pooled=False,
+        weighting=Weighting(),
+    )  # fmt: skip
+    init = jax.jit(model.init_with_output)
+    out, variables = init(jax.random.key(0), noise(), T, cond)
+    np.testing.assert_array_equal(out, np.zeros((2, 4, 4, CHANNELS)))
+    params = flatten_dict(variables["params"], sep="/")
+    for name, value in params.items():
+        zero = name.endswith("bias") or "odulation" in name or name.startswith("final/")
+        zero = zero or (name.startswith("control/") and "fc2" in name)
+        assert (np.abs(value).max() == 0) == zero, name
+
+
+@pytest.mark.parametrize("streams", ["shared", "qkv"])
+def test_blocks_are_the_identity_at_the_start(streams):
+    z = jax.random.normal(jax.random.key(0), (2, 9, WIDTH))
+    emb = jax.random.normal(jax.random.key(1), (2, WIDTH))
+    block = Block(HEADS, 4, streams, True, "xla", jnp.float32)
+    (out, _), _ = block.init_with_output(jax.random.key(2), z, emb)
+    np.testing.assert_array_equal(out, z)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_two_stream_blocks_are_the_identity_at_the_start(last):
+    x = jax.random.normal(jax.random.key(0), (2, 4, WIDTH))
+    c = jax.random.normal(jax.random.key(1), (2, 5, WIDTH))
+    block = TwoStreamBlock(HEADS, True, "xla", jnp.float32, last)
+    (out, _), _ = block.init_with_output(jax.random.key(2), (x, c), jnp.ones((2, WIDTH)))
+    np.testing.assert_array_equal(out[0], x)
+    np.testing.assert_array_equal(out[1], c)
+
+
+# ---------------------------------------------------------------------------------------------
+# Who hears what. Influence is measured on random weights, sample by sample.
+
+
+def influence(model, params, one, other, t=T):
+    """Largest change of each sample's output (B,) between two conditions."""
+    apply = jax.jit(model.apply)
+    a, b = (apply({"params": params}, noise(), t, cond) for cond in (one, other))
+    return np.abs(np.asarray(a) - np.asarray(b)).max((1, 2, 3))
+
+
+def heard(change):
+    return change > 1e-3
+
+
+def silenced(params, pattern):
+    """The same parameters with kernels and biases of matching modules at zero."""
+    flat = flatten_dict(params, sep="/")
+    hit = [name for name in flat if pattern in name]
+    assert hit
+    return unflatten_dict(flat | {name: 0 * flat[name] for name in hit}, sep="/")
+
+
+CASES = [(pooled, streams, classes) for pooled in (False, True) for streams, classes in VARIANTS]
+
+
+@pytest.mark.parametrize("pooled, streams, classes", CASES)
+def test_dropped_semantics_are_the_null_condition(pooled, streams, classes):
+    drop = jnp.array([True, False])
+    one, other = (
+        Cond.of(semantics(classes, seed), control()).replace(drop_semantics=drop) for seed in (0, 1)
+    )
+    if classes is None and streams != "full":  # one MLP serves tokens and pooled text
+        one, other = (
+            c.replace(semantics=c.semantics.replace(pooled=c.semantics.tokens[:, 0]))
+            for c in (one, other)
+        )
+    model, params = build(one, streams=streams, pooled=pooled, classes=classes)
+    assert heard(influence(model, params, one, other)).tolist() == [False, True]
+    null = jax.tree.map(jnp.zeros_like, one.semantics) if classes is None else jnp.full(2, CLASSES)
+    explicit = Cond.of(null, control())
+    np.testing.assert_allclose(influence(model, params, one, explicit)[0], 0, atol=1e-5)
+    assert heard(influence(model, params, one, explicit))[1]
+
+
+@pytest.mark.parametrize("streams", ["qkv", "full"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_pooled_text_is_heard_by_mmdit_only(pooled, streams):
+    one = Cond.of(text().replace(pooled=jnp.zeros((2, TEXT))))
+    other_pooled = one.replace(semantics=one.semantics.replace(pooled=jnp.ones((2, TEXT))))
+    other_tokens = one.replace(semantics=one.semantics.replace(tokens=text(1).tokens))
+    model, params = build(one, streams=streams, pooled=pooled)
+    assert heard(influence(model, params, one, other_pooled)).tolist() == [pooled] * 2
+    assert heard(influence(model, params, one, other_tokens)).all()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("streams, classes", [("qkv", None), ("shared", CLASSES)])
+def test_ours_hears_semantics_through_attention_only(streams, classes, pooled):
+    one, other = (Cond.of(semantics(classes, seed), control()) for seed in (0, 1))
+    if classes is None:
+        one, other = (
+            c.replace(semantics=c.semantics.replace(pooled=c.semantics.tokens[:, 0]))
+            for c in (one, other)
+        )
+    model, params = build(one, streams=streams, classes=classes, pooled=pooled)
+    deaf = silenced(params, "blocks/out/")
+    assert heard(influence(model, deaf, one, other)).tolist() == [pooled] * 2
+    # Attention is not AdaLN: without modulation (but its biases) the tokens are still heard.
+    deaf = silenced(params, "linear/kernel")
+    flat = flatten_dict(params, sep="/")
+    keep = {k: v for k, v in flat.items() if k.endswith("linear/kernel") and "odulation" not in k}
+    deaf = unflatten_dict(flatten_dict(deaf, sep="/") | keep, sep="/")
+    assert heard(influence(model, deaf, one, other)).all()
+
+
+def without_modulation(params):
+    """Modulation keeps its biases alone: AdaLN hears nothing."""
+    return {
+        name: value * 0 if "odulation" in name and name.endswith("kernel") else value
+        for name, value in flatten_dict(params, sep="/").items()
+    }
+
+
+@pytest.mark.parametrize("streams", ["qkv", "full"])
+def test_control_is_heard_through_adaln_only(streams):
+    one, high, low = (Cond.of(text(), c) for c in (control(), control(high=7.0), control(low=7.0)))
+    model, params = build(one, streams=streams)
+    t = jnp.zeros(2, jnp.int32)
+    deaf = unflatten_dict(without_modulation(params), sep="/")
+    for other in (high, low):
+        assert heard(influence(model, params, one, other, t)).all()
+        assert not heard(influence(model, deaf, one, other, t)).any()
+        drop = jnp.array([True, False])
+        dropped = (c.replace(drop_control=drop) for c in (one, other))
+        assert heard(influence(model, params, *dropped, t)).tolist() == [False, True]
+    assert heard(influence(model, deaf, one, Cond.of(text(1), control()))).all()
+
+
+def test_low_level_control_fades_out_with_noise():
+    one, high, low = (Cond.of(text(), c) for c in (control(), control(high=7.0), control(low=7.0)))
+    model, params = build(one)  # cosine, alpha 8
+    t = jnp.array([0, 995])
+    assert heard(influence(model, params, one, low, t)).tolist() == [True, False]
+    assert influence(model, params, one, low, t)[1] < 1e-5
+    assert heard(influence(model, params, one, high, t)).all()
+    flat, params = build(one, weighting=Weighting("uniform"))
+    assert heard(influence(flat, params, one, low, t)).all()
+
+
+def test_dropped_control_is_a_model_that_hears_no_control():
+    one = Cond.of(text(), control())
+    model, params = build(one)
+    dropped = one.drop(semantics=False, control=True)
+    without = {name: value for name, value in params.items() if name != "control"}
+    a = model.apply({"params": params}, noise(), T, dropped)
+    b = model.apply({"params": without}, noise(), T, Cond.of(text()))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_streams_differ_in_what_condition_tokens_have_of_their_own():
+    cond = Cond.of(text())
+    own = {}
+    for streams in ("shared", "qkv", "full"):
+        _, params = build(cond, streams=streams)
+        block = nn.meta.unbox(params)["blocks"]
+        own[streams] = {name.removeprefix("context_") for name in block if "context" in name}
+    assert own["shared"] == set()
+    assert own["qkv"] == {"query", "key", "value", "query_norm", "key_norm"}
+    assert own["full"] == own["qkv"] | {"modulation", "out", "mlp"}
+
+
+def test_positions_depend_on_mode_and_base_grid():
+    cond, outs = Cond.of(text()), {}
+    for position, base in [
+        ("resample", 2),
+        ("resample", 5),
+        ("extrapolate", 2),
+        ("extrapolate", 5),
+    ]:
+        model, params = build(cond, side=4, position=position, base_grid=base)
+        outs[position, base] = model.apply({"params": params}, noise(), T, cond)
+    np.testing.assert_array_equal(outs["extrapolate", 2], outs["extrapolate", 5])
+    assert np.abs(outs["resample", 2] - outs["resample", 5]).max() > 1e-3
+    assert np.abs(outs["resample", 2] - outs["extrapolate", 2]).max() > 1e-3
+    # Two tokens a side with base 1 are at 0 and 1 in either mode.
+    model, params = build(cond, position="resample", base_grid=1)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, noise(), T, cond), outs["extrapolate", 2], atol=1e-6
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Ways to compute the same
+
+
+def value_and_grads(cond, params, **settings):
+    model, _ = build(cond, **settings)
+
+    def loss(params):
+        eps = model.apply({"params": params}, noise(), T, cond)
+        return (jnp.tanh(eps) * noise(seed=6)).sum(), eps
+
+    grads, eps = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return eps, grads
+
+
+@pytest.mark.parametrize("streams", ["qkv", "full"])
+def test_remat_and_unroll_change_nothing(streams):
+    cond = Cond.of(text(), control())
+    _, params = build(cond, streams=streams)
+    eps, grads = value_and_grads(cond, params, streams=streams)
+    for settings in ({"unroll": DEPTH}, {"remat": "block"}, {"remat": "block", "unroll": DEPTH}):
+        eps_other, grads_other = value_and_grads(cond, params, streams=streams, **settings)
+        np.testing.assert_allclose(eps_other, eps, atol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max())),
+            grads_other,
+            grads,
+        )
+
+
+@pytest.mark.parametrize("unroll", [1, DEPTH])
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_remat_recomputes_and_unroll_unrolls(remat, unroll):
+    cond = Cond.of(text())
+    model, params = build(cond, remat=remat, unroll=unroll)
+    jaxpr = str(jax.make_jaxpr(partial(model.apply))({"params": params}, noise(), T, cond))
+    assert ("checkpoint" in jaxpr or "remat" in jaxpr) == (remat == "block")
+    assert f"unroll={unroll}" in jaxpr
+
+
+@pytest.mark.parametrize("streams, classes", [("qkv", None), ("shared", CLASSES), ("full", None)])
+def test_bf16_is_close_to_f32(streams, classes):
+    cond = Cond.of(semantics(classes), control())
+    f32, params = build(cond, streams=streams, classes=classes)
+    bf16, other = build(cond, streams=streams, classes=classes, dtype=jnp.bfloat16)
+    assert jax.tree.map(lambda a: a.dtype, other) == jax.tree.map(lambda a: a.dtype, params)
+    a, b = (jax.jit(m.apply)({"params": params}, noise(), T, cond) for m in (f32, bf16))
+    assert a.dtype == b.dtype == jnp.float32
+    error = np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2))
+    assert 1e-4 < error < 0.03  # 8 bits: 0.4% an operation
+
+
+# ---------------------------------------------------------------------------------------------
+# Table A1
+
+
+def parameters(semantics, **settings):
+    """Parameters of an XL/2 model on 32 x 32 x 4 latents."""
+    depth, width, heads = SIZES["XL"]
+    model = MMDiT(depth, width, heads, patch=2, base_grid=16, weighting=Weighting(), **settings)
+    args = jnp.zeros((1, 32, 32, 4)), jnp.zeros((1,), jnp.int32), Cond.of(semantics)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *args)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables))
+
+
+def test_parameters_of_the_text_model():
+    # Without control and without the position table, which is no parameter here.
+    text = Text(jnp.zeros((1, 77, 768)), jnp.ones((1, 77), bool), jnp.zeros((1, 768)))
+    expected = 791.641e6 - 3.099e6 - 1.180e6
+    assert parameters(text, streams="qkv", pooled=True) == pytest.approx(expected, rel=1e-4)
+    assert parameters(text, streams="qkv") == pytest.approx(expected, rel=1e-4)  # no pooled MLP
+
+
+def test_parameters_of_the_class_model():
+    # A plain DiT-XL/2 without learned sigma, and the norms of queries and keys.
+    label = jnp.zeros((1,), jnp.int32)
+    expected = 674.816e6 + 4032
+    for pooled in (False, True):
+        count = parameters(label, streams="shared", classes=1000, pooled=pooled)
+        assert count == pytest.approx(expected, abs=1000)
+    plain = parameters(label, streams="shared", classes=1000, qk_norm=False)
+    assert count - plain == 28 * 2 * 72

@@ -40,7 +40,9 @@ def get_config() -> ConfigDict:
     model.base_resolution = 0  # pixels at which positions count 0..grid; 0: data.resolution
     model.dtype = "float32"  # compute dtype: float32 | bfloat16; parameters are always float32
     model.attention = "xla"  # xla | cudnn (NVIDIA GPUs, needs bfloat16)
-    model.remat = "none"  # none | block: recompute blocks in the backward pass | dots: all but products
+    model.remat = (
+        "none"  # none | block: recompute blocks in the backward pass | dots: all but products
+    )
     model.unroll = 1  # layers per iteration of the scan over layers
 
     config.data = data = ConfigDict()

@@ -1,4 +1,4 @@
-"""Imports run one way (DESIGN: diffusion -> jax only, ..., main -> everything), read off the AST."""
+"""Imports run one way, from diffusion (JAX only) up to main; read off the syntax trees."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Package -> the parts of condiff_jax it may import; modules not listed may import anything but main.
+# Part -> the parts of condiff_jax it may import; others may import anything but main.
 ALLOWED = {
     "conditioning": {"conditioning"},
     "diffusion": {"diffusion"},

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from condiff_jax import config as config_lib
 from condiff_jax import sharding, system
 from condiff_jax.checkpoint import abstract_state
+from condiff_jax.models import mmdit
 from configs import quickstart
 
 VOCABULARY = system.Vocabulary(words=("a", "red", "circle"), classes=("circle", "square"))
@@ -62,7 +63,7 @@ def test_every_leaf_of_the_training_state_has_a_place(streams):
             assert {places[p] for p in copies} == {spec}
 
 
-L, D, H = 6, 128, 4  # the tiny size; the width is divisible by four devices
+L, D, H = 6, 128, 4  # the width is divisible by four devices
 EXPECTED = {
     "qkv": {
         "model/blocks/query/linear/kernel": ((L, D, H, D // H), P(None, "fsdp", None, None)),
@@ -97,7 +98,8 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("streams", EXPECTED)
-def test_places(streams):
+def test_places(streams, monkeypatch):
+    monkeypatch.setitem(mmdit.SIZES, "tiny", (L, D, H))
     mesh = sharding.create_mesh(4)
     params = jax.eval_shape(create("mmdit", streams).init, jax.random.key(0))
     places = names(sharding.tree_shardings(mesh, params))

@@ -116,8 +116,7 @@ class ScalarEmbed(nn.Module):
     @nn.compact
     def __call__(self, scalars: jax.Array) -> jax.Array:  # (B, S) -> (B, D)
         x = sinusoid(scalars, SINUSOIDS).reshape(scalars.shape[0], -1)  # (B, S * 256)
-        init = nn.initializers.normal(0.02)
-        x = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="fc1")(x)
+        x = nn.Dense(self.width, dtype=self.dtype, name="fc1")(x)
         x = nn.silu(x)
         zeros = nn.initializers.zeros
         return nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="fc2")(x)

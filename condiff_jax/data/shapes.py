@@ -63,7 +63,7 @@ AT = {name: f"in the {name} corner" for name in POSITIONS if " " in name}
 AT |= {"top": "at the top", "bottom": "at the bottom", "center": "in the center"}
 AT |= {"left": "on the left", "right": "on the right"}
 
-DIAMETERS = {1: (0.28, 0.36, 0.45), 2: (0.25, 0.31, 0.37)}  # by number of objects, then by size
+DIAMETERS = {1: (0.3, 0.38, 0.48), 2: (0.26, 0.32, 0.38)}  # by number of objects, then by size
 PAIR_SHARE = 0.25
 CELL_SHARE = 0.6  # centres keep to this inner part of their third, so that positions are clear
 CUT_SHARE = 0.12  # at most this part of a diameter lies beyond a border
@@ -199,7 +199,7 @@ def _background(dice: _Dice) -> Background:
         tone=TONES[tone],
         texture=dice.pick(TEXTURES),
         rgb=rgb,
-        contrast=dice.between(0.05, 0.1),
+        contrast=dice.between(0.04, 0.08),
         period=dice.between(0.11, 0.24),
         angle=int(dice.roll() * 4) * math.pi / 4,
         phase=dice.roll(),
@@ -330,7 +330,7 @@ def render(scene: Scene, height: int | None = None, width: int | None = None) ->
         patch = image[:, top:bottom, left:right]
         rgb = np.array(item.rgb, np.float32)[:, None, None] * 255
         patch += mask * (rgb - patch)
-    image += grain * np.float32(5)
+    image += grain * np.float32(4)
     np.clip(image, 0, 255, out=image)
     return np.ascontiguousarray((image + np.float32(0.5)).astype(np.uint8).transpose(1, 2, 0))
 

@@ -27,7 +27,7 @@ REMAT = {
 }
 # name: depth, width, heads
 SIZES = {
-    "tiny": (6, 128, 4),
+    "tiny": (4, 128, 4),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
@@ -154,8 +154,9 @@ class MMDiT(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         b, h, w, channels = x.shape
         rows, columns = h // self.patch, w // self.patch
-        dense = partial(nn.Dense, kernel_init=layers.xavier, dtype=self.dtype)
-        image = dense(self.width, name="patch_embed")(layers.patchify(x, self.patch))
+        image = nn.Dense(
+            self.width, kernel_init=layers.small, dtype=self.dtype, name="patch_embed"
+        )(layers.patchify(x, self.patch))
         position = layers.position_embedding(
             self.width, rows, columns, self.base_grid, self.position
         )

@@ -189,11 +189,12 @@ def test_ddpm_samples_have_the_statistics_of_the_data():
 def test_samples_depend_on_their_own_key_alone(sampler):
     denoise = lambda x, t, cond: fake(x, t[:, None, None, None], jnp.tanh)  # noqa: E731
 
+    @jax.jit
     def sample(keys):
         x = initial_noise(keys, SHAPE)
-        return np.asarray(SAMPLERS[sampler](denoise, SCHEDULE, x, None, keys, steps=5, eta=0.7))
+        return SAMPLERS[sampler](denoise, SCHEDULE, x, None, keys, steps=5, eta=0.7)
 
-    together = sample(KEYS)
+    together = np.asarray(sample(KEYS))
     np.testing.assert_allclose(sample(KEYS[3:4]), together[3:4], atol=1e-5)
     np.testing.assert_allclose(sample(KEYS[::-1]), together[::-1], atol=1e-5)
     assert np.abs(together[1:] - together[:-1]).max((1, 2, 3)).min() > 0.1

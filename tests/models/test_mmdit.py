@@ -12,6 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from condiff_jax import flops
 from condiff_jax.conditioning.cond import Cond, Control, Text
 from condiff_jax.conditioning.control import Weighting
 from condiff_jax.models.mmdit import SIZES, Block, MMDiT, TwoStreamBlock
@@ -55,6 +56,15 @@ def random_like(shapes, seed=0):
         return jnp.asarray(centre + size * generator.normal(size=leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+# Compiling takes all the time here: ask for less of it, and share programs between tests.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@partial(jit, static_argnums=0)
+def forward(model, params, x, t, cond):
+    return model.apply({"params": params}, x, t, cond)
 
 
 def build(cond, side=4, **settings):
@@ -180,31 +190,39 @@ def relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-@pytest.mark.parametrize("side", [4, 8])
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_full_streams_agree_with_sd3_of_diffusers(qk_norm, side):
-    cond, x = Cond.of(text()), noise(side)
-    model, params = build(
-        cond, side, streams="full", pooled=True, qk_norm=qk_norm, position="extrapolate"
-    )
-    target = noise(side, seed=6)
-
-    def loss(params):
-        eps = model.apply({"params": params}, x, T, cond)
-        return ((eps - target) ** 2).mean(), eps
-
-    grads, eps = jax.jit(jax.grad(loss, has_aux=True))(params)
-
-    theirs = sd3(params, side, qk_norm)
-    channels_first = lambda a: torch.from_numpy(a).permute(0, 3, 1, 2)  # noqa: E731
-    out = theirs(
-        channels_first(x),
+def sd3_forward(model, x, cond):
+    """Its prediction (B, H, W, C)."""
+    return model(
+        torch.from_numpy(x).permute(0, 3, 1, 2),
         torch.tensor(np.array(cond.semantics.tokens)),
         torch.tensor(np.array(cond.semantics.pooled)),
         torch.tensor(T).long(),
-    ).sample
-    ((out - channels_first(target)) ** 2).mean().backward()
-    assert relative(eps, out.detach().permute(0, 2, 3, 1).numpy()) < 1e-4
+    ).sample.permute(0, 2, 3, 1)
+
+
+SD3 = {"streams": "full", "pooled": True, "position": "extrapolate"}
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("side", [4, 8])
+def test_full_streams_agree_with_sd3_of_diffusers(side, qk_norm):
+    cond, x = Cond.of(text()), noise(side)
+    model, params = build(cond, side, qk_norm=qk_norm, **SD3)
+    theirs = sd3_forward(sd3(params, side, qk_norm), x, cond).detach().numpy()
+    assert relative(forward(model, params, x, T, cond), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_gradients_agree_with_sd3_of_diffusers(qk_norm):
+    cond, x, target = Cond.of(text()), noise(), noise(seed=6)
+    model, params = build(cond, qk_norm=qk_norm, **SD3)
+
+    def loss(params):
+        return ((model.apply({"params": params}, x, T, cond) - target) ** 2).mean()
+
+    grads = jit(jax.grad(loss))(params)
+    theirs = sd3(params, 4, qk_norm)
+    ((sd3_forward(theirs, x, cond) - torch.from_numpy(target)) ** 2).mean().backward()
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     largest = max(g.abs().max() for g in expected.values() if g is not None)
     for name, gradient in to_diffusers(grads).items():
@@ -218,20 +236,65 @@ def test_full_streams_agree_with_sd3_of_diffusers(qk_norm, side):
 
 
 # ---------------------------------------------------------------------------------------------
+# The other two kinds of streams are full streams whose weights are tied
+
+
+def untie(block):
+    """Parameters of a TwoStreamBlock that computes what a Block with these parameters does."""
+    out = {"modulation": block["Modulation_0"], "context_modulation": block["Modulation_0"]}
+    for name in ("query", "key", "value", "query_norm", "key_norm", "out", "mlp"):
+        own = block.get("context_" + name, block[name])
+        if name in ("query", "key", "value") and own is not block[name]:
+            bias = jnp.zeros_like(block[name]["linear"]["bias"])  # ours has none
+            own = {"linear": {**own["linear"], "bias": bias}}
+        out |= {name: block[name], "context_" + name: own}
+    return out
+
+
+@pytest.mark.parametrize("streams", ["shared", "qkv"])
+def test_blocks_are_tied_two_stream_blocks(streams):
+    x = jax.random.normal(jax.random.key(0), (2, 4, WIDTH))
+    c = jax.random.normal(jax.random.key(1), (2, 5, WIDTH))
+    z, emb = jnp.concatenate([x, c], 1), jax.random.normal(jax.random.key(2), (2, WIDTH))
+    block = Block(HEADS, 4, streams, True, "xla", jnp.float32)
+    params = random_like(jax.eval_shape(block.init, jax.random.key(3), z, emb)["params"])
+    out, _ = jit(block.apply)({"params": params}, z, emb)
+    full = TwoStreamBlock(HEADS, True, "xla", jnp.float32)
+    expected, _ = jit(full.apply)({"params": untie(params)}, (x, c), emb)
+    assert relative(out, np.concatenate(expected, 1)) < 1e-5
+    assert relative(out, np.asarray(z)) > 0.1
+
+
+@pytest.mark.parametrize("streams", ["shared", "qkv"])
+def test_models_are_tied_two_stream_models(streams):
+    cond = Cond.of(semantics(CLASSES), control())
+    model, params = build(cond, streams=streams, classes=CLASSES, pooled=True)
+    blocks = untie(params["blocks"])
+    last = jax.tree.map(lambda a: a[-1], blocks)
+    del last["context_out"], last["context_mlp"]
+    modulation = last["context_modulation"]["linear"]  # needs shift and scale of the first half
+    last["context_modulation"] = {"linear": jax.tree.map(lambda a: a[..., : 2 * WIDTH], modulation)}
+    untied = params | {"blocks": jax.tree.map(lambda a: a[:-1], blocks), "last_block": last}
+    full, shapes = build(cond, streams="full", classes=CLASSES, pooled=True)
+    assert jax.tree.map(jnp.shape, untied) == jax.tree.map(jnp.shape, shapes)
+    a, b = forward(model, params, noise(), T, cond), forward(full, untied, noise(), T, cond)
+    assert relative(a, np.asarray(b)) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------
 # AdaLN-zero
 
 VARIANTS = [(s, c) for s in ("shared", "qkv", "full") for c in (None, CLASSES)]
 
 
-@pytest.mark.parametrize("streams, classes", VARIANTS)
+@pytest.mark.parametrize("streams, classes", [("shared", CLASSES), ("qkv", None), ("full", None)])
 def test_output_is_zero_at_the_start(streams, classes):
     cond = Cond.of(semantics(classes), control())
     model = MMDiT(
         2, WIDTH, HEADS, patch=2, base_grid=2, streams=streams, classes=classes, pooled=False,
         weighting=Weighting(),
     )  # fmt: skip
-    init = jax.jit(model.init_with_output)
-    out, variables = init(jax.random.key(0), noise(), T, cond)
+    out, variables = jit(model.init_with_output)(jax.random.key(0), noise(), T, cond)
     np.testing.assert_array_equal(out, np.zeros((2, 4, 4, CHANNELS)))
     params = flatten_dict(variables["params"], sep="/")
     for name, value in params.items():
@@ -245,7 +308,7 @@ def test_blocks_are_the_identity_at_the_start(streams):
     z = jax.random.normal(jax.random.key(0), (2, 9, WIDTH))
     emb = jax.random.normal(jax.random.key(1), (2, WIDTH))
     block = Block(HEADS, 4, streams, True, "xla", jnp.float32)
-    (out, _), _ = block.init_with_output(jax.random.key(2), z, emb)
+    (out, _), _ = jit(block.init_with_output)(jax.random.key(2), z, emb)
     np.testing.assert_array_equal(out, z)
 
 
@@ -254,7 +317,7 @@ def test_two_stream_blocks_are_the_identity_at_the_start(last):
     x = jax.random.normal(jax.random.key(0), (2, 4, WIDTH))
     c = jax.random.normal(jax.random.key(1), (2, 5, WIDTH))
     block = TwoStreamBlock(HEADS, True, "xla", jnp.float32, last)
-    (out, _), _ = block.init_with_output(jax.random.key(2), (x, c), jnp.ones((2, WIDTH)))
+    (out, _), _ = jit(block.init_with_output)(jax.random.key(2), (x, c), jnp.ones((2, WIDTH)))
     np.testing.assert_array_equal(out[0], x)
     np.testing.assert_array_equal(out[1], c)
 
@@ -265,9 +328,8 @@ def test_two_stream_blocks_are_the_identity_at_the_start(last):
 
 def influence(model, params, one, other, t=T):
     """Largest change of each sample's output (B,) between two conditions."""
-    apply = jax.jit(model.apply)
-    a, b = (apply({"params": params}, noise(), t, cond) for cond in (one, other))
-    return np.abs(np.asarray(a) - np.asarray(b)).max((1, 2, 3))
+    a, b = (np.asarray(forward(model, params, noise(), t, cond)) for cond in (one, other))
+    return np.abs(a - b).max((1, 2, 3))
 
 
 def heard(change):
@@ -282,11 +344,8 @@ def silenced(params, pattern):
     return unflatten_dict(flat | {name: 0 * flat[name] for name in hit}, sep="/")
 
 
-CASES = [(pooled, streams, classes) for pooled in (False, True) for streams, classes in VARIANTS]
-
-
-@pytest.mark.parametrize("pooled, streams, classes", CASES)
-def test_dropped_semantics_are_the_null_condition(pooled, streams, classes):
+@pytest.mark.parametrize("streams, classes", VARIANTS)
+def test_dropped_semantics_are_the_null_condition(streams, classes):
     drop = jnp.array([True, False])
     one, other = (
         Cond.of(semantics(classes, seed), control()).replace(drop_semantics=drop) for seed in (0, 1)
@@ -296,7 +355,7 @@ def test_dropped_semantics_are_the_null_condition(pooled, streams, classes):
             c.replace(semantics=c.semantics.replace(pooled=c.semantics.tokens[:, 0]))
             for c in (one, other)
         )
-    model, params = build(one, streams=streams, pooled=pooled, classes=classes)
+    model, params = build(one, streams=streams, pooled=True, classes=classes)
     assert heard(influence(model, params, one, other)).tolist() == [False, True]
     null = jax.tree.map(jnp.zeros_like, one.semantics) if classes is None else jnp.full(2, CLASSES)
     explicit = Cond.of(null, control())
@@ -374,8 +433,8 @@ def test_dropped_control_is_a_model_that_hears_no_control():
     model, params = build(one)
     dropped = one.drop(semantics=False, control=True)
     without = {name: value for name, value in params.items() if name != "control"}
-    a = model.apply({"params": params}, noise(), T, dropped)
-    b = model.apply({"params": without}, noise(), T, Cond.of(text()))
+    a = forward(model, params, noise(), T, dropped)
+    b = forward(model, without, noise(), T, Cond.of(text()))
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -400,14 +459,14 @@ def test_positions_depend_on_mode_and_base_grid():
         ("extrapolate", 5),
     ]:
         model, params = build(cond, side=4, position=position, base_grid=base)
-        outs[position, base] = model.apply({"params": params}, noise(), T, cond)
+        outs[position, base] = forward(model, params, noise(), T, cond)
     np.testing.assert_array_equal(outs["extrapolate", 2], outs["extrapolate", 5])
     assert np.abs(outs["resample", 2] - outs["resample", 5]).max() > 1e-3
     assert np.abs(outs["resample", 2] - outs["extrapolate", 2]).max() > 1e-3
     # Two tokens a side with base 1 are at 0 and 1 in either mode.
     model, params = build(cond, position="resample", base_grid=1)
     np.testing.assert_allclose(
-        model.apply({"params": params}, noise(), T, cond), outs["extrapolate", 2], atol=1e-6
+        forward(model, params, noise(), T, cond), outs["extrapolate", 2], atol=1e-6
     )
 
 
@@ -415,40 +474,53 @@ def test_positions_depend_on_mode_and_base_grid():
 # Ways to compute the same
 
 
-def value_and_grads(cond, params, **settings):
+def output_and_gradients(cond, params, **settings):
     model, _ = build(cond, **settings)
 
     def loss(params):
         eps = model.apply({"params": params}, noise(), T, cond)
         return (jnp.tanh(eps) * noise(seed=6)).sum(), eps
 
-    grads, eps = jax.jit(jax.grad(loss, has_aux=True))(params)
-    return eps, grads
+    grads, eps = jit(jax.grad(loss, has_aux=True))(params)
+    return [eps, *jax.tree.leaves(grads)]
 
 
-@pytest.mark.parametrize("streams", ["qkv", "full"])
-def test_remat_and_unroll_change_nothing(streams):
+def test_remat_and_unroll_change_nothing():
     cond = Cond.of(text(), control())
-    _, params = build(cond, streams=streams)
-    eps, grads = value_and_grads(cond, params, streams=streams)
-    for settings in ({"unroll": DEPTH}, {"remat": "block"}, {"remat": "block", "unroll": DEPTH}):
-        eps_other, grads_other = value_and_grads(cond, params, streams=streams, **settings)
-        np.testing.assert_allclose(eps_other, eps, atol=1e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max())),
-            grads_other,
-            grads,
-        )
+    _, params = build(cond)
+    expected = output_and_gradients(cond, params)
+    for settings in ({"remat": "dots"}, {"remat": "block", "unroll": DEPTH}):
+        result = output_and_gradients(cond, params, **settings)
+        for a, b in zip(result, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize("unroll", [1, DEPTH])
-@pytest.mark.parametrize("remat", ["none", "block"])
-def test_remat_recomputes_and_unroll_unrolls(remat, unroll):
+def training_flops(**settings):
     cond = Cond.of(text())
-    model, params = build(cond, remat=remat, unroll=unroll)
-    jaxpr = str(jax.make_jaxpr(partial(model.apply))({"params": params}, noise(), T, cond))
-    assert ("checkpoint" in jaxpr or "remat" in jaxpr) == (remat == "block")
-    assert f"unroll={unroll}" in jaxpr
+    model, params = build(cond, **settings)
+    loss = lambda params: (model.apply({"params": params}, noise(), T, cond) ** 2).sum()  # noqa: E731
+    return flops.count(jax.value_and_grad(loss), params)
+
+
+@pytest.mark.parametrize("streams", ["shared", "full"])
+def test_remat_recomputes_what_it_says(streams):
+    none, dots, block = (
+        training_flops(streams=streams, remat=remat) for remat in ("none", "dots", "block")
+    )
+    # Of the scanned blocks of width D = 32 (shared: N + T = 9 tokens, full: 4 and 5 with weights
+    # of their own): attention's products are batched, so `dots` computes them again.
+    layers = DEPTH if streams == "shared" else DEPTH - 1
+    attention = 2 * (2 * 2 * 9 * 9 * WIDTH)  # two images, q k and its product with v
+    assert dots - none == layers * attention
+    assert block - none > layers * (attention + 2 * 2 * 9 * 11 * WIDTH**2)  # qkv and MLP at least
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_unroll_reaches_the_scan(unroll):
+    cond = Cond.of(text())
+    model, params = build(cond, unroll=unroll)
+    jaxpr = jax.make_jaxpr(model.apply)({"params": params}, noise(), T, cond)
+    assert [e.params["unroll"] for e in jaxpr.eqns if e.primitive.name == "scan"] == [unroll]
 
 
 @pytest.mark.parametrize("streams, classes", [("qkv", None), ("shared", CLASSES), ("full", None)])
@@ -457,7 +529,7 @@ def test_bf16_is_close_to_f32(streams, classes):
     f32, params = build(cond, streams=streams, classes=classes)
     bf16, other = build(cond, streams=streams, classes=classes, dtype=jnp.bfloat16)
     assert jax.tree.map(lambda a: a.dtype, other) == jax.tree.map(lambda a: a.dtype, params)
-    a, b = (jax.jit(m.apply)({"params": params}, noise(), T, cond) for m in (f32, bf16))
+    a, b = (forward(m, params, noise(), T, cond) for m in (f32, bf16))
     assert a.dtype == b.dtype == jnp.float32
     error = np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2))
     assert 1e-4 < error < 0.03  # 8 bits: 0.4% an operation

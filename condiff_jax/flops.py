@@ -32,7 +32,8 @@ def peak_tflops() -> float | None:
 def count(function: Callable, *args) -> int:
     """FLOPs of one call (multiply-add = 2), nothing executed; args may be ShapeDtypeStructs.
 
-    XLA's own cost analysis counts the body of a scan once; this multiplies by its length.
+    XLA's own cost analysis counts the body of a scan once; this multiplies by its length. The
+    body of a `while` counts once, and so does each branch of a `cond`.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 

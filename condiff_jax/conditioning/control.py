@@ -53,7 +53,7 @@ class ControlSpec:
         """Pick and scale scalars {name: (B,)} to `Control`; None when no group is on."""
         if not self.groups:
             return None
-        batch = jnp.asarray(scalars["height"]).shape[0]
+        batch = jnp.asarray(next(iter(scalars.values()))).shape[0]
 
         def stack(names):
             columns = [jnp.asarray(scalars[n]) * SCALE.get(n, DEFAULT_SCALE) for n in names]

@@ -27,7 +27,7 @@ def pad(text: Text, method: str, *, beta: float = 0.0, noise: jax.Array | None =
     length = text.mask.shape[1]
     n = jnp.maximum(text.mask.sum(1), 1)  # (B,)
     source = jnp.arange(length) % n[:, None]  # (B, T)
-    tokens = jnp.take_along_axis(text.tokens, source[..., None], axis=1)
+    tokens = jnp.take_along_axis(jnp.where(mask, text.tokens, 0), source[..., None], axis=1)
     if method == "replicate":
         return text.replace(tokens=tokens)
     if noise is None:

@@ -20,7 +20,8 @@ def timesteps(total: int, steps: int, spacing: str = "trailing") -> np.ndarray:
     Each step goes to the next entry, the last one to clean data. This agrees with diffusers'
     DDPMScheduler throughout, and with its DDIMScheduler for `leading` and `trailing` when steps
     divides total. Otherwise the latter steps from t to t - total // steps, which is not where
-    its next step starts; we do not follow it there.
+    its next step starts; we do not follow it there. `leading` and `linspace` end at t = 0, so
+    with one step they take noise for clean data, as diffusers' do.
     """
     if not 1 <= steps <= total:
         raise ValueError(f"sampling.steps must be between 1 and {total}, got {steps}")

@@ -15,10 +15,6 @@ ATTENTION_BACKENDS = ("xla", "cudnn")
 xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros
-# Patches start small beside the position embedding (variance 0.5), at any size as they do in
-# DiT-XL/2. LayerNorm is then nearly linear in them, and the noise, which is what the model has to
-# return, passes through it undistorted.
-small = nn.initializers.variance_scaling(0.03, "fan_in", "truncated_normal")
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, backend: str = "xla") -> jax.Array:

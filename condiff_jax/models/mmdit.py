@@ -155,7 +155,7 @@ class MMDiT(nn.Module):
         b, h, w, channels = x.shape
         rows, columns = h // self.patch, w // self.patch
         image = nn.Dense(
-            self.width, kernel_init=layers.small, dtype=self.dtype, name="patch_embed"
+            self.width, kernel_init=layers.xavier, dtype=self.dtype, name="patch_embed"
         )(layers.patchify(x, self.patch))
         position = layers.position_embedding(
             self.width, rows, columns, self.base_grid, self.position

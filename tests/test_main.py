@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "--config.model.size=tiny/8",
+    "--config.model.size=tiny/4",
     "--config.batch_size=8",
     "--config.log.every=1",
     "--config.sampling.n=2",
@@ -52,7 +52,7 @@ def test_summary_ends_with_one_json_line():
         (["--mode=trian"], "train|sample|summary"),
         (["--confg=x"], "confg"),
         ([], "--workdir is missing"),
-        (["--workdir=RUN", "--config.data.resolution=34"], "must be a multiple of 4"),
+        (["--workdir=RUN", "--config.data.resolution=33"], "must be a multiple of 2"),
         (["--workdir=RUN", "--mode=sample"], "no run here"),
         (
             ["--workdir=RUN", "--config.data.name=webdataset", "--config.data.path=/no/such"]

@@ -16,12 +16,11 @@ def get_config(args: str | None = None):
     # latents, textures at low noise levels drown what captions say. Eq. 3 shifts the schedule.
     config.diffusion.base_resolution = 4
     config.text_encoder.length = 16
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.schedule = "cosine"
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup = 50
     config.optimizer.b2 = 0.95
     config.optimizer.clip_norm = 1.0
-    config.optimizer.ema = 0.99
+    config.optimizer.ema = 0.995
     config.sampling.steps = 20
     config.sampling.guidance = 3.0
     config.sampling.control_guidance = 1.375

@@ -10,7 +10,7 @@ from condiff_jax import config as config_lib
 from condiff_jax import sharding, system
 from condiff_jax.checkpoint import abstract_state
 from condiff_jax.models import mmdit
-from configs import quickstart
+from configs import base
 
 VOCABULARY = system.Vocabulary(words=("a", "red", "circle"), classes=("circle", "square"))
 VARIANTS = [
@@ -22,8 +22,8 @@ VARIANTS = [
 
 
 def create(name="ours", streams="auto", semantics="text", **overrides):
-    """The quickstart's system, small and with every group of control scalars."""
-    values = quickstart.get_config()
+    """A system of the default config, small and with every group of control scalars."""
+    values = base.get_config()
     overrides |= {
         "model.name": name,
         "model.streams": streams,

@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def use_huge_pages() -> None:
-    """Start again with glibc's huge pages on, once: JAX on CPUs is about 1.5 times faster then.
+    """Start again with glibc's huge pages on, once: JAX on CPUs faults far fewer pages then.
 
     glibc reads the setting when a process starts, so it cannot be changed from inside.
     """

@@ -12,8 +12,8 @@ def get_config(args: str | None = None):
     config.model.size = "tiny/2"
     config.data.resolution = 16
     config.data.sizes = (12, 48)
-    # Epsilon prediction weighs errors of the picture by 1 / sigma^2: with the schedule made for
-    # latents, textures at low noise levels drown what captions say. Eq. 3 shifts the schedule.
+    # Epsilon prediction weighs errors of the picture by 1 / sigma^2, so most of the loss is about
+    # textures at low noise levels. Eq. 3 shifts the schedule to levels where captions matter.
     config.diffusion.base_resolution = 4
     config.text_encoder.length = 16
     config.optimizer.learning_rate = 2e-3

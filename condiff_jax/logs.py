@@ -9,7 +9,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from condiff_jax import evaluate
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config import Config
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.grid import caption_grid
 from condiff_jax.sample import Sampler, asked_for, requests, save_png, titles
@@ -38,9 +38,10 @@ class Reporter:
         self.system, self.folder = system, folder
         self.config = config = system.config
         self.sampler = Sampler(system, mesh, config.sampling)
-        try:
+        named = config.sampling.prompts or config.sampling.prompt_file
+        if named or system.text_encoder is None:
             self.asked = asked_for(config, system)
-        except ConfigError:  # no prompts named: take them from the data
+        else:
             captions = example_captions(config, config.sampling.n)
             self.asked = [captions[i % len(captions)] for i in range(config.sampling.n)]
         self.chief = jax.process_index() == 0

@@ -199,6 +199,19 @@ def test_batch_must_divide_over_devices(tmp_path):
         train.run(tiny.config(batch_size=12), str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.semantics": "class", "sampling.labels": (10,)}, "class 10"),
+        ({"sampling.prompt_file": "/no/such/prompts.txt"}, "does not exist"),
+    ],
+)
+def test_bad_requests_for_the_sample_grids_stop_a_run_before_it_trains(tmp_path, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        train.run(tiny.config(**fields), str(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_too_many_broken_images_stop_the_run():
     meter = train.Meter(0)
     good = {"loss": np.float32(1), "grad_norm": np.float32(1), "broken": np.int32(0)}

@@ -1,4 +1,4 @@
-"""A configuration small enough for tests: two layers of width 128, 4 x 4 image tokens."""
+"""A configuration small enough for tests: 4 x 4 image tokens, with `few_layers` a tiny model."""
 
 from unittest import mock
 
@@ -42,5 +42,5 @@ def system(config: config_lib.Config) -> system_lib.System:
 
 
 def few_layers():
-    """Patches the tiny size to two layers: tests of the machinery need no more."""
+    """Patches the tiny size to two layers of width 32: the machinery needs no more."""
     return mock.patch.dict(mmdit.SIZES, {"tiny": (2, 32, 2)})

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from condiff_jax.conditioning.control import GROUPS, KINDS
 from condiff_jax.conditioning.text import PADDINGS
 from condiff_jax.data.pipeline import SOURCES
+from condiff_jax.diffusion.prediction import PREDICTIONS
 from condiff_jax.diffusion.sampler import SAMPLERS, SPACINGS
 from condiff_jax.models import MODELS
 from condiff_jax.models.layers import ATTENTION_BACKENDS
@@ -73,6 +74,7 @@ class Diffusion:
     beta_start: float
     beta_end: float
     base_resolution: int
+    prediction: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +235,7 @@ CHOICES = {
     "data.semantics": ("text", "class"),
     "conditioning.weighting": KINDS,
     "conditioning.padding": PADDINGS,
+    "diffusion.prediction": PREDICTIONS,
     "optimizer.name": ("adam", "adamw"),
     "optimizer.schedule": ("constant", "cosine"),
     "autoencoder.name": ("pixels",),

@@ -18,6 +18,7 @@ from condiff_jax.conditioning.control import ControlSpec, Weighting
 from condiff_jax.conditioning.text import pad
 from condiff_jax.config import Config
 from condiff_jax.data.augment import SCALARS
+from condiff_jax.diffusion.prediction import predict_epsilon
 from condiff_jax.diffusion.schedule import Schedule, rescale, scaled_linear
 from condiff_jax.models.autoencoder import Pixels
 from condiff_jax.models.text_encoder import WordEmbedding, tokenize, word_tokenizer
@@ -107,7 +108,11 @@ class System:
 
     def denoise(self, params: dict):
         """denoise(x, t, cond) -> eps with these parameters."""
-        return lambda x, t, cond: self.model.apply({"params": params["model"]}, x, t, cond)
+
+        def network(x, t, cond):
+            return self.model.apply({"params": params["model"]}, x, t, cond)
+
+        return predict_epsilon(network, self.schedule, self.config.diffusion.prediction)
 
 
 def create(config: Config, vocabulary: Vocabulary) -> System:

@@ -23,6 +23,7 @@ from condiff_jax.conditioning.dropout import drop_flags
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.data.pipeline import batches, create_source
 from condiff_jax.diffusion.loss import denoising_loss
+from condiff_jax.diffusion.prediction import loss_weight
 from condiff_jax.logs import Reporter
 from condiff_jax.system import System, Vocabulary
 from condiff_jax.system import create as create_system
@@ -59,7 +60,9 @@ def loss_fn(params: dict, batch: dict, noise: dict, *, system: System) -> jax.Ar
     cond = cond.replace(drop_semantics=noise["drop_semantics"], drop_control=noise["drop_control"])
     x0 = system.autoencoder.encode(batch["image"])
     denoise = system.denoise(params)
-    return denoising_loss(denoise, system.schedule, x0, noise["t"], noise["eps"], cond).mean()
+    loss = denoising_loss(denoise, system.schedule, x0, noise["t"], noise["eps"], cond)
+    weight = loss_weight(system.schedule, noise["t"], system.config.diffusion.prediction)
+    return (weight * loss).mean()
 
 
 def accumulated(value_and_grad: Callable, params: dict, inputs, parts: int):

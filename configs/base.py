@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
     diffusion.beta_start = 0.00085
     diffusion.beta_end = 0.012
     diffusion.base_resolution = 0  # Eq. 3: the resolution the schedule is for; 0: this one
+    diffusion.prediction = "epsilon"  # epsilon (the paper) | v (arXiv:2202.00512, its own loss)
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # adam | adamw

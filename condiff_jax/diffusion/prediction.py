@@ -1,0 +1,49 @@
+"""What the network's output stands for: the paper's epsilon, or v (arXiv:2202.00512, Sec. 4).
+
+v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 is epsilon at low noise and -x_0 at high noise.
+Everything outside sees a denoiser of epsilon, whatever its network predicts. The paper predicts
+epsilon, which at high noise is the input itself: to find x_0 the network must reproduce its input
+to a relative precision of 1 / sigma. Where that is the bottleneck (small models, pixels, minutes of
+training) v learns what captions say about layout many times faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from condiff_jax.diffusion.schedule import Schedule
+
+PREDICTIONS = ("epsilon", "v")
+
+
+def predict_epsilon(network: Callable, schedule: Schedule, prediction: str) -> Callable:
+    """denoise(x_t, t, cond) -> eps, f32 for v, of a network(x_t, t, cond) that predicts either.
+
+    With v: eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v. ValueError if unknown.
+    """
+    if prediction == "epsilon":
+        return network
+    if prediction != "v":
+        raise ValueError(f"unknown prediction {prediction!r}, choose from {', '.join(PREDICTIONS)}")
+
+    def denoise(x: jax.Array, t: jax.Array, cond) -> jax.Array:
+        alpha_bar = _at(schedule, t).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.sqrt(1 - alpha_bar) * x + jnp.sqrt(alpha_bar) * network(x, t, cond)
+
+    return denoise
+
+
+def loss_weight(schedule: Schedule, t: jax.Array, prediction: str) -> jax.Array:
+    """Weight (B,) of |eps - eps_hat|^2 that makes it the squared error of the prediction.
+
+    1 for epsilon; 1 / alpha_bar = 1 + sigma^2 for v, since eps - eps_hat = sqrt(alpha_bar) (v -
+    v_hat): the error of x_0 has the weight 1 / sigma^2 for epsilon and 1 + 1 / sigma^2 for v.
+    """
+    return jnp.ones(t.shape) if prediction == "epsilon" else 1 / _at(schedule, t)
+
+
+def _at(schedule: Schedule, t: jax.Array) -> jax.Array:
+    return jnp.asarray(schedule.alpha_bar, jnp.float32)[t]

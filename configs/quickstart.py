@@ -7,14 +7,18 @@ def get_config(args: str | None = None):
     """No arguments."""
     base.arguments(args)
     config = base.get_config()
-    config.steps = 850
+    config.steps = 1000
     config.batch_size = 32
     config.model.size = "tiny/2"
     config.data.resolution = 16
     config.data.sizes = (12, 48)
-    # Epsilon prediction weighs errors of the picture by 1 / sigma^2, so most of the loss is about
-    # textures at low noise levels. Eq. 3 shifts the schedule to levels where captions matter.
+    config.data.flip = False  # captions speak of left and right
+    config.conditioning.control = ("crop", "size")
+    # Eq. 3 moves the schedule, made for latents, to noise levels that hide the layout of 16 pixels.
     config.diffusion.base_resolution = 4
+    # The one step away from the paper's recipe: in these minutes epsilon learns colours but no
+    # layout (position 17% right after 26k images, where v reaches 99% after 29k).
+    config.diffusion.prediction = "v"
     config.text_encoder.length = 16
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup = 50
@@ -25,6 +29,6 @@ def get_config(args: str | None = None):
     config.sampling.guidance = 3.0
     config.sampling.control_guidance = 1.375
     config.evaluation.prompts = 256
-    config.checkpoint.every = 400
-    config.log.samples_every = 400
+    config.checkpoint.every = 500
+    config.log.samples_every = 500
     return config

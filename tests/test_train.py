@@ -51,6 +51,20 @@ def assert_close(a, b, tolerance=2e-5):
         np.testing.assert_allclose(x, y, atol=tolerance * (1e-2 + np.abs(x).max()))
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_first_loss_is_the_mean_square_of_what_is_predicted(prediction):
+    """The output starts at zero, so the loss is that of guessing zero."""
+    system, batch = batch_of(tiny.config(**{"diffusion.prediction": prediction}))
+    noise = train.draw_noise(jax.random.key(1), system, 16)
+    root = np.sqrt(system.schedule.alpha_bar[noise["t"]]).reshape(-1, 1, 1, 1)
+    target = noise["eps"]
+    if prediction == "v":
+        target = root * target - np.sqrt(1 - root**2) * system.autoencoder.encode(batch["image"])
+    params = jax.jit(system.init)(jax.random.key(0))
+    loss = train.loss_fn(params, batch, noise, system=system)
+    np.testing.assert_allclose(loss, np.square(target).mean(), rtol=1e-4)
+
+
 def meshes():
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), sharding.BATCH_AXES)
     return {"one": one, "data": sharding.create_mesh(1), "fsdp": sharding.create_mesh(8)}

@@ -3,8 +3,8 @@
 v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 is epsilon at low noise and -x_0 at high noise.
 Everything outside sees a denoiser of epsilon, whatever its network predicts. The paper predicts
 epsilon, which at high noise is the input itself: to find x_0 the network must reproduce its input
-to a relative precision of 1 / sigma. Where that is the bottleneck (small models, pixels, minutes of
-training) v learns what captions say about layout many times faster.
+to a relative precision of 1 / sigma, and its loss gives the error of x_0 the weight 1 / sigma^2, so
+that little of a short training is about the layout of pictures, which is decided at high noise.
 """
 
 from __future__ import annotations

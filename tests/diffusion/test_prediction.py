@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers import DDIMScheduler
 
 from condiff_jax.diffusion.loss import add_noise, denoising_loss
 from condiff_jax.diffusion.prediction import PREDICTIONS, loss_weight, predict_epsilon
@@ -29,10 +31,7 @@ def test_the_true_v_gives_the_true_epsilon():
 
 
 def test_agrees_with_diffusers_about_v():
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    oracle = diffusers.DDIMScheduler(
-        1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    )
+    oracle = DDIMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     args = (torch.tensor(np.asarray(a)) for a in (X0, EPS, T.astype(jnp.int64)))
     v = oracle.get_velocity(*args).numpy()
     np.testing.assert_allclose(v, V, atol=1e-5)

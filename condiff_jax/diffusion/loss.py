@@ -12,8 +12,7 @@ from condiff_jax.diffusion.schedule import Schedule
 
 def add_noise(schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """Eq. 5, equal to Eq. 6: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
-    alpha_bar = jnp.asarray(schedule.alpha_bar, jnp.float32)[t]
-    alpha_bar = alpha_bar.reshape(-1, *[1] * (x0.ndim - 1))
+    alpha_bar = schedule.alpha_bar_at(t, x0.ndim)
     return jnp.sqrt(alpha_bar) * x0 + jnp.sqrt(1 - alpha_bar) * eps
 
 

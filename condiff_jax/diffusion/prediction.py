@@ -24,13 +24,12 @@ def predict_epsilon(network: Callable, schedule: Schedule, prediction: str) -> C
 
     With v: eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v. ValueError if unknown.
     """
+    _check(prediction)
     if prediction == "epsilon":
         return network
-    if prediction != "v":
-        raise ValueError(f"unknown prediction {prediction!r}, choose from {', '.join(PREDICTIONS)}")
 
     def denoise(x: jax.Array, t: jax.Array, cond) -> jax.Array:
-        alpha_bar = _at(schedule, t).reshape(-1, *[1] * (x.ndim - 1))
+        alpha_bar = schedule.alpha_bar_at(t, x.ndim)
         return jnp.sqrt(1 - alpha_bar) * x + jnp.sqrt(alpha_bar) * network(x, t, cond)
 
     return denoise
@@ -41,9 +40,12 @@ def loss_weight(schedule: Schedule, t: jax.Array, prediction: str) -> jax.Array:
 
     1 for epsilon; 1 / alpha_bar = 1 + sigma^2 for v, since eps - eps_hat = sqrt(alpha_bar) (v -
     v_hat): the error of x_0 has the weight 1 / sigma^2 for epsilon and 1 + 1 / sigma^2 for v.
+    ValueError if unknown.
     """
-    return jnp.ones(t.shape) if prediction == "epsilon" else 1 / _at(schedule, t)
+    _check(prediction)
+    return jnp.ones(t.shape) if prediction == "epsilon" else 1 / schedule.alpha_bar_at(t)
 
 
-def _at(schedule: Schedule, t: jax.Array) -> jax.Array:
-    return jnp.asarray(schedule.alpha_bar, jnp.float32)[t]
+def _check(prediction: str) -> None:
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}, choose from {', '.join(PREDICTIONS)}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -22,6 +24,10 @@ class Schedule:
     def sigma(self) -> np.ndarray:
         """EDM noise level sigma_t = sqrt((1 - alpha_bar) / alpha_bar), (T,)."""
         return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
+
+    def alpha_bar_at(self, t: jax.Array, ndim: int = 1) -> jax.Array:
+        """alpha_bar of timesteps t (B,), f32 (B, 1, ...) that broadcasts with ndim axes."""
+        return jnp.asarray(self.alpha_bar, jnp.float32)[t].reshape(-1, *[1] * (ndim - 1))
 
 
 def scaled_linear(

@@ -58,3 +58,5 @@ def test_the_weighted_loss_is_the_squared_error_of_the_prediction(prediction):
 def test_unknown_prediction():
     with pytest.raises(ValueError, match="unknown prediction 'x0', choose from epsilon, v"):
         predict_epsilon(lambda *_: 0, SCHEDULE, "x0")
+    with pytest.raises(ValueError, match="unknown prediction 'x0'"):
+        loss_weight(SCHEDULE, T, "x0")

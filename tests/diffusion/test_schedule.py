@@ -37,6 +37,12 @@ def test_sigma_by_hand():
     np.testing.assert_allclose(Schedule(np.array([0.8, 0.5, 0.1])).sigma, [0.5, 1, 3])
 
 
+def test_alpha_bar_at_timesteps():
+    picked = Schedule(np.array([0.8, 0.5, 0.1])).alpha_bar_at(np.array([2, 0]), 3)
+    np.testing.assert_allclose(picked, [[[0.1]], [[0.8]]], rtol=1e-6)
+    assert picked.dtype == np.float32
+
+
 def test_rescale_by_hand():
     # sigma = 1, 2 become 2, 4 when the side doubles
     schedule = rescale(Schedule(np.array([0.5, 0.2])), 128, 256)

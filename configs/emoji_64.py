@@ -11,8 +11,9 @@ def get_config(args: str | None = None):
     base.arguments(args)
     config = base.get_config()
     config.steps = 20_000
-    config.batch_size = 32
+    config.batch_size = 8  # see configs/quickstart.py
     config.model.size = "tiny/4"
+    config.model.unroll = 4
     config.data.name = "webdataset"
     config.data.resolution = 64
     config.data.crop = (0.9, 1.0)

@@ -63,11 +63,11 @@ AT = {name: f"in the {name} corner" for name in POSITIONS if " " in name}
 AT |= {"top": "at the top", "bottom": "at the bottom", "center": "in the center"}
 AT |= {"left": "on the left", "right": "on the right"}
 
-DIAMETERS = {1: (0.3, 0.38, 0.48), 2: (0.26, 0.32, 0.38)}  # by number of objects, then by size
+DIAMETERS = {1: (0.4, 0.5, 0.6), 2: (0.26, 0.32, 0.38)}  # by number of objects, then by size
 PAIR_SHARE = 0.25
-CELL_SHARE = 0.6  # centres keep to this inner part of their third, so that positions are clear
-CUT_SHARE = 0.12  # at most this part of a diameter lies beyond a border
-ASPECT = 4 / 3
+CELL_SHARE = 0.35  # centres keep to this inner part of their third, so that positions are clear
+CUT_SHARE = 0.15  # at most this part of a diameter lies beyond a border
+ASPECT = 9 / 8
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _background(dice: _Dice) -> Background:
 
 
 def _native_size(dice: _Dice, sizes: tuple[int, int]) -> tuple[int, int]:
-    """Height and width: short side log-uniform over sizes, aspect log-uniform in 3:4..4:3."""
+    """Height and width: short side log-uniform over sizes, aspect log-uniform in 8:9..9:8."""
     short = round(math.exp(dice.between(math.log(sizes[0]), math.log(sizes[1]))))
     stretch = dice.between(-1, 1)
     long = round(short * ASPECT ** abs(stretch))

@@ -270,7 +270,7 @@ def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
         if shape == "ring":
             outside = np.abs(outside + 0.25 * radius) - 0.25 * radius
     elif shape == "square":
-        outside = np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius
+        outside = np.maximum(np.abs(x), np.abs(y)) - radius
     elif shape == "cross":
         x, y = np.abs(x), np.abs(y)
         outside = np.maximum(np.minimum(x, y) - 0.3 * radius, np.maximum(x, y) - radius)

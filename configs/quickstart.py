@@ -7,7 +7,7 @@ def get_config(args: str | None = None):
     """No arguments."""
     base.arguments(args)
     config = base.get_config()
-    config.steps = 10_000
+    config.steps = 9000
     config.batch_size = 8  # position after 14k images: 99%; in batches of 16 80%, of 32 48%
     config.model.size = "tiny/4"
     config.model.unroll = 4
@@ -26,9 +26,9 @@ def get_config(args: str | None = None):
     config.optimizer.clip_norm = 1.0
     config.optimizer.ema = 0.998
     config.sampling.steps = 20
-    config.sampling.guidance = 4.0
+    config.sampling.guidance = 3.0
     config.sampling.control_guidance = 1.375
     config.evaluation.prompts = 256
-    config.checkpoint.every = 5000
-    config.log.samples_every = 5000
+    config.checkpoint.every = 3000
+    config.log.samples_every = 3000
     return config

@@ -52,7 +52,7 @@ def test_summary_ends_with_one_json_line():
         (["--mode=trian"], "train|sample|summary"),
         (["--confg=x"], "confg"),
         ([], "--workdir is missing"),
-        (["--workdir=RUN", "--config.data.resolution=33"], "must be a multiple of 2"),
+        (["--workdir=RUN", "--config.data.resolution=33"], "must be a multiple of 4"),
         (["--workdir=RUN", "--mode=sample"], "no run here"),
         (
             ["--workdir=RUN", "--config.data.name=webdataset", "--config.data.path=/no/such"]

@@ -8,7 +8,7 @@ def get_config(args: str | None = None):
     base.arguments(args)
     config = base.get_config()
     config.steps = 9000
-    config.batch_size = 8  # position after 14k images 99%; in batches of 32 (and twice the rate) 48%
+    config.batch_size = 8  # position after 14k images 99%; of 32 (and twice the rate) 48%
     config.model.size = "tiny/4"
     config.model.unroll = 4
     config.data.resolution = 16

@@ -144,6 +144,16 @@ def test_some_objects_are_cut_by_borders_but_slightly(scenes):
     assert 0.1 < np.mean(np.array(beyond) > 0.03) < 0.7
 
 
+@pytest.mark.parametrize(
+    "shape, area",  # in units of the squared radius
+    [("circle", np.pi), ("square", 4), ("triangle", 1.75), ("cross", 2.04), ("ring", 0.75 * np.pi)],
+)
+def test_shapes_have_their_areas(shape, area):
+    x = np.arange(-30, 31, dtype=np.float32)
+    covered = shapes._coverage(shape, x, x[:, None], 20.0)
+    np.testing.assert_allclose(covered.sum() / 400, area, rtol=0.03)
+
+
 def test_native_sizes_fill_their_range(scenes):
     short = [min(s.height, s.width) for s in scenes]
     aspect = [s.width / s.height for s in scenes]

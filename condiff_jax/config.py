@@ -18,7 +18,8 @@ from condiff_jax.diffusion.prediction import PREDICTIONS
 from condiff_jax.diffusion.sampler import SAMPLERS, SPACINGS
 from condiff_jax.models import MODELS
 from condiff_jax.models.layers import ATTENTION_BACKENDS
-from condiff_jax.models.mmdit import REMAT, SIZES, STREAMS
+from condiff_jax.models.mmdit import STREAMS
+from condiff_jax.models.transformer import REMAT, SIZES
 
 
 class ConfigError(ValueError):
@@ -30,6 +31,7 @@ class Model:
     name: str
     size: str
     streams: str
+    mask_ratio: float
     qk_norm: bool
     position: str
     base_resolution: int
@@ -247,6 +249,7 @@ CHOICES = {
 BOUNDS = {
     "steps": (1, None),
     "batch_size": (1, None),
+    "model.mask_ratio": (0, 0.8),
     "model.unroll": (1, None),
     "model.base_resolution": (0, None),
     "data.resolution": (1, None),
@@ -315,6 +318,12 @@ def _validate_model(config: Config) -> None:
         raise ConfigError(
             f"config: model.size={model.size!r} must be NAME/PATCH with a name of "
             f"{', '.join(SIZES)}, such as XL/2"
+        )
+    if model.streams != "auto" and model.name not in ("mmdit", "ours"):
+        raise ConfigError(f"config: model.streams must be auto for model.name={model.name}")
+    if config.data.semantics == "text" and not MODELS[model.name].text:
+        raise ConfigError(
+            f"config: model.name={model.name} knows classes only; set data.semantics=class"
         )
     for group in config.conditioning.control:
         if group not in GROUPS:

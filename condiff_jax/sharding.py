@@ -14,25 +14,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH_AXES = ("data", "fsdp")
-# Every parameter must match exactly one rule. Stacked blocks have the layer as first dimension,
-# which is never split. Matrices are split along their input, or for merges along their output, so
-# that a gather restores whole heads.
+# Every parameter must match exactly one rule. Matrices are split along their input, or where that
+# is small or made of heads along their output, so that a gather restores whole heads. Modules named
+# "...blocks" are stacked by layer: their specs get a first dimension that is never split.
+STACKED = re.compile(r"(.*/)?\w*blocks/")
 RULES = (
-    (r"blocks/.*(query|key|value)/linear/kernel", P(None, "fsdp")),  # (L, D, heads, head size)
-    (r"blocks/.*out/linear/kernel", P(None, None, None, "fsdp")),  # (L, heads, head size, D)
-    (r"blocks/.*(fc1|fc2)/kernel", P(None, "fsdp")),  # (L, D, 4D), (L, 4D, D)
-    (r"blocks/.*[mM]odulation(_\d+)?/linear/kernel", P(None, "fsdp")),  # (L, D, 6D)
-    (r"last_block/.*(query|key|value)/linear/kernel", P("fsdp")),  # (D, heads, head size)
-    (r"last_block/.*out/linear/kernel", P(None, None, "fsdp")),  # (heads, head size, D)
-    (r"last_block/.*(fc1|fc2)/kernel", P("fsdp")),
-    (r"last_block/.*[mM]odulation(_\d+)?/linear/kernel", P("fsdp")),
-    (r"model/(timestep|control|caption|pooled)/.+/kernel", P("fsdp")),  # (C, D)
+    (r"(context_)?(query|key|value)/linear/kernel", P("fsdp")),  # (D, heads, head size)
+    (r"(context_)?out/linear/kernel", P(None, None, "fsdp")),  # (heads, head size, D)
+    (r"(fc1|fc2|skip)/kernel", P("fsdp")),  # (D, 4D), (4D, D), (2D, D)
+    (r"(\w+_)?modulation/linear/kernel", P("fsdp")),  # (D, 6D)
+    (r"(\w+_)?modulation/table", P(None, "fsdp")),  # (6, D)
     (r"model/(patch_embed|caption)/kernel", P(None, "fsdp")),  # (C, D)
-    (r"model/final_modulation/linear/kernel", P("fsdp")),  # (D, 2D)
     (r"model/final/kernel", P("fsdp")),  # (D, p p C)
-    (r".*/embedding", P(None, "fsdp")),  # (entries, D)
-    (r"text_encoder/positions", P()),
-    (r".*/(bias|scale)", P()),
+    (r"embedding", P(None, "fsdp")),  # (entries, D)
+    (r"model/(decoder_)?positions", P(None, "fsdp")),  # (N, D)
+    (r"text_encoder/positions|mask_token|relative_bias", P()),
+    (r"bias|scale", P()),
 )
 
 
@@ -58,7 +55,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def matching_rules(name: str) -> list[P]:
     """Specs of the rules that match a parameter's name, such as "model/final/bias"."""
-    return [spec for pattern, spec in RULES if re.fullmatch(rf"(.*/)?{pattern}", name)]
+    layer = (None,) if STACKED.match(name) else ()
+    return [P(*layer, *spec) for rule, spec in RULES if re.fullmatch(rf"(.*/)?({rule})", name)]
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:

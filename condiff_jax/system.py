@@ -106,11 +106,11 @@ class System:
             semantics = pad(text, settings.padding, beta=settings.beta_txt, noise=text_noise)
         return Cond.of(semantics, self.control.control(batch["control"]))
 
-    def denoise(self, params: dict):
-        """denoise(x, t, cond) -> eps with these parameters."""
+    def denoise(self, params: dict, **inputs):
+        """denoise(x, t, cond) -> eps with these parameters; inputs: others that the model takes."""
 
         def network(x, t, cond):
-            return self.model.apply({"params": params["model"]}, x, t, cond)
+            return self.model.apply({"params": params["model"]}, x, t, cond, **inputs)
 
         return predict_epsilon(network, self.schedule, self.config.diffusion.prediction)
 

@@ -25,6 +25,7 @@ from condiff_jax.data.pipeline import batches, create_source
 from condiff_jax.diffusion.loss import denoising_loss
 from condiff_jax.diffusion.prediction import loss_weight
 from condiff_jax.logs import Reporter
+from condiff_jax.models.mdt import MDT, hide
 from condiff_jax.system import System, Vocabulary
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir
@@ -35,7 +36,7 @@ BROKEN_LIMIT = 0.01  # share of broken images that stops a run
 def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Array]:
     """All randomness of one step, each use with its own key; leading dimension B."""
     settings = system.config.conditioning
-    key_t, key_eps, key_drop, key_text = jax.random.split(key, 4)
+    key_t, key_eps, key_drop, key_text, key_hide = jax.random.split(key, 5)
     drop_semantics, drop_control = drop_flags(
         key_drop, batch, settings.drop_semantics, settings.drop_control
     )
@@ -51,16 +52,21 @@ def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Arra
     if system.text_encoder is not None and settings.padding == "noisy_replicate":
         text = system.config.text_encoder
         noise["text"] = jax.random.normal(key_text, (batch, text.length, text.width))
+    if isinstance(system.model, MDT) and system.model.mask_ratio:
+        tokens = math.prod(system.latent_shape[:2]) // system.model.patch**2
+        noise["hidden"] = hide(key_hide, batch, tokens, system.model.mask_ratio)
     return noise
 
 
 def loss_fn(params: dict, batch: dict, noise: dict, *, system: System) -> jax.Array:
-    """Mean loss of a batch with given noise, ()."""
+    """Mean loss of a batch with given noise, (); MDTv2 adds the loss of its masked pass."""
     cond: Cond = system.condition(params, batch, noise.get("text"))
     cond = cond.replace(drop_semantics=noise["drop_semantics"], drop_control=noise["drop_control"])
     x0 = system.autoencoder.encode(batch["image"])
-    denoise = system.denoise(params)
-    loss = denoising_loss(denoise, system.schedule, x0, noise["t"], noise["eps"], cond)
+    inputs = (system.schedule, x0, noise["t"], noise["eps"], cond)
+    loss = denoising_loss(system.denoise(params), *inputs)
+    if "hidden" in noise:
+        loss = loss + denoising_loss(system.denoise(params, hidden=noise["hidden"]), *inputs)
     weight = loss_weight(system.schedule, noise["t"], system.config.diffusion.prediction)
     return (weight * loss).mean()
 

@@ -32,10 +32,14 @@ def get_config() -> ConfigDict:
     config.batch_size = 64  # images a step, over all devices and accumulated parts
 
     config.model = model = ConfigDict()
-    model.name = "ours"  # an architecture of condiff_jax.models.MODELS
+    model.name = "ours"  # dit_ln | dit_att | mdtv2 | pixart | mmdit | ours
     model.size = "tiny/4"  # NAME/PATCH: tiny, S, B, L or XL, and the patch size
     model.streams = "auto"  # shared | qkv | full; auto is the paper's: shared for classes, else qkv
-    model.qk_norm = True  # RMSNorm of queries and keys; the paper's runs diverge without
+    model.mask_ratio = (
+        0.3  # mdtv2: least share of tokens hidden in its second pass; 0: no such pass
+    )
+    # RMSNorm of queries and keys where attention sees conditions; the paper's runs diverge without
+    model.qk_norm = True
     model.position = "resample"  # resample (pseudocode 1) | extrapolate (baseline of Fig. 8a)
     model.base_resolution = 0  # pixels at which positions count 0..grid; 0: data.resolution
     model.dtype = "float32"  # compute dtype: float32 | bfloat16; parameters are always float32

@@ -6,7 +6,8 @@ import pytest
 
 from condiff_jax import flops
 from condiff_jax.conditioning.cond import Cond
-from condiff_jax.models.mmdit import SIZES, MMDiT
+from condiff_jax.models.mmdit import MMDiT
+from condiff_jax.models.transformer import SIZES
 
 X, W = jnp.zeros((3, 4)), jnp.zeros((4, 5))
 XW = 2 * 3 * 4 * 5

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from condiff_jax import config as config_lib
 from condiff_jax import sharding, system
 from condiff_jax.checkpoint import abstract_state
-from condiff_jax.models import mmdit
+from condiff_jax.models import transformer
 from configs import base
 
 VOCABULARY = system.Vocabulary(words=("a", "red", "circle"), classes=("circle", "square"))
@@ -73,7 +73,7 @@ EXPECTED = {
         "model/blocks/out/linear/kernel": ((L, H, D // H, D), P(None, None, None, "fsdp")),
         "model/blocks/mlp/fc1/kernel": ((L, D, 4 * D), P(None, "fsdp", None)),
         "model/blocks/mlp/fc2/kernel": ((L, 4 * D, D), P(None, "fsdp", None)),
-        "model/blocks/Modulation_0/linear/kernel": ((L, D, 6 * D), P(None, "fsdp", None)),
+        "model/blocks/modulation/linear/kernel": ((L, D, 6 * D), P(None, "fsdp", None)),
         "model/patch_embed/kernel": ((48, D), P(None, "fsdp")),
         "model/caption/fc1/kernel": ((128, D), P("fsdp", None)),
         "model/timestep/mlp/fc1/kernel": ((256, D), P("fsdp", None)),
@@ -99,7 +99,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("streams", EXPECTED)
 def test_places(streams, monkeypatch):
-    monkeypatch.setitem(mmdit.SIZES, "tiny", (L, D, H))
+    monkeypatch.setitem(transformer.SIZES, "tiny", (L, D, H))
     mesh = sharding.create_mesh(4)
     params = jax.eval_shape(create("mmdit", streams).init, jax.random.key(0))
     places = names(sharding.tree_shardings(mesh, params))

@@ -5,7 +5,7 @@ from unittest import mock
 from condiff_jax import config as config_lib
 from condiff_jax import system as system_lib
 from condiff_jax.data.pipeline import create_source
-from condiff_jax.models import mmdit
+from condiff_jax.models import transformer
 from condiff_jax.train import create_vocabulary
 from configs import base
 
@@ -43,4 +43,4 @@ def system(config: config_lib.Config) -> system_lib.System:
 
 def few_layers():
     """Patches the tiny size to two layers of width 32: the machinery needs no more."""
-    return mock.patch.dict(mmdit.SIZES, {"tiny": (2, 32, 2)})
+    return mock.patch.dict(transformer.SIZES, {"tiny": (2, 32, 2)})

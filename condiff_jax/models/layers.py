@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,15 +19,22 @@ normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, backend: str = "xla") -> jax.Array:
-    """Softmax attention, the one entry point for all backends; each (B, T, heads, head size)."""
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, backend: str = "xla", bias: jax.Array | None = None
+) -> jax.Array:
+    """Softmax attention, the one entry point for all backends; each (B, T, heads, head size).
+
+    bias (B or 1, heads, T, S), f32, is added to the logits.
+    """
     if backend == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        bias = None if bias is None else bias.astype(q.dtype)
+        return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")
     # Heads before tokens: the layout of XLA's own attention kernels, and on CPUs faster
     # than jax.nn.dot_product_attention. The softmax is f32.
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, heads, T, head size)
     q = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("bhtc,bhsc->bhts", q, k, preferred_element_type=jnp.float32)
+    logits = logits if bias is None else logits + bias
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bhts,bhsc->bhtc", weights, v).swapaxes(1, 2)
 
@@ -116,12 +125,13 @@ class HeadMerge(nn.Module):
     """Linear (B, T, heads, head size) -> (B, T, heads * head size)."""
 
     dtype: Any = jnp.float32
+    kernel_init: Callable = xavier
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-2] * x.shape[-1]
         return nn.DenseGeneral(
-            width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="linear"
+            width, axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="linear"
         )(x)
 
 
@@ -131,6 +141,29 @@ def rms_norm(enabled: bool, name: str):
         return lambda x: x
     norm = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
     return lambda x: norm(x).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, T, D) to itself, or to a context (B, S, D)."""
+
+    heads: int
+    qk_norm: bool = False
+    backend: str = "xla"
+    dtype: Any = jnp.float32
+    out_init: Callable = xavier
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, bias: jax.Array | None = None
+    ) -> jax.Array:
+        context = x if context is None else context
+        project = partial(HeadProjection, self.heads, dtype=self.dtype)
+        q = rms_norm(self.qk_norm, "query_norm")(project(name="query")(x))
+        k = rms_norm(self.qk_norm, "key_norm")(project(name="key")(context))
+        v = project(name="value")(context)
+        return HeadMerge(self.dtype, self.out_init, name="out")(
+            attention(q, k, v, self.backend, bias)
+        )
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:

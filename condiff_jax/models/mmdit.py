@@ -13,26 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from condiff_jax.conditioning.cond import Cond, Text
-from condiff_jax.conditioning.control import ControlEmbed, Weighting
+from condiff_jax.conditioning.cond import Cond
 from condiff_jax.models import layers
 from condiff_jax.models.layers import HeadMerge, HeadProjection, Mlp, Modulation, modulate
+from condiff_jax.models.transformer import Transformer, kept_text
 
 STREAMS = ("shared", "qkv", "full")
-# What the backward pass finds stored: nothing of a block, or its matrix products with weights.
-REMAT = {
-    "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-# name: depth, width, heads
-SIZES = {
-    "tiny": (4, 128, 4),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
 
 
 class Block(nn.Module):
@@ -51,7 +37,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, emb: jax.Array) -> tuple[jax.Array, None]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, self.dtype)(emb)
+        shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, self.dtype, name="modulation")(
+            emb
+        )
         y = modulate(layers.layer_norm(z), shift1, scale1)
         q, k, v = self.queries_keys_values(y)
         y = HeadMerge(self.dtype, name="out")(layers.attention(q, k, v, self.backend))
@@ -125,71 +113,32 @@ class TwoStreamBlock(nn.Module):
         return x + gate2[:, None] * y
 
 
-class MMDiT(nn.Module):
+class MMDiT(Transformer):
     """x_t (B, H, W, C), t (B,) int32, cond -> eps (B, H, W, C) f32.
 
-    classes: number of classes for class-conditional models, None for text. streams: `shared`
-    (the paper's class-conditional size), `qkv` (its text size) or `full` (SD3). pooled: also add
-    the pooled text or the class to the AdaLN input (SD3; not the paper's model). base_grid:
-    tokens per side at the base resolution, see `layers.position_grid`.
+    streams: `shared` (the paper's class-conditional size), `qkv` (its text size) or `full` (SD3).
+    pooled: also add the pooled text or the class to the AdaLN input (SD3; not the paper's model).
     """
 
-    depth: int
-    width: int
-    heads: int
-    patch: int
-    base_grid: int
     streams: str = "qkv"
     pooled: bool = False
-    classes: int | None = None
-    weighting: Weighting | None = None
-    qk_norm: bool = True
-    position: str = "resample"
-    remat: str = "none"
-    unroll: int = 1
-    backend: str = "xla"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-        b, h, w, channels = x.shape
-        rows, columns = h // self.patch, w // self.patch
-        image = nn.Dense(
-            self.width, kernel_init=layers.xavier, dtype=self.dtype, name="patch_embed"
-        )(layers.patchify(x, self.patch))
-        position = layers.position_embedding(
-            self.width, rows, columns, self.base_grid, self.position
-        )
-        image = image + jnp.asarray(position, self.dtype)  # (B, N, D)
+        image = self.patches(x) + self.positions(x)  # (B, N, D)
         context, pooled = self.embed_semantics(cond)  # (B, T, D), (B, D)
-
-        emb = layers.TimestepEmbed(self.width, self.dtype, name="timestep")(t)
+        emb = self.time_and_control(t, cond)
         if self.pooled:
             emb = emb + pooled
-        if cond.control is not None:
-            control = ControlEmbed(self.width, self.weighting, self.dtype, name="control")
-            emb = emb + control(cond.control, t, cond.drop_control)
-
         image = self.blocks(image, context, emb)
-        shift, scale = Modulation(2, self.dtype, name="final_modulation")(emb)
-        image = modulate(layers.layer_norm(image), shift, scale)
-        out = nn.Dense(
-            self.patch**2 * channels, kernel_init=layers.zeros, dtype=jnp.float32, name="final"
-        )(image)
-        return layers.unpatchify(out, self.patch, h, w)
+        return self.predict(image, *Modulation(2, self.dtype, name="final_modulation")(emb), x)
 
     def embed_semantics(self, cond: Cond) -> tuple[jax.Array, jax.Array | None]:
         """Condition tokens (B, T, D) and the vector (B, D) for AdaLN, null where dropped."""
         if self.classes is not None:
-            table = nn.Embed(
-                self.classes + 1, self.width, embedding_init=layers.normal, dtype=self.dtype,
-                name="class_embed",
-            )  # fmt: skip
-            emb = table(jnp.where(cond.drop_semantics, self.classes, cond.semantics))
+            emb = self.class_embedding(cond)
             return emb[:, None], emb
-        text: Text = cond.semantics
-        tokens = jnp.where(cond.drop_semantics[:, None, None], 0, text.tokens)
-        pooled = jnp.where(cond.drop_semantics[:, None], 0, text.pooled)
+        text = kept_text(cond)
         if self.streams == "full":  # as in SD3
             caption = nn.Dense(
                 self.width, kernel_init=layers.xavier, dtype=self.dtype, name="caption"
@@ -197,7 +146,12 @@ class MMDiT(nn.Module):
             pool = layers.VectorEmbed(self.width, self.dtype, name="pooled")
         else:  # one MLP for tokens and pooled text: what the paper's parameter count allows
             caption = pool = Mlp(self.width, self.width, self.dtype, name="caption")
-        return caption(tokens), pool(pooled) if self.pooled else None
+            if self.pooled and text.pooled.shape[-1] != text.tokens.shape[-1]:
+                raise ValueError(
+                    f"pooled text has {text.pooled.shape[-1]} channels, its tokens "
+                    f"{text.tokens.shape[-1]}: mmdit needs the same, or streams=full"
+                )
+        return caption(text.tokens), pool(text.pooled) if self.pooled else None
 
     def blocks(self, image: jax.Array, context: jax.Array, emb: jax.Array) -> jax.Array:
         """The image tokens (B, N, D) after all blocks, whose parameters are stacked by layer."""
@@ -211,17 +165,3 @@ class MMDiT(nn.Module):
         stack = self.scan(Block, self.depth)(self.heads, n, self.streams, **common, name="blocks")
         z, _ = stack(jnp.concatenate([image, context], 1), emb)
         return z[:, :n]
-
-    def scan(self, block: type[nn.Module], length: int):
-        """`block` applied `length` times in a row, rematerialised and unrolled as configured."""
-        if self.remat != "none":
-            policy = REMAT[self.remat]
-            block = nn.remat(block, policy=policy, prevent_cse=self.unroll != 1)
-        return nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=length,
-            unroll=min(self.unroll, length),
-        )

@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from condiff_jax import flops
 from condiff_jax.conditioning.cond import Cond, Control, Text
 from condiff_jax.conditioning.control import Weighting
-from condiff_jax.models.mmdit import SIZES, Block, MMDiT, TwoStreamBlock
+from condiff_jax.models.mmdit import Block, MMDiT, TwoStreamBlock
+from condiff_jax.models.transformer import SIZES
 
 DEPTH, WIDTH, HEADS, CHANNELS, CLASSES = 3, 32, 2, 4, 5
 TOKENS, TEXT, POOLED = 5, 12, 10
@@ -241,7 +242,7 @@ def test_gradients_agree_with_sd3_of_diffusers(qk_norm):
 
 def untie(block):
     """Parameters of a TwoStreamBlock that computes what a Block with these parameters does."""
-    out = {"modulation": block["Modulation_0"], "context_modulation": block["Modulation_0"]}
+    out = {"modulation": block["modulation"], "context_modulation": block["modulation"]}
     for name in ("query", "key", "value", "query_norm", "key_norm", "out", "mlp"):
         own = block.get("context_" + name, block[name])
         if name in ("query", "key", "value") and own is not block[name]:

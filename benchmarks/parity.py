@@ -1,0 +1,329 @@
+"""Our architectures against their originals in PyTorch: `python -m benchmarks.parity`.
+
+Both get the same random weights, through the rules that convert checkpoints. Printed are the
+largest errors, in f32 on the CPU, relative to the largest value: of the output, and over all
+parameters of the gradient of a squared loss. Results go to benchmarks/results/parity.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks import references
+from condiff_jax.conditioning.cond import Cond, Text
+from condiff_jax.convert import published
+from condiff_jax.convert.layout import to_torch
+from condiff_jax.models import dit, mdt, mmdit, pixart
+
+RESULTS = Path(__file__).parent / "results" / "parity.json"
+SIDES = (4, 8)  # of the latents
+DEPTH, WIDTH, HEADS, PATCH, CHANNELS, CLASSES = 4, 32, 2, 2, 4, 5
+TOKENS, TEXT, POOLED = 5, 12, 10
+T = np.array([3, 700], np.int32)
+LABELS = jnp.array([1, CLASSES - 1])
+# Compiling takes all the time here: ask for less of it.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An architecture and its original.
+
+    create(side) -> our model. reference(side) -> theirs. call(theirs, x, t, cond) -> eps as
+    (B, C, H, W). inputs: others that both take, as {name: array} for ours.
+    """
+
+    name: str
+    original: str
+    create: Callable[[int], nn.Module]
+    cond: Cond
+    rules: tuple
+    reference: Callable[[int], torch.nn.Module]
+    call: Callable
+    inputs: Callable[[int], dict] = lambda side: {}
+
+
+def random_like(shapes, seed: int = 0):
+    """Parameters that leave nothing zero, not even what AdaLN-zero starts with."""
+    generator = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        fan_in = leaf.size // leaf.shape[-1] if path[-1].key == "kernel" else 25
+        size = 0.2 if leaf.ndim < 2 else max(0.2, fan_in**-0.5)
+        return jnp.asarray(centre + size * generator.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def noise(side: int, seed: int = 5) -> np.ndarray:
+    """Latents (2, side, side, CHANNELS)."""
+    shape = (2, side, side, CHANNELS)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def load(module: torch.nn.Module, state: dict, *, tables: tuple[str, ...] = ()) -> torch.nn.Module:
+    """A module with these weights and none of its own but `tables`, which are not learned."""
+    state = {name: torch.tensor(np.array(a)) for name, a in state.items()}
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= set(tables), (missing, unexpected)
+    return module.eval()
+
+
+def compare(case: Case, side: int) -> tuple[float, float]:
+    """(error of the output, largest error of a parameter's gradient), relative."""
+    x, target, inputs = noise(side), noise(side, 6), case.inputs(side)
+    model = case.create(side)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, T, case.cond, **inputs)["params"]
+    params = random_like(shapes)
+
+    def loss(params):
+        eps = model.apply({"params": params}, x, T, case.cond, **inputs)
+        return ((eps - target) ** 2).mean(), eps
+
+    grads, eps = jit(jax.grad(loss, has_aux=True))(params)
+    state = published.to_published(to_torch(params), case.rules)
+    theirs = load(case.reference(side), state, tables=("pos_embed.pos_embed",))
+    t = torch.tensor(T).long()
+    out = case.call(theirs, torch.tensor(x).permute(0, 3, 1, 2), t, case.cond, **inputs)
+    out = out.permute(0, 2, 3, 1)
+    ((out - torch.tensor(target)) ** 2).mean().backward()
+    out = out.detach().numpy()
+    return float(np.abs(eps - out).max() / np.abs(out).max()), gradient_error(case, grads, theirs)
+
+
+def gradient_error(case: Case, grads, theirs: torch.nn.Module) -> float:
+    """Largest relative error of a parameter's gradient."""
+    ours = published.to_published(to_torch(grads), case.rules)
+    theirs = {name: p.grad for name, p in theirs.named_parameters()}
+    assert not any(ours[name].any() for name, grad in theirs.items() if grad is None)  # unused
+    expected = {name: grad.numpy() for name, grad in theirs.items() if grad is not None}
+    largest = max(np.abs(g).max() for g in expected.values())
+    return float(
+        max(
+            # Biases of keys have no gradient but rounding errors when nothing normalises them.
+            np.abs(ours[name] - g).max() / max(np.abs(g).max(), 1e-4 * largest)
+            for name, g in expected.items()
+        )
+    )
+
+
+def text() -> Text:
+    """Features of two texts."""
+    draw = np.random.default_rng(1).normal
+    tokens = jnp.asarray(draw(size=(2, TOKENS, TEXT)), jnp.float32)
+    pooled = jnp.asarray(draw(size=(2, POOLED)), jnp.float32)
+    return Text(tokens, jnp.ones((2, TOKENS), bool), pooled)
+
+
+def tensor(a) -> torch.Tensor:
+    """A JAX array in PyTorch."""
+    return torch.tensor(np.array(a))
+
+
+def transformer(module: type, side: int, **settings) -> nn.Module:
+    """One of our transformers at the size of the comparison."""
+    defaults = {"base_grid": side // PATCH, "position": "extrapolate", "classes": None}
+    return module(DEPTH, WIDTH, HEADS, PATCH, **(defaults | settings))
+
+
+def sizes(side: int) -> dict:
+    """What diffusers' transformers call the size of the comparison."""
+    return dict(
+        sample_size=side,
+        patch_size=PATCH,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=DEPTH,
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+    )
+
+
+def facebook_dit(side: int) -> torch.nn.Module:
+    """DiT with the fixed positions of our model, which another test compares with diffusers'."""
+    positions = transformer(dit.DiT, side, classes=CLASSES).positions(noise(side))
+    return references.DiT(DEPTH, WIDTH, HEADS, PATCH, CHANNELS, CLASSES, tensor(positions))
+
+
+def diffusers_dit(side: int) -> torch.nn.Module:
+    """DiTTransformer2DModel with DiT's frequencies and one pair of embedders.
+
+    diffusers spaces the frequencies of the timestep as i / 127 instead of DiT's i / 128; and it
+    repeats the embedders in every block, whose gradients would have to be added up.
+    """
+    model = diffusers.DiTTransformer2DModel(
+        **sizes(side), num_embeds_ada_norm=CLASSES, norm_eps=1e-6
+    )
+    for block in model.transformer_blocks:
+        block.norm1.emb = model.transformer_blocks[0].norm1.emb
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return model
+
+
+def diffusers_pixart(side: int) -> torch.nn.Module:
+    """PixArtTransformer2DModel for our text features."""
+    return diffusers.PixArtTransformer2DModel(
+        **sizes(side),
+        cross_attention_dim=WIDTH,
+        caption_channels=TEXT,
+        norm_eps=1e-6,
+        use_additional_conditions=False,
+        interpolation_scale=1,
+    )
+
+
+def sd3(side: int, qk_norm: str | None) -> torch.nn.Module:
+    """SD3Transformer2DModel for our text features."""
+    return diffusers.SD3Transformer2DModel(
+        **sizes(side),
+        joint_attention_dim=TEXT,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=POOLED,
+        pos_embed_max_size=side // PATCH,
+        qk_norm=qk_norm,
+    )
+
+
+def mdtv2(side: int) -> torch.nn.Module:
+    """MDTv2 with two decoder blocks, as many as ours has at this depth."""
+    return references.MDTv2(DEPTH, 2, WIDTH, HEADS, PATCH, side // PATCH, CHANNELS, CLASSES)
+
+
+def hidden(side: int) -> dict:
+    """Half of the tokens hidden from MDTv2's encoder."""
+    n = (side // PATCH) ** 2
+    order = np.random.default_rng(2).permutation(n)
+    return {"hidden": jnp.asarray(np.tile(order >= n // 2, (2, 1)))}
+
+
+def call_mdtv2(module, x, t, cond, hidden=None):
+    """eps of the reference, which takes the indices of the tokens that are not hidden."""
+    kept = None if hidden is None else torch.tensor(np.flatnonzero(~np.array(hidden[0])))
+    return module(x, t, tensor(cond.semantics).long(), kept)
+
+
+def call_sd3(module, x, t, cond):
+    """eps of SD3Transformer2DModel."""
+    return module(x, tensor(cond.semantics.tokens), tensor(cond.semantics.pooled), t).sample
+
+
+def call_pixart(module, x, t, cond):
+    """eps of PixArtTransformer2DModel."""
+    none = {"resolution": None, "aspect_ratio": None}
+    tokens = tensor(cond.semantics.tokens)
+    return module(x, encoder_hidden_states=tokens, timestep=t, added_cond_kwargs=none).sample
+
+
+def call_class(module, x, t, cond):
+    """eps of a class-conditional reference."""
+    out = module(x, t, tensor(cond.semantics).long())
+    return getattr(out, "sample", out)
+
+
+CLASS, TEXT_COND = Cond.of(LABELS), Cond.of(text())
+class_dit = partial(transformer, dit.DiT, classes=CLASSES)
+class_mdt = partial(transformer, mdt.MDT, classes=CLASSES)
+mmdit_full = partial(transformer, mmdit.MMDiT, streams="full", pooled=True)
+CASES = (
+    Case(
+        "dit_ln",
+        "facebookresearch/DiT layout",
+        class_dit,
+        CLASS,
+        published.facebook_dit(PATCH),
+        facebook_dit,
+        call_class,
+    ),
+    Case(
+        "dit_ln",
+        "diffusers DiTTransformer2DModel",
+        class_dit,
+        CLASS,
+        published.diffusers_dit(PATCH, DEPTH),
+        diffusers_dit,
+        call_class,
+    ),
+    Case(
+        "pixart",
+        "diffusers PixArtTransformer2DModel",
+        partial(transformer, pixart.PixArt, qk_norm=False),
+        TEXT_COND,
+        published.pixart(PATCH),
+        diffusers_pixart,
+        call_pixart,
+    ),
+    Case(
+        "mmdit full",
+        "diffusers SD3Transformer2DModel",
+        partial(mmdit_full, qk_norm=False),
+        TEXT_COND,
+        published.sd3(PATCH, DEPTH),
+        partial(sd3, qk_norm=None),
+        call_sd3,
+    ),
+    Case(
+        "mmdit full, qk norm",
+        "diffusers SD3Transformer2DModel",
+        mmdit_full,
+        TEXT_COND,
+        published.sd3(PATCH, DEPTH),
+        partial(sd3, qk_norm="rms_norm"),
+        call_sd3,
+    ),
+    Case(
+        "mdtv2",
+        "sail-sg/MDT layout",
+        class_mdt,
+        CLASS,
+        published.mdtv2(PATCH),
+        mdtv2,
+        call_mdtv2,
+    ),
+    Case(
+        "mdtv2, masked",
+        "sail-sg/MDT layout",
+        class_mdt,
+        CLASS,
+        published.mdtv2(PATCH),
+        mdtv2,
+        call_mdtv2,
+        hidden,
+    ),
+)
+
+
+def main() -> None:
+    """Print the table and write it to RESULTS."""
+    rows = []
+    print(f"{'architecture':<22}{'reference':<38}{'output':>10}{'gradient':>10}")
+    for case in CASES:
+        errors = np.max([compare(case, side) for side in SIDES], axis=0)
+        rows.append(
+            {
+                "architecture": case.name,
+                "reference": case.original,
+                "output": float(errors[0]),
+                "gradient": float(errors[1]),
+            }
+        )
+        print(f"{case.name:<22}{case.original:<38}{errors[0]:>10.1e}{errors[1]:>10.1e}")
+    versions = {"jax": jax.__version__, "torch": torch.__version__}
+    versions["diffusers"] = diffusers.__version__
+    record = {"sides": SIDES, "versions": versions, "rows": rows}
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

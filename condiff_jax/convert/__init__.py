@@ -1,0 +1,1 @@
+"""PyTorch in and out: tensor layouts, published checkpoints, and the PyTorch twin."""

@@ -30,7 +30,7 @@ def hide(key: jax.Array, batch: int, tokens: int, ratio: float, spread: float = 
     """
     key_share, key_order = jax.random.split(key)
     share = ratio + spread * jax.random.uniform(key_share, (batch, 1))
-    seen = jnp.floor(tokens * (1 - share))
+    seen = jnp.minimum(jnp.floor(tokens * (1 - share)), most_seen(tokens, ratio))
     order = jax.random.uniform(key_order, (batch, tokens)).argsort(1).argsort(1)
     return order >= seen
 

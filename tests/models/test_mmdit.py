@@ -1,6 +1,5 @@
-"""mmDiT: parity with diffusers' SD3 transformer, paths of each condition, the paper's sizes."""
+"""mmDiT: tied streams, paths of each condition, the paper's sizes; parity is in test_parity."""
 
-import math
 from functools import partial
 
 import flax.linen as nn
@@ -8,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from diffusers import SD3Transformer2DModel
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from benchmarks.parity import jit, random_like
 from condiff_jax import flops
 from condiff_jax.conditioning.cond import Cond, Control, Text
 from condiff_jax.conditioning.control import Weighting
@@ -46,23 +44,6 @@ def noise(side=4, seed=5):
     return rng(seed).normal(size=(2, side, side, CHANNELS)).astype(np.float32)
 
 
-def random_like(shapes, seed=0):
-    """Parameters that leave nothing zero, not even what AdaLN-zero starts with."""
-    generator = rng(seed)
-
-    def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        fan_in = leaf.size // leaf.shape[-1] if path[-1].key == "kernel" else 25
-        size = 0.2 if leaf.ndim < 2 else max(0.2, fan_in**-0.5)
-        return jnp.asarray(centre + size * generator.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-# Compiling takes all the time here: ask for less of it, and share programs between tests.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @partial(jit, static_argnums=0)
 def forward(model, params, x, t, cond):
     return model.apply({"params": params}, x, t, cond)
@@ -76,164 +57,8 @@ def build(cond, side=4, **settings):
     return model, random_like(shapes)
 
 
-# ---------------------------------------------------------------------------------------------
-# Parity with diffusers: (ours, theirs, layout); every module has a kernel or scale, and a bias.
-
-OUTSIDE = (
-    ("patch_embed", "pos_embed.proj", "patches"),
-    ("caption", "context_embedder", "linear"),
-    ("timestep/mlp/fc1", "time_text_embed.timestep_embedder.linear_1", "linear"),
-    ("timestep/mlp/fc2", "time_text_embed.timestep_embedder.linear_2", "linear"),
-    ("pooled/fc1", "time_text_embed.text_embedder.linear_1", "linear"),
-    ("pooled/fc2", "time_text_embed.text_embedder.linear_2", "linear"),
-    ("final_modulation/linear", "norm_out.linear", "swapped"),
-    ("final", "proj_out", "linear"),
-)
-BLOCK = (
-    ("modulation/linear", "norm1.linear", "linear"),
-    ("context_modulation/linear", "norm1_context.linear", "linear"),
-    ("query/linear", "attn.to_q", "split"),
-    ("key/linear", "attn.to_k", "split"),
-    ("value/linear", "attn.to_v", "split"),
-    ("context_query/linear", "attn.add_q_proj", "split"),
-    ("context_key/linear", "attn.add_k_proj", "split"),
-    ("context_value/linear", "attn.add_v_proj", "split"),
-    ("query_norm", "attn.norm_q", "norm"),
-    ("key_norm", "attn.norm_k", "norm"),
-    ("context_query_norm", "attn.norm_added_q", "norm"),
-    ("context_key_norm", "attn.norm_added_k", "norm"),
-    ("out/linear", "attn.to_out.0", "merge"),
-    ("context_out/linear", "attn.to_add_out", "merge"),
-    ("mlp/fc1", "ff.net.0.proj", "linear"),
-    ("mlp/fc2", "ff.net.2", "linear"),
-    ("context_mlp/fc1", "ff_context.net.0.proj", "linear"),
-    ("context_mlp/fc2", "ff_context.net.2", "linear"),
-)
-# The context of the last block has a modulation of two parts, like the final layer.
-LAST = tuple(
-    (ours, theirs, "swapped" if ours == "context_modulation/linear" else layout)
-    for ours, theirs, layout in BLOCK
-)
-
-
-def swap_halves(a):
-    """diffusers' AdaLayerNormContinuous has (scale, shift), we have (shift, scale)."""
-    return np.concatenate(np.split(a, 2)[::-1])
-
-
-def patches(kernel):  # (p p C, D) -> (D, C, p, p)
-    side = math.isqrt(kernel.shape[0] // CHANNELS)
-    return kernel.reshape(side, side, CHANNELS, -1).transpose(3, 2, 0, 1)
-
-
-WEIGHT = {
-    "linear": lambda k: k.T,
-    "swapped": lambda k: swap_halves(k.T),
-    "split": lambda k: k.reshape(k.shape[0], -1).T,  # (D, heads, head size)
-    "merge": lambda k: k.reshape(-1, k.shape[-1]).T,  # (heads, head size, D)
-    "norm": lambda k: k,
-    "patches": patches,
-}
-
-
-def to_diffusers(params):
-    """Our parameters (or gradients) under diffusers' names and in its layouts."""
-    ours = {name: np.asarray(a) for name, a in flatten_dict(params, sep="/").items()}
-    out = {}
-
-    def move(prefix, theirs_prefix, table, layer=None):
-        for module, theirs, layout in table:
-            for leaf in ("kernel", "scale", "bias"):
-                name = f"{prefix}{module}/{leaf}"
-                if name not in ours:
-                    continue
-                array = ours[name] if layer is None else ours[name][layer]
-                if leaf == "bias":
-                    array = swap_halves(array) if layout == "swapped" else array.reshape(-1)
-                    out[f"{theirs_prefix}{theirs}.bias"] = array
-                else:
-                    out[f"{theirs_prefix}{theirs}.weight"] = WEIGHT[layout](array)
-                moved.add(name)
-
-    moved = set()
-    move("", "", OUTSIDE)
-    for layer in range(DEPTH - 1):
-        move("blocks/", f"transformer_blocks.{layer}.", BLOCK, layer)
-    move("last_block/", f"transformer_blocks.{DEPTH - 1}.", LAST)
-    assert moved == set(ours), f"not in the table: {set(ours) - moved}"
-    return out
-
-
-def sd3(params, side, qk_norm):
-    """diffusers' model with our parameters; none of its own is left."""
-    model = SD3Transformer2DModel(
-        sample_size=side,
-        patch_size=2,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        num_layers=DEPTH,
-        num_attention_heads=HEADS,
-        attention_head_dim=WIDTH // HEADS,
-        joint_attention_dim=TEXT,
-        caption_projection_dim=WIDTH,
-        pooled_projection_dim=POOLED,
-        pos_embed_max_size=side // 2,
-        qk_norm="rms_norm" if qk_norm else None,
-    )
-    state = {name: torch.tensor(a.copy()) for name, a in to_diffusers(params).items()}
-    assert set(state) == {name for name, _ in model.named_parameters()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert missing == ["pos_embed.pos_embed"] and not unexpected  # a table, not a parameter
-    return model
-
-
 def relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
-
-
-def sd3_forward(model, x, cond):
-    """Its prediction (B, H, W, C)."""
-    return model(
-        torch.from_numpy(x).permute(0, 3, 1, 2),
-        torch.tensor(np.array(cond.semantics.tokens)),
-        torch.tensor(np.array(cond.semantics.pooled)),
-        torch.tensor(T).long(),
-    ).sample.permute(0, 2, 3, 1)
-
-
-SD3 = {"streams": "full", "pooled": True, "position": "extrapolate"}
-
-
-@pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("side", [4, 8])
-def test_full_streams_agree_with_sd3_of_diffusers(side, qk_norm):
-    cond, x = Cond.of(text()), noise(side)
-    model, params = build(cond, side, qk_norm=qk_norm, **SD3)
-    theirs = sd3_forward(sd3(params, side, qk_norm), x, cond).detach().numpy()
-    assert relative(forward(model, params, x, T, cond), theirs) < 1e-4
-
-
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_gradients_agree_with_sd3_of_diffusers(qk_norm):
-    cond, x, target = Cond.of(text()), noise(), noise(seed=6)
-    model, params = build(cond, qk_norm=qk_norm, **SD3)
-
-    def loss(params):
-        return ((model.apply({"params": params}, x, T, cond) - target) ** 2).mean()
-
-    grads = jit(jax.grad(loss))(params)
-    theirs = sd3(params, 4, qk_norm)
-    ((sd3_forward(theirs, x, cond) - torch.from_numpy(target)) ** 2).mean().backward()
-    expected = {name: p.grad for name, p in theirs.named_parameters()}
-    largest = max(g.abs().max() for g in expected.values() if g is not None)
-    for name, gradient in to_diffusers(grads).items():
-        if "add_q" in name or "norm_added_q" in name:  # nobody reads the last block's
-            last = f"transformer_blocks.{DEPTH - 1}." in name
-            assert last != (np.abs(gradient).max() > 0), name
-        if expected[name] is not None:
-            error = np.abs(gradient - expected[name].numpy()).max()
-            # Biases of keys have no gradient but rounding errors when nothing normalises them.
-            assert error < 1e-3 * max(expected[name].abs().max(), 1e-4 * largest), name
 
 
 # ---------------------------------------------------------------------------------------------

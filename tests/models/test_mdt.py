@@ -1,0 +1,99 @@
+"""MDTv2's masking: what is hidden stays hidden, shares are as asked; parity is in test_parity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.parity import CLASS, T, class_mdt, jit, noise, random_like
+from condiff_jax import train
+from condiff_jax.models.mdt import hide, most_seen, relative_index
+from tests import tiny
+
+SIDE = 8  # 16 tokens
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75])
+def test_shares_of_hidden_tokens_fill_the_range(ratio):
+    tokens = 100
+    counts = np.asarray(hide(jax.random.key(0), 4000, tokens, ratio).sum(1))
+    low, high = np.array([ratio, ratio + 0.2]) * tokens
+    assert counts.min() == pytest.approx(low, abs=1) and counts.max() == pytest.approx(high, abs=1)
+    assert counts.min() >= tokens - most_seen(tokens, ratio)
+    assert counts.mean() == pytest.approx((low + high + 1) / 2, abs=0.5)
+    each = np.asarray(hide(jax.random.key(1), 4000, tokens, ratio).mean(0))
+    assert np.abs(each - each.mean()).max() < 0.05  # every token as often as the others
+
+
+def test_relative_index_tells_offsets():
+    index = relative_index(2, 3)
+    assert index.shape == (6, 6) and index.min() == 0 and index.max() == 3 * 5 - 1
+    # The same offset, the same row: token 0 -> 4 and 1 -> 5 are one down, one to the right.
+    assert index[0, 4] == index[1, 5] != index[0, 5]
+    assert len(np.unique(index)) == 15
+
+
+def masked(params, x, hidden):
+    model = class_mdt(SIDE)
+    return np.asarray(jit(model.apply)({"params": params}, x, T, CLASS, hidden=hidden))
+
+
+def parameters():
+    model = class_mdt(SIDE)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), noise(SIDE), T, CLASS)["params"]
+    return random_like(shapes)
+
+
+def test_encoder_does_not_see_hidden_tokens():
+    # Without the decoder's skip to the input, what is hidden cannot change the output.
+    params = parameters()
+    skip = params["decoder_blocks"]["skip"]
+    width = skip["kernel"].shape[-1]
+    skip["kernel"] = skip["kernel"].at[:, width:].set(0)
+    hidden = jnp.zeros((2, 16), bool).at[:, :6].set(True)  # the first row and half of the second
+    x, other = noise(SIDE), noise(SIDE)
+    other[:, :2] += 1.0
+    np.testing.assert_array_equal(masked(params, x, hidden), masked(params, other, hidden))
+    other[:, 7:] += 1.0
+    assert np.abs(masked(params, x, hidden) - masked(params, other, hidden)).max() > 1e-3
+
+
+def test_samples_may_hide_different_numbers_of_tokens():
+    params = parameters()
+    hidden = jnp.zeros((2, 16), bool).at[0, :5].set(True).at[1, 3:11].set(True)
+    together = masked(params, noise(SIDE), hidden)
+    for i in range(2):
+        alone = masked(params, noise(SIDE), jnp.tile(hidden[i], (2, 1)))
+        np.testing.assert_allclose(together[i], alone[i], atol=1e-4)
+
+
+def test_side_block_and_mask_token_serve_the_masked_pass_only():
+    params = parameters()
+    changed = params | {
+        "side_block": jax.tree.map(lambda a: a + 1, params["side_block"]),
+        "mask_token": params["mask_token"] + 1,
+    }
+    apply = jit(lambda params: class_mdt(SIDE).apply({"params": params}, noise(SIDE), T, CLASS))
+    np.testing.assert_array_equal(apply(params), apply(changed))
+    hidden = jnp.zeros((2, 16), bool).at[:, 2:8].set(True)
+    assert np.abs(masked(params, noise(SIDE), hidden) - masked(changed, noise(SIDE), hidden)).max()
+
+
+@pytest.mark.parametrize("ratio, trained", [(0.3, True), (0.0, False)])
+def test_training_adds_the_masked_loss(ratio, trained):
+    overrides = {"model.name": "mdtv2", "data.semantics": "class", "model.mask_ratio": ratio}
+    system = tiny.system(tiny.config(**overrides))
+    batch = system.example(4)
+    noise = train.draw_noise(jax.random.key(0), system, 4)
+    assert ("hidden" in noise) == trained
+    grads = jax.eval_shape(system.init, jax.random.key(0))
+    grads = jit(jax.value_and_grad(lambda p: train.loss_fn(p, batch, noise, system=system)))(
+        random_like(grads)
+    )
+    loss, grads = grads
+    assert bool(np.any(grads["model"]["mask_token"])) == trained
+    without = {name: value for name, value in noise.items() if name != "hidden"}
+    plain = train.loss_fn(
+        random_like(jax.eval_shape(system.init, jax.random.key(0))), batch, without, system=system
+    )
+    assert (float(loss) > float(plain) * 1.2) == trained

@@ -16,10 +16,10 @@ from condiff_jax.conditioning.text import PADDINGS
 from condiff_jax.data.pipeline import SOURCES
 from condiff_jax.diffusion.prediction import PREDICTIONS
 from condiff_jax.diffusion.sampler import SAMPLERS, SPACINGS
-from condiff_jax.models import MODELS
+from condiff_jax.models import MODELS, kl
 from condiff_jax.models.layers import ATTENTION_BACKENDS
 from condiff_jax.models.mmdit import STREAMS
-from condiff_jax.models.transformer import REMAT, SIZES
+from condiff_jax.models.transformer import REMAT
 
 
 class ConfigError(ValueError):
@@ -40,11 +40,6 @@ class Model:
     remat: str
     unroll: int
 
-    @property
-    def patch(self) -> int:
-        """Side of a patch, in latent pixels."""
-        return int(self.size.split("/")[1])
-
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -52,6 +47,7 @@ class Data:
     path: str
     resolution: int
     semantics: str
+    classes: int
     crop: tuple[float, ...]
     flip: bool
     sizes: tuple[int, ...]
@@ -98,6 +94,8 @@ class Optimizer:
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
     name: str
+    path: str
+    size: str
     scale: float
     shift: float
 
@@ -240,7 +238,8 @@ CHOICES = {
     "diffusion.prediction": PREDICTIONS,
     "optimizer.name": ("adam", "adamw"),
     "optimizer.schedule": ("constant", "cosine"),
-    "autoencoder.name": ("pixels",),
+    "autoencoder.name": ("pixels", "kl"),
+    "autoencoder.size": kl.SIZES,
     "text_encoder.name": ("words",),
     "sampling.sampler": SAMPLERS,
     "sampling.spacing": SPACINGS,
@@ -253,6 +252,7 @@ BOUNDS = {
     "model.unroll": (1, None),
     "model.base_resolution": (0, None),
     "data.resolution": (1, None),
+    "data.classes": (0, None),
     "data.workers": (0, None),
     "conditioning.alpha": (0, None),
     "conditioning.k": (0, None),
@@ -314,14 +314,24 @@ def _validate(config: Config) -> None:
 
 def _validate_model(config: Config) -> None:
     model = config.model
-    if not re.fullmatch(rf"({'|'.join(SIZES)})/[1-9]\d*", model.size):
+    architecture = MODELS[model.name]
+    form = rf"({'|'.join(architecture.sizes)}){'/[1-9][0-9]*' if architecture.patched else ''}"
+    if not re.fullmatch(form, model.size):
+        names = ", ".join(architecture.sizes)
         raise ConfigError(
-            f"config: model.size={model.size!r} must be NAME/PATCH with a name of "
-            f"{', '.join(SIZES)}, such as XL/2"
+            f"config: model.size={model.size!r} must be NAME/PATCH with a name of {names}, such as "
+            "XL/2"
+            if architecture.patched
+            else f"config: model.size={model.size!r} is unknown; choose from {names}"
+        )
+    if not architecture.patched and (model.unroll != 1 or model.remat == "dots"):
+        raise ConfigError(
+            f"config: model.name={model.name} has no scan over layers; leave model.unroll at 1 and "
+            "model.remat at none or block"
         )
     if model.streams != "auto" and model.name not in ("mmdit", "ours"):
         raise ConfigError(f"config: model.streams must be auto for model.name={model.name}")
-    if config.data.semantics == "text" and not MODELS[model.name].text:
+    if config.data.semantics == "text" and not architecture.text:
         raise ConfigError(
             f"config: model.name={model.name} knows classes only; set data.semantics=class"
         )
@@ -330,12 +340,14 @@ def _validate_model(config: Config) -> None:
             raise ConfigError(
                 f"config: conditioning.control names {group!r}; choose from {', '.join(GROUPS)}"
             )
-    factor = 1  # of the autoencoder; "pixels" is the only one
+    factor = kl.SIZES[config.autoencoder.size].factor if config.autoencoder.name == "kl" else 1
+    multiple = architecture.multiple(model.size)
     for field in ("data.resolution", "model.base_resolution"):
-        if get(config, field) % (model.patch * factor):
+        if get(config, field) % (multiple * factor):
+            what = "patch" if architecture.patched else "downsampling"
             raise ConfigError(
                 f"config: {field}={get(config, field)} must be a multiple of "
-                f"{model.patch * factor} (patch {model.patch} x latent factor {factor})"
+                f"{multiple * factor} ({what} {multiple} x latent factor {factor})"
             )
     if model.attention == "cudnn" and model.dtype != "bfloat16":
         raise ConfigError("config: model.attention=cudnn needs model.dtype=bfloat16")
@@ -347,8 +359,6 @@ def _validate_data(config: Config) -> None:
         raise ConfigError(f"config: data.crop must be two fractions in (0, 1], got {data.crop}")
     if len(data.sizes) != 2 or not 8 <= data.sizes[0] <= data.sizes[1]:
         raise ConfigError(f"config: data.sizes must be two sizes from 8 pixels, got {data.sizes}")
-    if data.name != "shapes" and not data.path:
-        raise ConfigError(f"config: data.path is empty; data.name={data.name} needs a path")
     if config.evaluation.prompts and (data.name != "shapes" or data.semantics != "text"):
         raise ConfigError(
             "config: evaluation.prompts needs data.name=shapes and data.semantics=text; set it to 0"
@@ -374,7 +384,7 @@ def _validate_training(config: Config) -> None:
 # parameters' meaning nor the sequence of training steps.
 FREE = re.compile(
     r"steps|(sampling|evaluation|checkpoint|log|parallel)\..*"
-    r"|data\.(path|workers)|model\.(attention|remat|unroll)"
+    r"|(data|autoencoder)\.path|data\.workers|model\.(attention|remat|unroll)"
 )
 
 

@@ -34,10 +34,12 @@ def example_captions(config: Config, n: int) -> list[str]:
 class Reporter:
     """Writes text and pictures of a run; all hosts sample, process 0 alone touches files."""
 
-    def __init__(self, system: System, mesh: Mesh, folder: Workdir, *, first: int = 0):
+    def __init__(
+        self, system: System, mesh: Mesh, folder: Workdir, frozen: dict | None, *, first: int = 0
+    ):
         self.system, self.folder = system, folder
         self.config = config = system.config
-        self.sampler = Sampler(system, mesh, config.sampling)
+        self.sampler = Sampler(system, mesh, config.sampling, frozen)
         named = config.sampling.prompts or config.sampling.prompt_file
         if named or system.text_encoder is None:
             self.asked = asked_for(config, system)

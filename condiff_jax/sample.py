@@ -48,10 +48,19 @@ def requests(
     return batch
 
 
-def generate(params: dict, batch: dict, index: jax.Array, *, system: System, settings: Sampling):
+def generate(
+    params: dict,
+    frozen: dict | None,
+    batch: dict,
+    index: jax.Array,
+    *,
+    system: System,
+    settings: Sampling,
+) -> jax.Array:
     """Pictures uint8 (B, R, R, 3) for the requests in `batch`; pure, to be jitted.
 
-    index (B,) int32: the number of each sample; its noise comes from (settings.seed, index).
+    frozen: parameters of the autoencoder, see `System.load_frozen`. index (B,) int32: the number
+    of each sample; its noise comes from (settings.seed, index).
     """
     key = jax.random.key(settings.seed)
     keys = jax.vmap(partial(jax.random.fold_in, key))(index)
@@ -73,14 +82,14 @@ def generate(params: dict, batch: dict, index: jax.Array, *, system: System, set
         eta=settings.eta,
         clip=system.autoencoder.bound if settings.clip else None,
     )
-    return system.autoencoder.decode(x)
+    return system.autoencoder.decode(frozen, x)
 
 
 class Sampler:
     """`generate`, compiled once for batches of one size spread over a mesh."""
 
-    def __init__(self, system: System, mesh: Mesh, settings: Sampling):
-        self.system, self.mesh, self.settings = system, mesh, settings
+    def __init__(self, system: System, mesh: Mesh, settings: Sampling, frozen: dict | None = None):
+        self.system, self.mesh, self.settings, self.frozen = system, mesh, settings, frozen
         self._generate = jax.jit(
             partial(generate, system=system, settings=settings),
             out_shardings=sharding.replicated(mesh),
@@ -97,7 +106,7 @@ class Sampler:
             rows = np.arange(start, start + size) % n  # the last part is filled up
             part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
             index = (first + start + np.arange(size)).astype(np.int32)
-            out.append(self._generate(params, *put_global(self.mesh, (part, index))))
+            out.append(self._generate(params, self.frozen, *put_global(self.mesh, (part, index))))
         return np.concatenate([np.asarray(pictures) for pictures in out])[:n]
 
 
@@ -164,7 +173,9 @@ def run(config: Config, workdir: str) -> epath.Path:
     step, params = Checkpoints(folder.checkpoints, config).restore_params(
         system, mesh, ema=config.sampling.ema
     )
-    pictures = Sampler(system, mesh, config.sampling)(params, requests(system, asked))
+    frozen = jax.device_put(system.load_frozen(), sharding.replicated(mesh))
+    sampler = Sampler(system, mesh, config.sampling, frozen)
+    pictures = sampler(params, requests(system, asked))
     out = folder.samples / f"{step}-seed{config.sampling.seed}"
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)

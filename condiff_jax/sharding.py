@@ -26,6 +26,10 @@ RULES = (
     (r"(\w+_)?modulation/table", P(None, "fsdp")),  # (6, D)
     (r"model/(patch_embed|caption)/kernel", P(None, "fsdp")),  # (C, D)
     (r"model/final/kernel", P("fsdp")),  # (D, p p C)
+    (r"(conv_in|conv1|conv2|shortcut|proj_in|proj_out)/kernel", P(None, None, None, "fsdp")),
+    (r"\w+_(down|up)sample/kernel", P(None, None, None, "fsdp")),  # (height, width, in, out)
+    (r"model/conv_out/kernel", P(None, None, "fsdp")),
+    (r"time/kernel", P("fsdp")),  # (E, C)
     (r"embedding", P(None, "fsdp")),  # (entries, D)
     (r"model/(decoder_)?positions", P(None, "fsdp")),  # (N, D)
     (r"text_encoder/positions|mask_token|relative_bias", P()),

@@ -8,10 +8,16 @@ import jax
 from clu import parameter_overview
 
 from condiff_jax.config import Config
-from condiff_jax.data.pipeline import create_source
-from condiff_jax.system import System
+from condiff_jax.system import System, Vocabulary
 from condiff_jax.system import create as create_system
-from condiff_jax.train import create_vocabulary, forward_flops
+from condiff_jax.train import create_vocabulary, forward_flops, open_source
+
+
+def vocabulary(config: Config) -> Vocabulary:
+    """That of the data; without data, as many classes as `data.classes` says."""
+    if config.data.path or config.data.name == "shapes":
+        return create_vocabulary(config, open_source(config))
+    return Vocabulary((), tuple(map(str, range(config.data.classes))))
 
 
 def count_parameters(params) -> int:
@@ -30,7 +36,7 @@ def summarize(system: System) -> dict[str, float]:
 
 def run(config: Config) -> None:
     """Print the table, and as the last line one JSON object; nothing is allocated."""
-    system = create_system(config, create_vocabulary(config, create_source(config)))
+    system = create_system(config, vocabulary(config))
     params = jax.eval_shape(system.init, jax.random.key(0))
     print(parameter_overview.get_parameter_overview(params, include_stats=False))
     print(json.dumps(summarize(system)))

@@ -16,11 +16,13 @@ from condiff_jax import models
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.control import ControlSpec, Weighting
 from condiff_jax.conditioning.text import pad
-from condiff_jax.config import Config
+from condiff_jax.config import Config, ConfigError
+from condiff_jax.convert import published, weights
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.prediction import predict_epsilon
 from condiff_jax.diffusion.schedule import Schedule, rescale, scaled_linear
-from condiff_jax.models.autoencoder import Pixels
+from condiff_jax.models import kl
+from condiff_jax.models.autoencoder import Latents, Pixels
 from condiff_jax.models.text_encoder import WordEmbedding, tokenize, word_tokenizer
 
 
@@ -54,7 +56,7 @@ class System:
     vocabulary: Vocabulary
     model: nn.Module
     text_encoder: nn.Module | None
-    autoencoder: Pixels
+    autoencoder: Pixels | Latents
     schedule: Schedule
     control: ControlSpec
 
@@ -96,6 +98,20 @@ class System:
         params["model"] = self.model.init(keys[1], x, jnp.zeros((1,), jnp.int32), cond)["params"]
         return params
 
+    def load_frozen(self) -> dict | None:
+        """Parameters of the autoencoder from `autoencoder.path`, None in pixel space."""
+        if isinstance(self.autoencoder, Pixels):
+            return None
+        path = self.config.autoencoder.path
+        if not path:
+            raise ConfigError("config: autoencoder.path is empty; autoencoder.name=kl needs one")
+        image = jnp.zeros((1, 8 * self.autoencoder.factor, 8 * self.autoencoder.factor, 3))
+        shapes = jax.eval_shape(self.autoencoder.network.init, jax.random.key(0), image)["params"]
+        try:
+            return weights.load_published(path, published.AUTOENCODER, shapes)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"autoencoder.path: {error}") from error
+
     def condition(self, params: dict, batch: dict, text_noise: jax.Array | None) -> Cond:
         """The full condition of a batch; text_noise (B, T, C) is eps of Eq. 7, None for classes."""
         semantics = batch["label"]
@@ -121,7 +137,11 @@ def create(config: Config, vocabulary: Vocabulary) -> System:
     schedule = scaled_linear(diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
     if diffusion.base_resolution:
         schedule = rescale(schedule, diffusion.base_resolution, config.data.resolution)
-    autoencoder = Pixels(config.autoencoder.scale, config.autoencoder.shift)
+    settings = config.autoencoder
+    autoencoder = Pixels(settings.scale, settings.shift)
+    if settings.name == "kl":
+        network = kl.AutoencoderKL(kl.SIZES[settings.size], jnp.dtype(config.model.dtype))
+        autoencoder = Latents(network, settings.scale, settings.shift)
     settings = config.conditioning
     weighting = Weighting.create(
         settings.weighting, alpha=settings.alpha, k=settings.k, sigma=schedule.sigma

@@ -25,6 +25,7 @@ from condiff_jax.data.pipeline import batches, create_source
 from condiff_jax.diffusion.loss import denoising_loss
 from condiff_jax.diffusion.prediction import loss_weight
 from condiff_jax.logs import Reporter
+from condiff_jax.models.autoencoder import Latents
 from condiff_jax.models.mdt import MDT, hide
 from condiff_jax.system import System, Vocabulary
 from condiff_jax.system import create as create_system
@@ -36,7 +37,7 @@ BROKEN_LIMIT = 0.01  # share of broken images that stops a run
 def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Array]:
     """All randomness of one step, each use with its own key; leading dimension B."""
     settings = system.config.conditioning
-    key_t, key_eps, key_drop, key_text, key_hide = jax.random.split(key, 5)
+    key_t, key_eps, key_drop, key_text, key_hide, key_latent = jax.random.split(key, 6)
     drop_semantics, drop_control = drop_flags(
         key_drop, batch, settings.drop_semantics, settings.drop_control
     )
@@ -52,17 +53,21 @@ def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Arra
     if system.text_encoder is not None and settings.padding == "noisy_replicate":
         text = system.config.text_encoder
         noise["text"] = jax.random.normal(key_text, (batch, text.length, text.width))
+    if isinstance(system.autoencoder, Latents):
+        noise["latent"] = jax.random.normal(key_latent, (batch, *system.latent_shape))
     if isinstance(system.model, MDT) and system.model.mask_ratio:
         tokens = math.prod(system.latent_shape[:2]) // system.model.patch**2
         noise["hidden"] = hide(key_hide, batch, tokens, system.model.mask_ratio)
     return noise
 
 
-def loss_fn(params: dict, batch: dict, noise: dict, *, system: System) -> jax.Array:
+def loss_fn(
+    params: dict, batch: dict, noise: dict, *, system: System, frozen: dict | None = None
+) -> jax.Array:
     """Mean loss of a batch with given noise, (); MDTv2 adds the loss of its masked pass."""
     cond: Cond = system.condition(params, batch, noise.get("text"))
     cond = cond.replace(drop_semantics=noise["drop_semantics"], drop_control=noise["drop_control"])
-    x0 = system.autoencoder.encode(batch["image"])
+    x0 = system.autoencoder.encode(frozen, batch["image"], noise.get("latent"))
     inputs = (system.schedule, x0, noise["t"], noise["eps"], cond)
     loss = denoising_loss(system.denoise(params), *inputs)
     if "hidden" in noise:
@@ -93,15 +98,19 @@ def accumulated(value_and_grad: Callable, params: dict, inputs, parts: int):
 def train_step(
     train_state: state.State,
     batch: dict,
+    frozen: dict | None = None,
     *,
     system: System,
     tx: optax.GradientTransformation,
 ) -> tuple[state.State, dict]:
-    """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted."""
+    """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted.
+
+    frozen: parameters of the autoencoder, see `System.load_frozen`.
+    """
     settings = system.config.optimizer
     key = jax.random.fold_in(jax.random.key(system.config.seed), train_state.step)
     noise = draw_noise(key, system, batch["label"].shape[0])
-    value_and_grad = jax.value_and_grad(partial(loss_fn, system=system))
+    value_and_grad = jax.value_and_grad(partial(loss_fn, system=system, frozen=frozen))
     loss, grads = accumulated(
         value_and_grad, train_state.params, (batch, noise), settings.accumulate
     )
@@ -117,13 +126,16 @@ def train_step(
 
 
 def compile_step(system: System, mesh: Mesh):
-    """(init, step): jitted `State` creation from a key, and the sharded, donating train step."""
+    """(init, step): jitted `State` creation from a key, and the sharded, donating train step.
+
+    step(state, batch, frozen) -> (state, metrics).
+    """
     tx = optim.create(system.config)
     places = jax.tree.map(lambda a: a.sharding, abstract_state(system, mesh))
     init = jax.jit(lambda key: state.create(system.init(key), tx), out_shardings=places)
     step = jax.jit(
         partial(train_step, system=system, tx=tx),
-        in_shardings=(places, sharding.batch_sharding(mesh)),
+        in_shardings=(places, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
         out_shardings=(places, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -218,9 +230,20 @@ def throughput(config: Config, step_time: float, flop_image: int) -> dict[str, f
     return out
 
 
+def open_source(config: Config):
+    """The training data; ConfigError where it cannot be read."""
+    try:
+        return create_source(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.path: {error}") from error
+
+
 def create_vocabulary(config: Config, source) -> Vocabulary:
     """The words and classes of a data source, as far as the config uses them."""
     if config.data.semantics == "class":
+        found, expected = len(source.classes), config.data.classes
+        if expected and found != expected:
+            raise ConfigError(f"config: data.classes={expected}, but the data has {found} classes")
         return Vocabulary((), tuple(source.classes))
     return Vocabulary(tuple(source.vocabulary()), ())
 
@@ -233,10 +256,7 @@ def run(config: Config, workdir: str) -> None:
             f"config: batch_size={config.batch_size} must be a multiple of {mesh.size} devices x "
             f"optimizer.accumulate={config.optimizer.accumulate}"
         )
-    try:
-        source = create_source(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.path: {error}") from error
+    source = open_source(config)
     vocabulary = create_vocabulary(config, source)
     folder = Workdir(workdir)
     folder.open(config, vocabulary)
@@ -249,13 +269,15 @@ def run(config: Config, workdir: str) -> None:
     data = batches(
         config, source, encode, process=jax.process_index(), processes=jax.process_count()
     )
-    init, step_fn = compile_step(system, mesh)
+    frozen = jax.device_put(system.load_frozen(), sharding.replicated(mesh))
+    init, step = compile_step(system, mesh)
+    step_fn = lambda train_state, batch: step(train_state, batch, frozen)  # noqa: E731
     if checkpoints.latest is None:
         train_state = init(jax.random.key(config.seed))
     else:
         train_state = checkpoints.restore(system, mesh, data)
         logging.info("resumed %s at step %d", workdir, checkpoints.latest)
-    reporter = Reporter(system, mesh, folder, first=checkpoints.latest or 0)
+    reporter = Reporter(system, mesh, folder, frozen, first=checkpoints.latest or 0)
     try:
         with Interrupt() as interrupt:
             train_state = loop(

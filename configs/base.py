@@ -32,12 +32,11 @@ def get_config() -> ConfigDict:
     config.batch_size = 64  # images a step, over all devices and accumulated parts
 
     config.model = model = ConfigDict()
-    model.name = "ours"  # dit_ln | dit_att | mdtv2 | pixart | mmdit | ours
-    model.size = "tiny/4"  # NAME/PATCH: tiny, S, B, L or XL, and the patch size
+    model.name = "ours"  # unet | dit_ln | dit_att | mdtv2 | pixart | mmdit | ours
+    # NAME/PATCH: tiny, S, B, L or XL, and the patch size; of a unet: tiny, class or text
+    model.size = "tiny/4"
     model.streams = "auto"  # shared | qkv | full; auto is the paper's: shared for classes, else qkv
-    model.mask_ratio = (
-        0.3  # mdtv2: least share of tokens hidden in its second pass; 0: no such pass
-    )
+    model.mask_ratio = 0.3  # mdtv2: least share of tokens that its second pass hides; 0: no pass
     # RMSNorm of queries and keys where attention sees conditions; the paper's runs diverge without
     model.qk_norm = True
     model.position = "resample"  # resample (pseudocode 1) | extrapolate (baseline of Fig. 8a)
@@ -54,6 +53,7 @@ def get_config() -> ConfigDict:
     data.path = ""
     data.resolution = 32  # pixels
     data.semantics = "text"  # text | class
+    data.classes = 0  # classes to expect, for class-conditional models; 0: those of the data
     data.crop = (0.9, 1.0)  # range of the crop's side, as a fraction of the short side (Fig. 8c)
     data.flip = True  # random horizontal flips
     data.sizes = (24, 96)  # shapes only: range of the originals' short sides, pixels
@@ -91,8 +91,10 @@ def get_config() -> ConfigDict:
     optimizer.ema_warmup = True  # start with the decay (1 + step) / (10 + step) where it is lower
 
     config.autoencoder = autoencoder = ConfigDict()
-    autoencoder.name = "pixels"  # pixels: diffusion in pixel space
-    autoencoder.scale = 1.0  # latents are (x - shift) * scale, pictures being in [-1, 1]
+    autoencoder.name = "pixels"  # pixels: diffusion in pixel space | kl: in a frozen one's latents
+    autoencoder.path = ""  # kl: .safetensors, or a folder with one, of diffusers' AutoencoderKL
+    autoencoder.size = "sd"  # kl: sd (Stable Diffusion's, 8 x smaller, 4 channels) | tiny
+    autoencoder.scale = 1.0  # diffusion sees (x - shift) * scale, pictures being in [-1, 1]
     autoencoder.shift = 0.0
 
     config.text_encoder = text_encoder = ConfigDict()
@@ -140,4 +142,49 @@ def get_config() -> ConfigDict:
 
     config.parallel = parallel = ConfigDict()
     parallel.fsdp = 1  # devices that share one copy of the parameters; the others are data-parallel
+    return config
+
+
+# Classes of the paper's data sets (Sec. 3.1); captions instead have 0.
+CLASSES = {"imagenet1k": 1000, "imagenet22k": 21_841, "cc12m": 0}
+
+
+def paper(arch: str, data: str, resolution: int) -> ConfigDict:
+    """An architecture on Stable Diffusion's latents, as the paper trains it (Sec. 3.1, App. C).
+
+    `ours` gets the paper's conditioning; the others what it compares with: control with uniform
+    weights (SDXL's) and zero padding.
+    """
+    for name, value, choices in (("data", data, CLASSES), ("resolution", resolution, (256, 512))):
+        if value not in choices:
+            known = ", ".join(map(str, choices))
+            raise ValueError(f"config argument {name}={value} is unknown; choose from {known}")
+    config = get_config()
+    text = not CLASSES[data]
+    config.steps = 300_000 if text else 500_000  # the least of the ranges it gives
+    config.batch_size = 2048 if resolution == 256 else 384
+    config.model.name = arch
+    config.model.size = ("text" if text else "class") if arch == "unet" else "XL/2"
+    config.model.base_resolution = 256
+    config.model.dtype = "bfloat16"
+    config.model.remat = "block"
+    config.data.name = "webdataset"
+    config.data.resolution = resolution
+    config.data.semantics = "text" if text else "class"
+    config.data.classes = CLASSES[data]
+    config.data.workers = 8
+    config.conditioning.control = ("crop", "size")  # the six scalars of Table A1's parameters
+    config.diffusion.base_resolution = 256
+    config.autoencoder.name = "kl"
+    config.autoencoder.scale = 0.18215
+    config.text_encoder.length = 77  # as CLIP ViT-L/14
+    config.text_encoder.width = 768
+    config.sampling.steps = 250
+    config.sampling.guidance = 1.5 if resolution == 256 else 2.0
+    if arch == "ours":
+        config.conditioning.control = ("crop", "flip", "size")
+        config.sampling.control_guidance = 1.375
+    else:
+        config.conditioning.weighting = "uniform"
+        config.conditioning.padding = "zero"
     return config

@@ -1,6 +1,7 @@
 """Validation: bad values are errors that name the field and the fix; good ones round-trip."""
 
 import json
+import re
 
 import pytest
 
@@ -13,7 +14,7 @@ from tests import tiny
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("model.name", "sit", "choose from mmdit, ours"),
+        ("model.name", "sit", "choose from unet, .*, mmdit, ours"),
         ("model.size", "XXL/2", "model.size"),
         ("model.size", "XL", "NAME/PATCH"),
         ("data.resolution", 18, "data.resolution=18 must be a multiple of 4"),
@@ -22,7 +23,8 @@ from tests import tiny
         ("data.crop", (0.9, 0.5), "data.crop"),
         ("data.crop", (0.9,), "data.crop"),
         ("data.sizes", (4, 96), "data.sizes"),
-        ("data.name", "webdataset", "data.path"),
+        ("model.mask_ratio", 0.9, "between 0 and 0.8"),
+        ("autoencoder.size", "huge", "choose from tiny, sd"),
         ("conditioning.control", ("crop", "zoom"), "zoom"),
         ("conditioning.drop_control", 1.5, "between 0 and 1"),
         ("optimizer.accumulate", 3, "optimizer.accumulate=3"),
@@ -44,6 +46,28 @@ def test_bad_values_name_the_field(field, value, named):
         config_lib.create(values)
     assert field.split(".")[-1] in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.name": "pixart", "model.streams": "full"}, "model.streams must be auto"),
+        ({"model.name": "dit_ln"}, "dit_ln knows classes only; set data.semantics=class"),
+        ({"model.name": "unet"}, "model.size='tiny/4' is unknown; choose from tiny, class, text"),
+        ({"model.name": "unet", "model.size": "tiny", "model.unroll": 4}, "no scan over layers"),
+        (
+            {"model.name": "unet", "model.size": "tiny", "data.resolution": 18},
+            "data.resolution=18 must be a multiple of 4 (downsampling 4 x latent factor 1)",
+        ),
+        (
+            {"autoencoder.name": "kl", "data.resolution": 48},
+            "data.resolution=48 must be a multiple of 32 (patch 4 x latent factor 8)",
+        ),
+    ],
+)
+def test_architectures_refuse_what_they_cannot_do(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        tiny.config(**overrides)
 
 
 def test_unknown_and_missing_fields_are_errors():

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from condiff_jax import config as config_lib
 from condiff_jax import sharding, system
 from condiff_jax.checkpoint import abstract_state
-from condiff_jax.models import transformer
+from condiff_jax.models import MODELS, transformer
 from configs import base
 
 VOCABULARY = system.Vocabulary(words=("a", "red", "circle"), classes=("circle", "square"))
@@ -18,6 +18,11 @@ VARIANTS = [
     for name in ("ours", "mmdit")
     for streams in ("shared", "qkv", "full")
     for semantics in ("text", "class")
+] + [
+    (name, "auto", semantics)
+    for name, architecture in MODELS.items()
+    if name not in ("ours", "mmdit")
+    for semantics in (("text", "class") if architecture.text else ("class",))
 ]
 
 
@@ -26,6 +31,7 @@ def create(name="ours", streams="auto", semantics="text", **overrides):
     values = base.get_config()
     overrides |= {
         "model.name": name,
+        "model.size": "tiny/4" if MODELS[name].patched else "tiny",
         "model.streams": streams,
         "data.semantics": semantics,
         "conditioning.control": ("crop", "flip", "aspect", "size"),
@@ -46,7 +52,9 @@ def test_every_parameter_matches_exactly_one_rule(name, streams, semantics):
         specs = sharding.matching_rules(parameter)
         assert len(specs) == 1, parameter
         assert len(specs[0]) <= leaf.ndim, parameter
-        large = leaf.ndim >= 2 and not parameter.endswith(("bias", "scale", "positions"))
+        large = leaf.ndim >= 2 and not parameter.endswith(
+            ("bias", "scale", "text_encoder/positions")
+        )
         assert ("fsdp" in specs[0]) == large, parameter
 
 
@@ -119,12 +127,11 @@ def test_unknown_parameters_are_an_error(name):
         sharding.tree_shardings(sharding.create_mesh(), tree)
 
 
-def test_ambiguous_parameters_are_an_error():
-    # an embedding and a kernel of a block at once
-    with pytest.raises(ValueError, match="matches 2 sharding rules"):
+def test_ambiguous_parameters_are_an_error(monkeypatch):
+    monkeypatch.setattr(sharding, "RULES", (*sharding.RULES, (r"fc1/.*", P())))
+    with pytest.raises(ValueError, match="mlp/fc1/kernel matches 2 sharding rules"):
         sharding.tree_shardings(
-            sharding.create_mesh(),
-            {"last_block": {"blocks": {"fc1": {"kernel": np.zeros((4, 4))}}}},
+            sharding.create_mesh(), {"mlp": {"fc1": {"kernel": np.zeros((4, 4))}}}
         )
 
 

@@ -59,7 +59,9 @@ def test_first_loss_is_the_mean_square_of_what_is_predicted(prediction):
     root = np.sqrt(system.schedule.alpha_bar[noise["t"]]).reshape(-1, 1, 1, 1)
     target = noise["eps"]
     if prediction == "v":
-        target = root * target - np.sqrt(1 - root**2) * system.autoencoder.encode(batch["image"])
+        target = root * target - np.sqrt(1 - root**2) * system.autoencoder.encode(
+            None, batch["image"], None
+        )
     params = jax.jit(system.init)(jax.random.key(0))
     loss = train.loss_fn(params, batch, noise, system=system)
     np.testing.assert_allclose(loss, np.square(target).mean(), rtol=1e-4)
@@ -185,9 +187,9 @@ def test_bad_loss_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, mo
     def poisoned(system, mesh):
         init, step = compile_step(system, mesh)
 
-        def bad_step(train_state, batch):
+        def bad_step(train_state, batch, frozen):
             now = int(train_state.step) + 1
-            train_state, metrics = step(train_state, batch)
+            train_state, metrics = step(train_state, batch, frozen)
             return train_state, {**metrics, "loss": metrics["loss"] + (np.nan if now == 3 else 0)}
 
         return init, bad_step

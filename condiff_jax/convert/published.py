@@ -263,3 +263,74 @@ def _sd3_block(ours: str, theirs: str) -> tuple[Rule, ...]:
         *_diffusers_mlp(f"{ours}.mlp", f"{theirs}.ff"),
         *_diffusers_mlp(f"{ours}.context_mlp", f"{theirs}.ff_context"),
     )
+
+
+def _resnet(ours: str, theirs: str) -> tuple[Rule, ...]:
+    parts = {"time": "time_emb_proj", "shortcut": "conv_shortcut"}
+    names = ("norm1", "conv1", "time", "norm2", "conv2", "shortcut")
+    return tuple(Rule(f"{ours}.{part}", f"{theirs}.{parts.get(part, part)}") for part in names)
+
+
+def _unet_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
+    block = f"{theirs}.transformer_blocks.0"
+    return (
+        Rule(f"{ours}.norm", f"{theirs}.norm"),
+        Rule(f"{ours}.proj_in", f"{theirs}.proj_in"),
+        Rule(f"{ours}.self_norm", f"{block}.norm1"),
+        *_diffusers_attention(f"{ours}.self_attention", f"{block}.attn1"),
+        Rule(f"{ours}.cross_norm", f"{block}.norm2"),
+        *_diffusers_attention(f"{ours}.cross_attention", f"{block}.attn2"),
+        Rule(f"{ours}.mlp_norm", f"{block}.norm3"),
+        *_diffusers_mlp(f"{ours}.mlp", f"{block}.ff"),
+        Rule(f"{ours}.proj_out", f"{theirs}.proj_out"),
+    )
+
+
+# `unet` as diffusers' UNet2DConditionModel, its class embedding left out.
+UNET = (
+    Rule("conv_in", "conv_in"),
+    Rule("timestep.fc1", "time_embedding.linear_1"),
+    Rule("timestep.fc2", "time_embedding.linear_2"),
+    *(
+        rule
+        for ours, theirs in (
+            ("down_*", "down_blocks.*"),
+            ("mid", "mid_block"),
+            ("up_*", "up_blocks.*"),
+        )
+        for rule in (
+            *_resnet(f"{ours}_resnet_*", f"{theirs}.resnets.*"),
+            *_unet_attention(f"{ours}_attention_*", f"{theirs}.attentions.*"),
+        )
+    ),
+    Rule("down_*_downsample", "down_blocks.*.downsamplers.0.conv"),
+    Rule("up_*_upsample", "up_blocks.*.upsamplers.0.conv"),
+    Rule("norm_out", "conv_norm_out"),
+    Rule("conv_out", "conv_out"),
+)
+
+
+def _autoencoder_half(coder: str, part: str, resample: tuple[str, str]) -> tuple[Rule, ...]:
+    attention, middle = f"{coder}.mid_block.attentions.0", f"{coder}.mid_attention"
+    # Checkpoints from before diffusers 0.15 name the projections as in the second table.
+    old = {"query": "query", "key": "key", "value": "value", "out": "proj_attn"}
+    return (
+        Rule(f"{coder}.conv_in", f"{coder}.conv_in"),
+        *_resnet(f"{coder}.mid_resnet_*", f"{coder}.mid_block.resnets.*"),
+        Rule(f"{middle}.norm", f"{attention}.group_norm"),
+        *_diffusers_attention(middle, attention),
+        *(Rule(f"{middle}.{ours}", f"{attention}.{theirs}") for ours, theirs in old.items()),
+        *_resnet(f"{coder}.{part}_*_resnet_*", f"{coder}.{part}_blocks.*.resnets.*"),
+        Rule(f"{coder}.{part}_*_{resample[0]}", f"{coder}.{part}_blocks.*.{resample[1]}.0.conv"),
+        Rule(f"{coder}.norm_out", f"{coder}.conv_norm_out"),
+        Rule(f"{coder}.conv_out", f"{coder}.conv_out"),
+    )
+
+
+# diffusers' AutoencoderKL, such as Stable Diffusion's.
+AUTOENCODER = (
+    Rule("quant_conv", "quant_conv"),
+    Rule("post_quant_conv", "post_quant_conv"),
+    *_autoencoder_half("encoder", "down", ("downsample", "downsamplers")),
+    *_autoencoder_half("decoder", "up", ("upsample", "upsamplers")),
+)

@@ -25,6 +25,8 @@ SOURCES = {
 
 def create_source(config: Config, split: str = "train"):
     """The data set `config.data.name`; ValueError or FileNotFoundError for a bad path."""
+    if config.data.name != "shapes" and not config.data.path:
+        raise ValueError(f"empty, but data.name={config.data.name} needs a path")
     return SOURCES[config.data.name](config, split)
 
 

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from condiff_jax.conditioning.control import Weighting
-from condiff_jax.models import dit, mdt, mmdit, pixart, transformer
+from condiff_jax.models import dit, mdt, mmdit, pixart, transformer, unet
 
 if TYPE_CHECKING:
     from condiff_jax.config import Config
@@ -22,11 +22,45 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """An entry of MODELS. settings(config, classes): the fields that other models do not have."""
+    """An entry of MODELS.
+
+    settings(config, classes, factor): the module's fields that come from the config and that not
+    all have; factor: of the autoencoder. sizes: names for `model.size`, patched: with a patch.
+    text: can be conditioned on text.
+    """
 
     module: type[nn.Module]
-    settings: Callable = lambda config, classes: {}
-    text: bool = True  # can be conditioned on text
+    settings: Callable
+    sizes: dict = dataclasses.field(default_factory=lambda: transformer.SIZES)
+    patched: bool = True
+    text: bool = True
+
+    def multiple(self, size: str) -> int:
+        """What sides of the latents must be a multiple of: the patch, or the deepest level's."""
+        name, _, patch = size.partition("/")
+        return int(patch) if self.patched else 2 ** (len(self.sizes[name].channels) - 1)
+
+
+def _transformer(**own: Callable) -> Callable:
+    """Settings of a transformer; own: fields of its own, each made from (config, classes)."""
+
+    def settings(config: Config, classes: int | None, factor: int) -> dict:
+        model = config.model
+        name, patch = model.size.split("/")
+        depth, width, heads = transformer.SIZES[name]
+        base = model.base_resolution or config.data.resolution
+        return {
+            "depth": depth,
+            "width": width,
+            "heads": heads,
+            "patch": int(patch),
+            "base_grid": base // (int(patch) * factor),
+            "position": model.position,
+            "unroll": model.unroll,
+            **{field: make(config, classes) for field, make in own.items()},
+        }
+
+    return settings
 
 
 def _streams(config: Config, classes: int | None) -> str:
@@ -34,13 +68,26 @@ def _streams(config: Config, classes: int | None) -> str:
     return auto if config.model.streams == "auto" else config.model.streams
 
 
+def _mmdit(pooled: bool) -> Callable:
+    return _transformer(streams=_streams, pooled=lambda *_: pooled)
+
+
+def _mask_ratio(config: Config, _) -> float:
+    return config.model.mask_ratio
+
+
+def _unet(config: Config, *_) -> dict:
+    return {"size": unet.SIZES[config.model.size]}
+
+
 MODELS = {
-    "dit_ln": Architecture(dit.DiT, text=False),
-    "dit_att": Architecture(dit.DiT, lambda *_: {"cross": True}),
-    "mdtv2": Architecture(mdt.MDT, lambda c, _: {"mask_ratio": c.model.mask_ratio}, text=False),
-    "pixart": Architecture(pixart.PixArt),
-    "mmdit": Architecture(mmdit.MMDiT, lambda *a: {"streams": _streams(*a), "pooled": True}),
-    "ours": Architecture(mmdit.MMDiT, lambda *a: {"streams": _streams(*a), "pooled": False}),
+    "unet": Architecture(unet.UNet, _unet, unet.SIZES, patched=False),
+    "dit_ln": Architecture(dit.DiT, _transformer(), text=False),
+    "dit_att": Architecture(dit.DiT, _transformer(cross=lambda *_: True)),
+    "mdtv2": Architecture(mdt.MDT, _transformer(mask_ratio=_mask_ratio), text=False),
+    "pixart": Architecture(pixart.PixArt, _transformer()),
+    "mmdit": Architecture(mmdit.MMDiT, _mmdit(pooled=True)),
+    "ours": Architecture(mmdit.MMDiT, _mmdit(pooled=False)),
 }
 
 
@@ -50,21 +97,12 @@ def create(
     """The denoiser `config.model.name`; classes: None for text; factor: of the autoencoder."""
     model = config.model
     architecture = MODELS[model.name]
-    depth, width, heads = transformer.SIZES[model.size.split("/")[0]]
-    base = model.base_resolution or config.data.resolution
     return architecture.module(
-        depth=depth,
-        width=width,
-        heads=heads,
-        patch=model.patch,
-        base_grid=base // (model.patch * factor),
         classes=classes,
         weighting=weighting,
         qk_norm=model.qk_norm,
-        position=model.position,
         remat=model.remat,
-        unroll=model.unroll,
         backend=model.attention,
         dtype=jnp.dtype(model.dtype),
-        **architecture.settings(config, classes),
+        **architecture.settings(config, classes, factor),
     )

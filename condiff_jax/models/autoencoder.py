@@ -7,6 +7,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from condiff_jax.models.kl import AutoencoderKL, mean_and_std
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 pictures as f32 in [-1, 1]."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1
+
+
+def to_uint8(x: jax.Array) -> jax.Array:
+    """Inverse of `to_float`, clipped."""
+    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
@@ -21,17 +33,46 @@ class Pixels:
     factor: int = 1
     channels: int = 3
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """uint8 (B, H, W, 3) -> f32 (B, H, W, 3)."""
-        x = jnp.asarray(images, jnp.float32) / 127.5 - 1
-        return (x - self.shift) * self.scale
+    def encode(self, params: dict | None, images: jax.Array, noise: jax.Array | None) -> jax.Array:
+        """uint8 (B, H, W, 3) -> f32 (B, H, W, 3); there are no parameters and no noise."""
+        return (to_float(images) - self.shift) * self.scale
 
-    def decode(self, x: jax.Array) -> jax.Array:
+    def decode(self, params: dict | None, x: jax.Array) -> jax.Array:
         """f32 (B, H, W, 3) -> uint8 (B, H, W, 3), clipped."""
-        x = x / self.scale + self.shift
-        return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+        return to_uint8(x / self.scale + self.shift)
 
     @property
     def bound(self) -> float:
         """Largest |x_0|, for samplers that clip."""
         return self.scale * (1 + abs(self.shift))
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Diffusion on (latents - shift) * scale of a frozen KL autoencoder."""
+
+    network: AutoencoderKL
+    scale: float = 0.18215
+    shift: float = 0.0
+    bound = None
+
+    @property
+    def factor(self) -> int:
+        """Sides of a picture over sides of its latents."""
+        return self.network.size.factor
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.network.size.latent
+
+    def encode(self, params: dict, images: jax.Array, noise: jax.Array) -> jax.Array:
+        """uint8 (B, H, W, 3), standard normal noise (B, h, w, C) -> a sample of the latents."""
+        moments = self.network.apply({"params": params}, to_float(images), method="encode")
+        mean, std = mean_and_std(moments)
+        return (mean + std * noise - self.shift) * self.scale
+
+    def decode(self, params: dict, x: jax.Array) -> jax.Array:
+        """f32 (B, h, w, C) -> uint8 (B, H, W, 3), clipped."""
+        x = x / self.scale + self.shift
+        return to_uint8(self.network.apply({"params": params}, x, method="decode"))

@@ -1,0 +1,150 @@
+"""AutoencoderKL: the network of Stable Diffusion's autoencoder, equal to diffusers' class.
+
+Only the network: `autoencoder.py` owns the scale and shift of the latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from condiff_jax.models import layers
+from condiff_jax.models.layers import HeadMerge, HeadProjection
+from condiff_jax.models.unet import ResNetBlock, group_norm, upsample
+
+EPSILON = 1e-6  # of every GroupNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Width of each level, of which all but the last halve the picture's sides."""
+
+    channels: tuple[int, ...]
+    latent: int = 4
+    resnets: int = 2
+
+    @property
+    def groups(self) -> int:
+        """Groups of each GroupNorm: 32 as published, fewer where that leaves under 4 channels."""
+        return min(32, self.channels[0] // 4)
+
+    @property
+    def factor(self) -> int:
+        """Sides of a picture over sides of its latents."""
+        return 2 ** (len(self.channels) - 1)
+
+
+SIZES = {"tiny": Size((32, 64, 64)), "sd": Size((128, 256, 512, 512))}
+
+
+class SelfAttention(nn.Module):
+    """Single-head attention over the pixels of (B, H, W, C), with residual."""
+
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = group_norm(self.groups, EPSILON, "norm")(x)
+        y = y.reshape(x.shape[0], -1, x.shape[-1])  # (B, N, C)
+        q, k, v = (
+            HeadProjection(1, dtype=self.dtype, name=name)(y) for name in ("query", "key", "value")
+        )
+        y = HeadMerge(self.dtype, name="out")(layers.attention(q, k, v))
+        return x + y.reshape(x.shape)
+
+
+class Encoder(nn.Module):
+    """Images (B, H, W, 3) -> (B, h, w, 2 * latent)."""
+
+    size: Size
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        size, last = self.size, len(self.size.channels) - 1
+        y = nn.Conv(size.channels[0], (3, 3), dtype=self.dtype, name="conv_in")(images)
+        for level, width in enumerate(size.channels):
+            for index in range(size.resnets):
+                y = resnet(size, width, self.dtype, f"down_{level}_resnet_{index}")(y)
+            if level < last:
+                y = nn.Conv(
+                    width, (3, 3), 2, padding=((0, 1), (0, 1)), dtype=self.dtype,
+                    name=f"down_{level}_downsample",
+                )(y)  # fmt: skip
+        return head(size, 2 * size.latent, mid(size, self.dtype, y))
+
+
+class Decoder(nn.Module):
+    """(B, h, w, latent) -> images (B, H, W, 3)."""
+
+    size: Size
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        size, last = self.size, len(self.size.channels) - 1
+        y = nn.Conv(size.channels[-1], (3, 3), dtype=self.dtype, name="conv_in")(latents)
+        y = mid(size, self.dtype, y)
+        for level, width in enumerate(size.channels[::-1]):  # up_0 is the deepest level
+            for index in range(size.resnets + 1):
+                y = resnet(size, width, self.dtype, f"up_{level}_resnet_{index}")(y)
+            if level < last:
+                name = f"up_{level}_upsample"
+                y = nn.Conv(width, (3, 3), dtype=self.dtype, name=name)(upsample(y))
+        return head(size, 3, y)
+
+
+def resnet(size: Size, width: int, dtype: Any, name: str) -> ResNetBlock:
+    """A ResNet block without time embedding."""
+    return ResNetBlock(width, size.groups, EPSILON, dtype, name=name)
+
+
+def mid(size: Size, dtype: Any, y: jax.Array) -> jax.Array:
+    """The deepest blocks of encoder and decoder, (B, h, w, C) -> (B, h, w, C)."""
+    width = size.channels[-1]
+    y = resnet(size, width, dtype, "mid_resnet_0")(y)
+    y = SelfAttention(size.groups, dtype, name="mid_attention")(y)
+    return resnet(size, width, dtype, "mid_resnet_1")(y)
+
+
+def head(size: Size, channels: int, y: jax.Array) -> jax.Array:
+    """The last norm and convolution of encoder and decoder; f32."""
+    y = nn.silu(group_norm(size.groups, EPSILON, "norm_out")(y))
+    return nn.Conv(channels, (3, 3), dtype=jnp.float32, name="conv_out")(y)
+
+
+class AutoencoderKL(nn.Module):
+    """Images f32 (B, H, W, 3) in [-1, 1] to and from latents (B, h, w, latent), both f32."""
+
+    size: Size
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.encoder = Encoder(self.size, self.dtype)
+        self.decoder = Decoder(self.size, self.dtype)
+        self.quant_conv = nn.Conv(2 * self.size.latent, (1, 1))
+        self.post_quant_conv = nn.Conv(self.size.latent, (1, 1))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images (B, H, W, 3) decoded from their mean latents; initialises everything."""
+        mean, _ = mean_and_std(self.encode(images))
+        return self.decode(mean)
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Moments (B, h, w, 2 * latent) of the latents, see `mean_and_std`."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Images (B, H, W, 3), near [-1, 1] but not clipped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+def mean_and_std(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of the latents; the log-variance is clipped to [-30, 20]."""
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2)

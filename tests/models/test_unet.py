@@ -1,0 +1,411 @@
+"""UNet: parity with diffusers' UNet2DConditionModel, paths of each condition, published sizes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from condiff_jax import flops
+from condiff_jax.conditioning.cond import Cond, Control, Text
+from condiff_jax.conditioning.control import Weighting
+from condiff_jax.models.unet import SIZES, Size, UNet
+
+CHANNELS, TOKENS, CONTEXT, CLASSES = 3, 5, 12, 5
+T = np.array([3, 700], np.int32)
+# Both kinds of layout: attention everywhere but at the deepest or at the first level, a fixed
+# number or a fixed size of heads. The second also has two resnets a level.
+LAYOUTS = {
+    "text": Size((16, 32, 48), (True, True, False), CONTEXT, heads=2, resnets=1),
+    "class": Size((16, 32), (False, True), CONTEXT, head_size=8),
+}
+SMALL = Size((8, 16), (True, False), CONTEXT, heads=2, resnets=1)
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def text(seed=0, batch=2):
+    tokens = rng(seed).normal(size=(batch, TOKENS, CONTEXT)).astype(np.float32)
+    return Text(jnp.asarray(tokens), jnp.ones((batch, TOKENS), bool), jnp.zeros((batch, CONTEXT)))
+
+
+def control(high=0.0, low=0.0):
+    return Control(jnp.full((2, 3), 100 + high), jnp.full((2, 2), 32 + low))
+
+
+def semantics(classes, seed=0):
+    """Two texts, or two labels, that differ between seeds 0 and 1."""
+    return text(seed) if classes is None else jnp.array([seed, 2 + seed])
+
+
+def noise(height=4, width=8, seed=5):
+    return rng(seed).normal(size=(2, height, width, CHANNELS)).astype(np.float32)
+
+
+def random_like(shapes, seed=0):
+    """Parameters that leave nothing zero, not even what starts there."""
+    generator = rng(seed)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        size = 0.2
+        if path[-1].key == "kernel":
+            merge = leaf.ndim == 3 and path[-3].key == "out"
+            fan_in = leaf.size // leaf.shape[-1] if leaf.ndim != 3 or merge else leaf.shape[0]
+            size = fan_in**-0.5
+        return jnp.asarray(centre + size * generator.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+# Compiling takes all the time here: ask for less of it, and share programs between tests.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@partial(jit, static_argnums=0)
+def forward(model, params, x, t, cond):
+    return model.apply({"params": params}, x, t, cond)
+
+
+@partial(jit, static_argnums=0)
+def gradients(model, params, x, cond, target):
+    """Prediction, and the gradient of its mean squared error."""
+
+    def loss(params):
+        eps = model.apply({"params": params}, x, T, cond)
+        return ((eps - target) ** 2).mean(), eps
+
+    grads, eps = jax.grad(loss, has_aux=True)(params)
+    return eps, grads
+
+
+def build(cond, size=SMALL, **settings):
+    """(model, random parameters)."""
+    model = UNet(size, **{"weighting": Weighting("cosine")} | settings)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), noise(), T, cond)["params"]
+    return model, random_like(shapes)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parity with diffusers: (ours, theirs); every module has a kernel or scale, and maybe a bias.
+
+OUTSIDE = (
+    ("conv_in", "conv_in"),
+    ("timestep/fc1", "time_embedding.linear_1"),
+    ("timestep/fc2", "time_embedding.linear_2"),
+    ("norm_out", "conv_norm_out"),
+    ("conv_out", "conv_out"),
+)
+RESNET = (
+    ("norm1", "norm1"),
+    ("conv1", "conv1"),
+    ("time", "time_emb_proj"),
+    ("norm2", "norm2"),
+    ("conv2", "conv2"),
+    ("shortcut", "conv_shortcut"),
+)
+TRANSFORMER = (
+    ("norm", "norm"),
+    ("proj_in", "proj_in"),
+    ("self_norm", "transformer_blocks.0.norm1"),
+    ("self_attention/query/linear", "transformer_blocks.0.attn1.to_q"),
+    ("self_attention/key/linear", "transformer_blocks.0.attn1.to_k"),
+    ("self_attention/value/linear", "transformer_blocks.0.attn1.to_v"),
+    ("self_attention/out/linear", "transformer_blocks.0.attn1.to_out.0"),
+    ("cross_norm", "transformer_blocks.0.norm2"),
+    ("cross_attention/query/linear", "transformer_blocks.0.attn2.to_q"),
+    ("cross_attention/key/linear", "transformer_blocks.0.attn2.to_k"),
+    ("cross_attention/value/linear", "transformer_blocks.0.attn2.to_v"),
+    ("cross_attention/out/linear", "transformer_blocks.0.attn2.to_out.0"),
+    ("mlp_norm", "transformer_blocks.0.norm3"),
+    ("mlp/fc1", "transformer_blocks.0.ff.net.0.proj"),
+    ("mlp/fc2", "transformer_blocks.0.ff.net.2"),
+    ("proj_out", "proj_out"),
+)
+
+
+def table(size):
+    """(ours, theirs) for every module that a UNet of this size can have."""
+    pairs, parts = list(OUTSIDE), [("mid", "mid_block")]
+    for level in range(len(size.channels)):
+        down, up = f"down_blocks.{level}", f"up_blocks.{level}"
+        parts += [(f"down_{level}", down), (f"up_{level}", up)]
+        pairs.append((f"down_{level}_downsample", f"{down}.downsamplers.0.conv"))
+        pairs.append((f"up_{level}_upsample", f"{up}.upsamplers.0.conv"))
+    for ours, theirs in parts:
+        for i in range(max(size.resnets + 1, 2)):
+            pairs += [(f"{ours}_resnet_{i}/{a}", f"{theirs}.resnets.{i}.{b}") for a, b in RESNET]
+            pairs += [
+                (f"{ours}_attention_{i}/{a}", f"{theirs}.attentions.{i}.{b}")
+                for a, b in TRANSFORMER
+            ]
+    return pairs
+
+
+def to_torch(module, array):
+    """A kernel or scale in PyTorch's layout."""
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    if array.ndim == 3:  # (in, heads, head size), or for "out" (heads, head size, out)
+        merge = module.endswith("out/linear")
+        array = array.reshape(-1, array.shape[-1]) if merge else array.reshape(len(array), -1)
+    return array.T
+
+
+def to_diffusers(params, size):
+    """Our parameters (or gradients) under diffusers' names and in its layouts."""
+    ours = {name: np.asarray(a) for name, a in flatten_dict(params, sep="/").items()}
+    ours.pop("class_embed/embedding", None)
+    out, moved = {}, set()
+    for module, theirs in table(size):
+        for leaf in ("kernel", "scale", "bias"):
+            name = f"{module}/{leaf}"
+            if name in ours:
+                suffix = "bias" if leaf == "bias" else "weight"
+                out[f"{theirs}.{suffix}"] = to_torch(module, ours[name])
+                moved.add(name)
+    assert moved == set(ours), f"not in the table: {set(ours) - moved}"
+    return out
+
+
+def diffusers_unet(params, size):
+    """diffusers' model with our parameters; none of its own is left."""
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in size.attention]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in size.attention[::-1]]
+    model = UNet2DConditionModel(
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=size.channels,
+        layers_per_block=size.resnets,
+        norm_num_groups=size.groups,
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=tuple(map(size.heads_at, size.channels)),  # the NUMBER of heads
+        down_block_types=down,
+        up_block_types=up,
+    )
+    state = {name: torch.tensor(a.copy()) for name, a in to_diffusers(params, size).items()}
+    model.load_state_dict(state)
+    return model
+
+
+def relative(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+def context(params, cond):
+    """What diffusers' cross-attention is given: the text, or the class token (B, T, C)."""
+    tokens = cond.semantics.tokens if isinstance(cond.semantics, Text) else None
+    if tokens is None:
+        tokens = params["class_embed"]["embedding"][cond.semantics][:, None]
+    return torch.tensor(np.array(tokens), requires_grad=True)
+
+
+def diffusers_forward(model, x, tokens):
+    """Its prediction (B, H, W, C)."""
+    x = torch.from_numpy(x).permute(0, 3, 1, 2)
+    return model(x, torch.tensor(T).long(), tokens).sample.permute(0, 2, 3, 1)
+
+
+def layout(name):
+    """(size, model, parameters, condition) of a model that diffusers knows."""
+    classes = CLASSES if name == "class" else None
+    cond = Cond.of(semantics(classes))
+    return (*build(cond, LAYOUTS[name], classes=classes, qk_norm=False), cond)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_outputs_agree_with_diffusers(name):
+    model, params, cond = layout(name)
+    x = noise(8, 8)  # the gradients' test has 4 x 8
+    theirs = diffusers_forward(diffusers_unet(params, model.size), x, context(params, cond))
+    assert relative(forward(model, params, x, T, cond), theirs.detach().numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_agree_with_diffusers(name):
+    model, params, cond = layout(name)
+    x, target = noise(), noise(seed=6)
+    eps, grads = gradients(model, params, x, cond, target)
+    unet, tokens = diffusers_unet(params, model.size), context(params, cond)
+    theirs = diffusers_forward(unet, x, tokens)
+    assert relative(eps, theirs.detach().numpy()) < 1e-4
+    ((theirs - torch.from_numpy(target)) ** 2).mean().backward()
+    expected = {name: p.grad.numpy() for name, p in unet.named_parameters()}
+    largest = max(np.abs(g).max() for g in expected.values())
+    for key, gradient in to_diffusers(grads, model.size).items():
+        # Softmax over one class token has no gradient but rounding errors.
+        bound = max(np.abs(expected[key]).max(), 1e-4 * largest)
+        assert np.abs(gradient - expected[key]).max() < 1e-3 * bound, key
+    if name == "class":
+        rows = grads["class_embed"]["embedding"][cond.semantics]
+        assert relative(rows, tokens.grad[:, 0].numpy()) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------
+# Initialisation
+
+
+@pytest.mark.parametrize("classes", [None, CLASSES])
+def test_output_is_zero_at_the_start(classes):
+    cond = Cond.of(semantics(classes), control())
+    model = UNet(SMALL, classes=classes, weighting=Weighting())
+    out, variables = jit(model.init_with_output)(jax.random.key(0), noise(), T, cond)
+    np.testing.assert_array_equal(out, np.zeros((2, 4, 8, CHANNELS)))
+    for name, value in flatten_dict(variables["params"], sep="/").items():
+        # Each residual branch and the last convolution end in zeros.
+        zero = any(part in name for part in ("bias", "conv2", "proj_out", "conv_out"))
+        zero = zero or (name.startswith("control/") and "fc2" in name)
+        assert (np.abs(value).max() == 0) == zero, name
+
+
+# ---------------------------------------------------------------------------------------------
+# Who hears what. Influence is measured on random weights, sample by sample.
+
+
+def influence(model, params, one, other, t=T):
+    """Largest change of each sample's output (B,) between two conditions."""
+    a, b = (np.asarray(forward(model, params, noise(), t, cond)) for cond in (one, other))
+    return np.abs(a - b).max((1, 2, 3))
+
+
+def heard(change):
+    return change > 1e-3
+
+
+def scaled(params, pattern, factor):
+    """The same parameters with kernels and biases of matching modules times `factor`."""
+    flat = flatten_dict(params, sep="/")
+    hit = [name for name in flat if pattern in name]
+    assert hit
+    return unflatten_dict(flat | {name: factor * flat[name] for name in hit}, sep="/")
+
+
+@pytest.mark.parametrize("classes", [None, CLASSES])
+def test_dropped_semantics_are_the_null_condition(classes):
+    drop = jnp.array([True, False])
+    one, other = (
+        Cond.of(semantics(classes, seed), control()).replace(drop_semantics=drop) for seed in (0, 1)
+    )
+    model, params = build(one, classes=classes)
+    assert heard(influence(model, params, one, other)).tolist() == [False, True]
+    null = jax.tree.map(jnp.zeros_like, one.semantics) if classes is None else jnp.full(2, CLASSES)
+    explicit = Cond.of(null, control())
+    np.testing.assert_allclose(influence(model, params, one, explicit)[0], 0, atol=1e-5)
+    assert heard(influence(model, params, one, explicit))[1]
+
+
+@pytest.mark.parametrize("classes", [None, CLASSES])
+def test_semantics_are_heard_through_cross_attention_only(classes):
+    one, other = (Cond.of(semantics(classes, seed), control()) for seed in (0, 1))
+    model, params = build(one, classes=classes)
+    assert heard(influence(model, params, one, other)).all()
+    deaf = scaled(params, "cross_attention/out/", 0)
+    assert not heard(influence(model, deaf, one, other)).any()
+
+
+def test_control_is_heard_through_the_time_embedding_only():
+    one, high, low = (Cond.of(text(), c) for c in (control(), control(high=7.0), control(low=7.0)))
+    model, params = build(one)
+    t = jnp.array([0, 995])  # where low-level control is on, and where it has faded out
+    deaf = scaled(params, "time/kernel", 0)
+    for other, expected in ((high, [True, True]), (low, [True, False])):
+        assert heard(influence(model, params, one, other, t)).tolist() == expected
+        assert not heard(influence(model, deaf, one, other, t)).any()
+        drop = jnp.array([True, False])
+        dropped = (c.replace(drop_control=drop) for c in (one, other))
+        expected = [False, expected[1]]
+        assert heard(influence(model, params, *dropped, t)).tolist() == expected
+
+
+def test_dropped_control_is_a_model_that_hears_no_control():
+    one = Cond.of(text(), control())
+    model, params = build(one)
+    dropped = one.drop(semantics=False, control=True)
+    _, without = build(Cond.of(text()))
+    assert set(params) - set(without) == {"control"}
+    without = {name: value for name, value in params.items() if name != "control"}
+    a = forward(model, params, noise(), T, dropped)
+    b = forward(model, without, noise(), T, Cond.of(text()))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_queries_and_keys_are_normalised_where_conditions_are_heard():
+    cond = Cond.of(text(), control())
+    model, params = build(cond)
+    _, plain = build(cond, qk_norm=False)
+    added = set(flatten_dict(params, sep="/")) - set(flatten_dict(plain, sep="/"))
+    assert {name.split("/", 1)[1] for name in added} == {
+        "cross_attention/query_norm/scale",
+        "cross_attention/key_norm/scale",
+    }
+    out = forward(model, params, noise(), T, cond)
+    for name in ("query", "key"):
+        louder = scaled(params, f"cross_attention/{name}/", 3)
+        np.testing.assert_allclose(forward(model, louder, noise(), T, cond), out, atol=1e-3)
+        louder = scaled(params, f"self_attention/{name}/", 3)
+        assert np.abs(forward(model, louder, noise(), T, cond) - out).max() > 1e-2
+        louder = scaled(params, f"cross_attention/{name}_norm/", 3)
+        assert np.abs(forward(model, louder, noise(), T, cond) - out).max() > 1e-2
+
+
+# ---------------------------------------------------------------------------------------------
+# Ways to compute the same
+
+
+def test_remat_changes_no_number_but_computes_blocks_again():
+    cond = Cond.of(text(), control())
+    results, counts = [], []
+    for remat in ("none", "block"):
+        model, params = build(cond, remat=remat)
+        args = params, noise(), cond, noise(seed=6)
+        results.append(jax.tree.leaves(gradients(model, *args)))
+        counts.append(flops.count(partial(gradients, model), *args))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
+    assert 1.25 < counts[1] / counts[0] < 1.35  # forward, backward (twice that), forward again
+    with pytest.raises(KeyError, match="dots"):
+        build(cond, remat="dots")
+
+
+@pytest.mark.parametrize("classes", [None, CLASSES])
+def test_bf16_is_close_to_f32(classes):
+    cond = Cond.of(semantics(classes), control())
+    f32, params = build(cond, classes=classes)
+    bf16, other = build(cond, classes=classes, dtype=jnp.bfloat16)
+    assert jax.tree.map(lambda a: a.dtype, other) == jax.tree.map(lambda a: a.dtype, params)
+    a, b = (forward(m, params, noise(), T, cond) for m in (f32, bf16))
+    assert a.dtype == b.dtype == jnp.float32
+    error = np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2))
+    assert 1e-4 < error < 0.03  # 8 bits: 0.4% an operation
+
+
+# ---------------------------------------------------------------------------------------------
+# Published sizes, and Table A1
+
+
+def cost(name, semantics, classes=None):
+    """Parameters, and FLOPs (multiply-add = 2) of one forward pass on a 32 x 32 x 4 latent."""
+    model = UNet(SIZES[name], classes=classes, qk_norm=False)
+    args = jnp.zeros((1, 32, 32, 4)), jnp.zeros((1,), jnp.int32), Cond.of(semantics)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *args)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    return parameters, flops.count(model.apply, variables, *args)
+
+
+def test_class_model_has_the_size_of_ldm_4():
+    parameters, work = cost("class", jnp.zeros((1,), jnp.int32), classes=1000)
+    assert parameters == pytest.approx(400.92e6, rel=2e-3)
+    print(parameters, work)
+
+
+def test_text_model_has_the_size_of_stable_diffusion():
+    text = Text(jnp.zeros((1, 77, 768)), jnp.ones((1, 77), bool), jnp.zeros((1, 768)))
+    parameters, work = cost("text", text)
+    assert parameters == pytest.approx(859.52e6, rel=2e-3)
+    print(parameters, work)

@@ -1,0 +1,102 @@
+"""Spaces that diffusion works in: scale, shift, and training in a frozen autoencoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from benchmarks.parity import random_like
+from condiff_jax import sample, train
+from condiff_jax.config import ConfigError
+from condiff_jax.convert import published
+from condiff_jax.convert.layout import to_torch
+from condiff_jax.models.autoencoder import Latents, Pixels
+from condiff_jax.models.kl import SIZES, AutoencoderKL, mean_and_std
+from tests import tiny
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+NETWORK = AutoencoderKL(SIZES["tiny"])
+
+
+def parameters():
+    shapes = jax.eval_shape(NETWORK.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    return random_like(shapes["params"])
+
+
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (2.0, 0.0), (0.5, -0.25)])
+def test_pixels_are_scaled_and_come_back(scale, shift):
+    space = Pixels(scale, shift)
+    x = space.encode(None, IMAGES, None)
+    np.testing.assert_allclose(x, (IMAGES / 127.5 - 1 - shift) * scale, atol=1e-6)
+    assert np.abs(x).max() <= space.bound
+    np.testing.assert_array_equal(space.decode(None, x), IMAGES)
+
+
+def test_latents_are_sampled_scaled_and_decoded():
+    params, space = parameters(), Latents(NETWORK, scale=0.5, shift=0.25)
+    assert (space.factor, space.channels) == (4, 4)
+    moments = NETWORK.apply({"params": params}, IMAGES / 127.5 - 1, method="encode")
+    mean, std = mean_and_std(moments)
+    noise = np.random.default_rng(1).normal(size=mean.shape).astype(np.float32)
+    x = space.encode(params, IMAGES, noise)
+    np.testing.assert_allclose(x, (mean + std * noise - 0.25) * 0.5, rtol=1e-4, atol=1e-4)
+    pictures = NETWORK.apply({"params": params}, x / 0.5 + 0.25, method="decode")
+    expected = np.clip(np.round((pictures + 1) * 127.5), 0, 255)
+    assert np.abs(space.decode(params, x).astype(int) - expected).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with an autoencoder as diffusers saves it."""
+    state = published.to_published(to_torch(parameters()), published.AUTOENCODER)
+    folder = tmp_path_factory.mktemp("vae")
+    save_file(
+        {name: np.ascontiguousarray(a) for name, a in state.items()},
+        folder / "diffusion_pytorch_model.safetensors",
+    )
+    return folder
+
+
+LATENT = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "autoencoder.scale": 0.2}
+
+
+def test_training_and_sampling_on_latents(weights, tmp_path):
+    fields = {**LATENT, "autoencoder.path": str(weights), "model.size": "tiny/2"}
+    config = tiny.config(steps=2, **fields, **{"data.resolution": 32, "log.every": 1})
+    with tiny.few_layers():
+        train.run(config, str(tmp_path))
+        drawn = sample.run(
+            tiny.config(steps=2, **fields, **{"data.resolution": 32, "sampling.prompts": "a ring"}),
+            str(tmp_path),
+        )
+    assert len(list(drawn.glob("0*.png"))) == 4
+    system = tiny.system(config)
+    assert system.latent_shape == (8, 8, 4)
+    loaded = system.load_frozen()
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(parameters()), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_loss_sees_the_latents(weights):
+    config = tiny.config(**LATENT, **{"autoencoder.path": str(weights), "data.resolution": 16})
+    system = tiny.system(config)
+    noise = train.draw_noise(jax.random.key(0), system, 2)
+    assert noise["latent"].shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize("place, message", [("", "is empty"), ("/no/such", "does not exist")])
+def test_missing_weights_are_named(place, message):
+    config = tiny.config(**LATENT, **{"autoencoder.path": place})
+    with pytest.raises(ConfigError, match=f"autoencoder.path.*{message}"):
+        tiny.system(config).load_frozen()
+
+
+def test_misfit_weights_are_named(tmp_path):
+    save_file({"encoder.conv_in.weight": np.zeros((1, 1), np.float32)}, tmp_path / "x.safetensors")
+    config = tiny.config(**LATENT, **{"autoencoder.path": str(tmp_path)})
+    with pytest.raises(ConfigError, match="autoencoder.path: weights do not fit: missing .* more"):
+        tiny.system(config).load_frozen()
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(ConfigError, match="autoencoder.path: .* is no safetensors file"):
+        tiny.system(config).load_frozen()

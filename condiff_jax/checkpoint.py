@@ -64,29 +64,28 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, train_state: Any, data: Any, loss: float) -> None:
-        """Start writing step `step`; returns before it is done. A step that exists is kept."""
+        """Start writing step `step`; returns before it is done. A step that exists is kept.
+
+        data: the iterator, or None for a state that no data has led to.
+        """
         if step in self.manager.all_steps():
             return
+        items = {"state": ocp.args.StandardSave(train_state)}
+        if data is not None:
+            items["data"] = grain.checkpoint.CheckpointSave(data)
         self.manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(train_state),
-                data=grain.checkpoint.CheckpointSave(data),
-            ),
+            args=ocp.args.Composite(**items),
             metrics={"loss": loss},
             force=True,
         )
 
     def restore(self, system: System, mesh: Mesh, data: Any) -> state.State:
         """The newest state, placed on `mesh`, and the data iterator moved to its position."""
-        restored = self.manager.restore(
-            self.latest,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state(system, mesh)),
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
-        )
-        return restored["state"]
+        items = {"state": ocp.args.StandardRestore(abstract_state(system, mesh))}
+        if (self.path / str(self.latest) / "data").exists():  # an import has none
+            items["data"] = grain.checkpoint.CheckpointRestore(data)
+        return self.manager.restore(self.latest, args=ocp.args.Composite(**items))["state"]
 
     def restore_params(self, system: System, mesh: Mesh, *, ema: bool = True) -> tuple[int, dict]:
         """(step, parameters) of the newest checkpoint: averaged ones, or the raw ones."""

@@ -158,6 +158,12 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convert:
+    source: str
+    raw: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Parallel:
     fsdp: int
 
@@ -181,6 +187,7 @@ class Config:
     checkpoint: Checkpoint
     log: Log
     parallel: Parallel
+    convert: Convert
 
     def to_json(self) -> str:
         """The resolved configuration, for config.json."""
@@ -383,7 +390,7 @@ def _validate_training(config: Config) -> None:
 # Fields that may differ between the runs that share a work directory: they change neither the
 # parameters' meaning nor the sequence of training steps.
 FREE = re.compile(
-    r"steps|(sampling|evaluation|checkpoint|log|parallel)\..*"
+    r"steps|(sampling|evaluation|checkpoint|log|parallel|convert)\..*"
     r"|(data|autoencoder)\.path|data\.workers|model\.(attention|remat|unroll)"
 )
 

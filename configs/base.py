@@ -142,6 +142,10 @@ def get_config() -> ConfigDict:
 
     config.parallel = parallel = ConfigDict()
     parallel.fsdp = 1  # devices that share one copy of the parameters; the others are data-parallel
+
+    config.convert = convert = ConfigDict()
+    convert.source = ""  # mode import: a weight file, a folder (diffusers') or a hub id owner/name
+    convert.raw = False  # mode export: the parameters as trained instead of their average
     return config
 
 

@@ -1,7 +1,8 @@
-"""Weights on disk: safetensors in, parameters out."""
+"""Weights on disk or on the hub: safetensors and PyTorch files in, tensors out; no pickled code."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,24 +13,63 @@ from safetensors.flax import load
 from condiff_jax.convert.layout import from_torch
 from condiff_jax.convert.published import Rule, from_published
 
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+# Folders of a diffusers pipeline that hold a denoiser.
+PARTS = ("transformer", "unet")
 
-def read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """The f32 tensors of a .safetensors file, or of the one file or all shards in a folder."""
-    place = epath.Path(path)
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-    if not files:
-        raise FileNotFoundError(f"no .safetensors in {path}")
-    if not files[0].exists():
-        raise FileNotFoundError(f"{path} does not exist")
+
+def locate(source: str) -> epath.Path:
+    """A local or remote path, or the local copy of a hub id "owner/name", fetched if need be."""
+    path = epath.Path(source)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise FileNotFoundError(f"{source} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return epath.Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise FileNotFoundError(f"{source} is neither a path nor on the hub: {error}") from error
+
+
+def weight_files(path: epath.Path) -> list[epath.Path]:
+    """The file itself, or those of a folder: safetensors before others, all shards."""
+    if not path.is_dir():
+        return [path]
+    for folder in (path, *(path / part for part in PARTS)):
+        for ending in (".safetensors", *PICKLED):
+            if files := sorted(folder.glob(f"*{ending}")):
+                return files
+    raise FileNotFoundError(f"no weights (.safetensors, {', '.join(PICKLED)}) in {path}")
+
+
+def read(source: str) -> dict[str, np.ndarray]:
+    """The tensors of a weight file, of a folder or of a hub id, as f32.
+
+    FileNotFoundError where there are none, ValueError for a file that is not what its name says.
+    """
     tensors = {}
-    for file in files:
+    for file in weight_files(locate(source)):
         try:
-            tensors |= load(file.read_bytes())
+            tensors |= _read_pickled(file) if file.suffix in PICKLED else load(file.read_bytes())
+        except ImportError:
+            raise ValueError(f"{file} needs PyTorch to be read: pip install torch") from None
         except Exception as error:
-            raise ValueError(f"{file} is no safetensors file: {error}") from error
+            raise ValueError(f"{file} cannot be read: {error}") from error
     return {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
 
 
-def load_published(path: str, rules: Sequence[Rule], shapes: Any) -> dict:
+def _read_pickled(file: epath.Path) -> dict[str, np.ndarray]:
+    import torch
+
+    with file.open("rb") as handle:
+        state = torch.load(handle, map_location="cpu", weights_only=True)
+    for part in ("ema", "model", "state_dict"):  # what training scripts wrap weights in
+        state = state[part] if isinstance(state.get(part), dict) else state
+    return {name: tensor.float().numpy() for name, tensor in state.items()}
+
+
+def load_published(source: str, rules: Sequence[Rule], shapes: Any) -> dict:
     """Parameters with these shapes from published weights; ValueError where they do not fit."""
-    return from_torch(from_published(read_safetensors(path), rules), shapes)
+    return from_torch(from_published(read(source), rules), shapes)

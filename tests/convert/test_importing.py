@@ -1,0 +1,187 @@
+"""Mode `import`: published layouts become work directories that predict what the originals did."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from benchmarks import parity
+from condiff_jax import sample, sharding, train
+from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.conditioning.cond import Cond
+from condiff_jax.config import ConfigError
+from condiff_jax.convert import importing, published
+from condiff_jax.convert.layout import to_torch
+from condiff_jax.workdir import Workdir
+from tests import tiny
+
+# architecture: the layouts it is published in
+LAYOUTS = {
+    "dit_ln": ("facebookresearch/DiT", "DiTTransformer2DModel"),
+    "mdtv2": ("sail-sg/MDT",),
+    "pixart": ("PixArtTransformer2DModel",),
+    "mmdit": ("SD3Transformer2DModel",),
+    "unet": ("UNet2DConditionModel",),
+}
+PAIRS = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
+
+
+def config(name, **overrides):
+    """A configuration that published weights fit."""
+    text = name in ("pixart", "mmdit", "unet")
+    fields = {
+        "model.name": name,
+        "model.size": "tiny" if name == "unet" else "tiny/4",
+        "model.position": "extrapolate",
+        "model.qk_norm": False,
+        "model.streams": "full" if name == "mmdit" else "auto",
+        "data.semantics": "text" if text else "class",
+        "conditioning.control": (),
+    }
+    return tiny.config(**(fields | overrides))
+
+
+def weights(system, layout, *, sigma=False):
+    """(our random parameters, the published tensors that hold them, with learned sigma or not)."""
+    params = parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))["model"]
+    state = published.to_published(to_torch(params), importing.LAYOUTS[layout].rules(system))
+    if sigma:
+        channels = system.latent_shape[-1]
+        for name in [n for n in state if n.startswith(("final_layer.linear", "proj_out"))]:
+            if name.startswith("proj_out_1"):
+                continue
+            array = state[name].reshape(-1, channels, *state[name].shape[1:])
+            both = np.concatenate([array, array + 1], 1)
+            state[name] = both.reshape(-1, *state[name].shape[1:])
+    return params, state
+
+
+def imported(system, source, folder):
+    """The parameters of the work directory that an import made."""
+    importing.run(system.config, str(folder))
+    mesh = sharding.create_mesh(1)
+    checkpoints = Checkpoints(Workdir(str(folder)).checkpoints, system.config)
+    step, params = checkpoints.restore_params(system, mesh)
+    assert step == 0
+    return params["model"]
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("name, layout", PAIRS)
+def test_safetensors_come_back_bit_for_bit(name, layout, tmp_path, capsys):
+    source = tmp_path / "source" / ("unet" if name == "unet" else "transformer")
+    source.mkdir(parents=True)  # a pipeline's folder
+    with tiny.few_layers():
+        system = tiny.system(config(name, **{"convert.source": str(source.parent)}))
+        params, state = weights(system, layout, sigma=name in ("dit_ln", "pixart"))
+        file = source / "diffusion_pytorch_model.safetensors"
+        save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, file)
+        same(imported(system, source.parent, tmp_path / "run"), params)
+    said = capsys.readouterr().out
+    assert layout in said and ("variances" in said) == (name in ("dit_ln", "pixart"))
+
+
+@pytest.mark.parametrize("name, layout", [PAIRS[0], PAIRS[2]])
+def test_pickled_weights_come_back_without_running_code(name, layout, tmp_path):
+    source = tmp_path / "weights.pt"
+    with tiny.few_layers():
+        system = tiny.system(config(name, **{"convert.source": str(source)}))
+        params, state = weights(system, layout)
+        tensors = {key: torch.tensor(np.array(a)) for key, a in state.items()}
+        if name == "dit_ln":
+            tensors["pos_embed"] = torch.tensor(
+                np.array(system.model.positions(jnp.zeros((1, *system.latent_shape))))
+            )[None]
+        else:  # a buffer of the published code
+            tensors["sideblocks.0.attn.rel_pos_bias.relative_position_index"] = torch.zeros(4, 4)
+        torch.save({"ema": tensors}, source)
+        same(imported(system, source, tmp_path / "run"), params)
+
+        class Evil:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "pwned"), "w"))
+
+        torch.save({"ema": Evil()}, source)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            importing.run(system.config, str(tmp_path / "evil"))
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "evil").exists()
+
+
+def test_an_import_predicts_what_the_original_does_and_trains_on(tmp_path):
+    source = tmp_path / "weights.safetensors"
+    with tiny.few_layers():
+        settings = {"convert.source": str(source), "sampling.labels": (1, 2), "sampling.n": 2}
+        system = tiny.system(config("dit_ln", **settings))
+        _, state = weights(system, "facebookresearch/DiT")
+        save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, source)
+        params = imported(system, source, tmp_path / "run")
+        model = system.model
+        positions = parity.tensor(model.positions(jnp.zeros((1, *system.latent_shape))))
+        theirs = parity.references.DiT(
+            model.depth, model.width, model.heads, model.patch, 3, model.classes, positions
+        )
+        parity.load(theirs, state)
+        x = np.random.default_rng(0).normal(size=(2, *system.latent_shape)).astype(np.float32)
+        labels = np.array([1, 3])
+        eps = model.apply({"params": params}, x, parity.T, Cond.of(labels))
+        t = torch.tensor(parity.T).long()
+        expected = theirs(torch.tensor(x).permute(0, 3, 1, 2), t, torch.tensor(labels))
+        expected = expected.permute(0, 2, 3, 1).detach().numpy()
+        assert np.abs(eps - expected).max() < 1e-4 * np.abs(expected).max()
+
+        sample.run(system.config, str(tmp_path / "run"))
+        train.run(config("dit_ln", steps=2, **settings), str(tmp_path / "run"))
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [2]
+
+
+@pytest.mark.parametrize(
+    "overrides, edit, message",
+    [
+        ({}, lambda s: s.pop("final_layer.linear.bias"), "missing final.bias"),
+        ({}, lambda s: s.update(extra=np.zeros(2)), "no rule for extra"),
+        ({}, lambda s: s.update({"x_embedder.proj.bias": np.zeros(3)}), "patch_embed.bias is"),
+        ({"model.position": "resample"}, None, "model.position=extrapolate"),
+        ({"conditioning.control": ("size",)}, None, r"conditioning.control='\(\)'"),
+        ({}, lambda s: s.update(pos_embed=np.zeros((1, 16, 32))), "pos_embed .* not the table"),
+        ({"model.name": "dit_att"}, None, "facebookresearch/DiT's; set model.name=dit_ln"),
+        ({}, lambda s: s.pop("blocks.0.adaLN_modulation.1.weight"), "is none of sail-sg/MDT"),
+    ],
+)
+def test_misfits_are_one_line_that_names_them(overrides, edit, message, tmp_path):
+    source = tmp_path / "weights.safetensors"
+    with tiny.few_layers():
+        _, state = weights(tiny.system(config("dit_ln")), "facebookresearch/DiT")
+        if edit:
+            edit(state)
+        save_file({key: np.float32(np.ascontiguousarray(a)) for key, a in state.items()}, source)
+        with pytest.raises(ConfigError, match=message) as error:
+            importing.run(
+                config("dit_ln", **overrides, **{"convert.source": str(source)}),
+                str(tmp_path / "run"),
+            )
+    assert "\n" not in str(error.value) and str(error.value).startswith("convert.source: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sources_that_are_not_there_are_named(tmp_path):
+    for source, message in [
+        ("", "convert.source is empty"),
+        (str(tmp_path / "none.pt"), "does not exist"),
+        (str(tmp_path), "no weights"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            importing.run(config("dit_ln", **{"convert.source": source}), str(tmp_path / "run"))
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="a run here already"):
+        importing.run(config("dit_ln", **{"convert.source": "x"}), str(tmp_path))

@@ -80,6 +80,7 @@ class Optimizer:
     name: str
     learning_rate: float
     schedule: str
+    decay_after: int
     warmup: int
     b1: float
     b2: float
@@ -244,7 +245,7 @@ CHOICES = {
     "conditioning.padding": PADDINGS,
     "diffusion.prediction": PREDICTIONS,
     "optimizer.name": ("adam", "adamw"),
-    "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.schedule": ("constant", "cosine", "rsqrt"),
     "autoencoder.name": ("pixels", "kl"),
     "autoencoder.size": kl.SIZES,
     "text_encoder.name": ("words",),
@@ -271,6 +272,7 @@ BOUNDS = {
     "diffusion.beta_end": (0, 1),
     "diffusion.base_resolution": (0, None),
     "optimizer.learning_rate": (0, None),
+    "optimizer.decay_after": (1, None),
     "optimizer.warmup": (0, None),
     "optimizer.b1": (0, 1),
     "optimizer.b2": (0, 1),

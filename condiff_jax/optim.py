@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import optax
 
 from condiff_jax.config import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Learning rate of update `count` (from 0): linear warm-up, then constant or cosine to zero."""
+    """Learning rate of update `count` (from 0): a linear warm-up, then `optimizer.schedule`.
+
+    constant. cosine: to zero at the last step. rsqrt: with one over the root of the count after
+    `decay_after` updates (EDM2, arXiv:2312.02696, Eq. 67), so that a run can go on for longer.
+    """
     settings = config.optimizer
     peak, warmup = settings.learning_rate, settings.warmup
     if settings.schedule == "cosine":
         body = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1))
+    elif settings.schedule == "rsqrt":
+        start = settings.decay_after
+        body = lambda count: peak * jnp.sqrt(start / jnp.maximum(count + warmup, start))  # noqa: E731
     else:
         body = optax.constant_schedule(peak)
     if not warmup:

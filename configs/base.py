@@ -79,7 +79,8 @@ def get_config() -> ConfigDict:
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adam"  # adam | adamw
     optimizer.learning_rate = 1e-4
-    optimizer.schedule = "constant"  # constant | cosine (to zero at the last step)
+    optimizer.schedule = "constant"  # constant | cosine (to zero at the last step) | rsqrt
+    optimizer.decay_after = 10_000  # rsqrt: updates after which the rate falls with their root
     optimizer.warmup = 0  # steps of linear warm-up
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999

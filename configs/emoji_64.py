@@ -25,6 +25,7 @@ def get_config(args: str | None = None):
     config.autoencoder.scale = 2.0
     config.text_encoder.length = 16
     config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "rsqrt"
     config.optimizer.warmup = 200
     config.optimizer.clip_norm = 1.0
     config.optimizer.ema = 0.999

@@ -134,6 +134,11 @@ def test_schedules_and_clipping():
     cosine = {"optimizer.schedule": "cosine", "optimizer.warmup": 2}
     rate = optim.learning_rate(tiny.config(steps=12, **cosine))
     np.testing.assert_allclose([rate(i) for i in (2, 7, 12)], [1e-3, 5e-4, 0], atol=1e-9)
+    for warmup in (0, 4):
+        rsqrt = {"optimizer.schedule": "rsqrt", "optimizer.decay_after": 25}
+        rate = optim.learning_rate(tiny.config(**rsqrt, **{"optimizer.warmup": warmup}))
+        rates = [rate(i) for i in (5, 25, 100, 2500)]
+        np.testing.assert_allclose(rates, [1e-3, 1e-3, 5e-4, 1e-4], rtol=1e-6)
     tx = optim.create(tiny.config(**{"optimizer.clip_norm": 1.0, "optimizer.name": "adamw"}))
     params = {"w": jnp.zeros(2)}
     small, _ = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)

@@ -10,7 +10,9 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "summary", "import"], "What to do.")
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "sample", "summary", "import", "export"], "What to do."
+)
 
 
 def main(_) -> None:
@@ -18,7 +20,7 @@ def main(_) -> None:
     # Imported here so that bad flags are reported at once, not after loading JAX.
     from condiff_jax import config as config_lib
     from condiff_jax import sample, summary, train
-    from condiff_jax.convert import importing
+    from condiff_jax.convert import exporting, importing
 
     try:
         config = config_lib.create(CONFIG.value)
@@ -26,8 +28,8 @@ def main(_) -> None:
             return summary.run(config)
         if not WORKDIR.value:
             raise config_lib.ConfigError(f"--workdir is missing; mode {MODE.value} needs it")
-        modes = {"train": train.run, "sample": sample.run, "import": importing.run}
-        modes[MODE.value](config, WORKDIR.value)
+        modes = {"import": importing, "export": exporting, "sample": sample, "train": train}
+        modes[MODE.value].run(config, WORKDIR.value)
     except (config_lib.ConfigError, FloatingPointError) as error:
         fail(error)
 

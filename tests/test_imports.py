@@ -1,11 +1,13 @@
 """Imports run one way, from diffusion (JAX only) up to main; read off the syntax trees."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TWIN = ROOT / "condiff_jax" / "convert" / "twin.py"  # the file of PyTorch users
 # Part -> the parts of condiff_jax it may import; others may import anything but main.
 ALLOWED = {
     "conditioning": {"conditioning"},
@@ -62,7 +64,13 @@ def test_module_imports_only_what_its_layer_may(path):
                 allowed = any(f"{rest}.".startswith(f"{a}.") for a in ALLOWED[part])
                 assert allowed, f"{path.name} imports {name}"
         assert library not in FORBIDDEN_LIBRARIES.get(part, ()), f"{path.name} imports {name}"
-        assert library not in {"configs", "tests", "torch", "diffusers", "tensorflow"}
+        assert library not in {"configs", "tests", "diffusers", "tensorflow"}
+        assert library != "torch" or path == TWIN
+
+
+def test_twin_is_copied_to_where_there_is_only_pytorch():
+    libraries = {name.partition(".")[0] for name in imports(TWIN)}
+    assert libraries - sys.stdlib_module_names == {"torch", "safetensors"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)

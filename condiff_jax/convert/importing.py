@@ -1,4 +1,4 @@
-"""Mode `import`: published denoisers into a work directory, as its checkpoint of step 0."""
+"""Mode `import`: published denoisers, or our own exports, into a work directory as step 0."""
 
 from __future__ import annotations
 
@@ -96,7 +96,21 @@ def drop_sigma(tensors: dict[str, np.ndarray], channels: int, outputs: int) -> b
 
 
 def convert(system: System, tensors: Mapping[str, np.ndarray]) -> tuple[dict, list[str]]:
-    """(parameters of the denoiser, messages) from published tensors; ValueError if they misfit."""
+    """(parameters, messages) from an export of ours or published tensors; ValueError on misfit."""
+    if "model.patch_embed.weight" in tensors or "model.conv_in.weight" in tensors:
+        kept = {key: a for key, a in tensors.items() if not key.startswith("autoencoder.")}
+        return from_torch(kept, jax.eval_shape(system.init, jax.random.key(0))), ["our own export"]
+    model, messages = convert_published(system, tensors)
+    params = {"model": model}
+    if system.text_encoder is not None:
+        fresh = jax.jit(lambda key: system.init(key)["text_encoder"])  # compiles no more than this
+        params["text_encoder"] = fresh(jax.random.key(system.config.seed))
+        messages.append("the text encoder is new: train it before you sample")
+    return params, messages
+
+
+def convert_published(system: System, tensors: Mapping[str, np.ndarray]) -> tuple[dict, list[str]]:
+    """(parameters of the denoiser, messages) from published tensors; ValueError on misfit."""
     name = recognise(tensors, system.config.model.name)
     layout, messages = LAYOUTS[name], [f"layout of {name}"]
     shapes = jax.eval_shape(system.init, jax.random.key(0))["model"]
@@ -143,17 +157,13 @@ def run(config: Config, workdir: str) -> None:
     vocabulary = summary.vocabulary(config)
     system = create_system(config, vocabulary)
     try:
-        model, messages = convert(system, weights.read(source))
+        params, messages = convert(system, weights.read(source))
     except (OSError, ValueError) as error:
         raise ConfigError(f"convert.source: {' '.join(str(error).split())}") from error
-    params = {"model": jax.tree.map(jnp.asarray, model)}
-    if system.text_encoder is not None:
-        fresh = jax.jit(lambda key: system.init(key)["text_encoder"])  # compiles no more than this
-        params["text_encoder"] = fresh(jax.random.key(config.seed))
-        messages.append("the text encoder is new: train it before you sample")
+    params = jax.tree.map(jnp.asarray, params)
     folder.open(config, vocabulary)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
     checkpoints.save(0, state.create(params, optim.create(config)), None, float("inf"))
     checkpoints.close()
-    count = sum(a.size for a in jax.tree.leaves(model)) / 1e6
+    count = summary.count_parameters(params["model"]) / 1e6
     print(f"Imported {source}: {count:.2f} M parameters; " + "; ".join(messages))

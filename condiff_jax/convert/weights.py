@@ -14,8 +14,8 @@ from condiff_jax.convert.layout import from_torch
 from condiff_jax.convert.published import Rule, from_published
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-# Folders of a diffusers pipeline that hold a denoiser.
-PARTS = ("transformer", "unet")
+# Folders of a pipeline, diffusers' or one that we exported, that hold a denoiser.
+PARTS = ("transformer", "unet", "network")
 
 
 def locate(source: str) -> epath.Path:

@@ -16,7 +16,8 @@ from condiff_jax.models.kl import SIZES, AutoencoderKL, Size, mean_and_std
 SMALL = Size((8, 16), latent=3)
 
 # Compiling takes all the time here: ask for less of it, and share programs between tests.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit = partial(jax.jit, compiler_options=CHEAP)
 
 
 def pictures(height, width, seed=0, channels=3):

@@ -1,6 +1,6 @@
 """UNet: parity with diffusers' UNet2DConditionModel, paths of each condition, published sizes."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ T = np.array([3, 700], np.int32)
 # Both kinds of layout: attention everywhere but at the deepest or at the first level, a fixed
 # number or a fixed size of heads. The second also has two resnets a level.
 LAYOUTS = {
-    "text": Size((16, 32, 48), (True, True, False), CONTEXT, heads=2, resnets=1),
+    "text": Size((16, 32), (True, False), CONTEXT, heads=2, resnets=1),
     "class": Size((16, 32), (False, True), CONTEXT, head_size=8),
 }
-SMALL = Size((8, 16), (True, False), CONTEXT, heads=2, resnets=1)
+SMALL = Size((8,), (True,), CONTEXT, heads=2, resnets=1)
 
 
 def rng(seed=0):
@@ -42,6 +42,10 @@ def control(high=0.0, low=0.0):
 def semantics(classes, seed=0):
     """Two texts, or two labels, that differ between seeds 0 and 1."""
     return text(seed) if classes is None else jnp.array([seed, 2 + seed])
+
+
+def condition(classes=None, seed=0, controlled=True):
+    return Cond.of(semantics(classes, seed), control() if controlled else None)
 
 
 def noise(height=4, width=8, seed=5):
@@ -65,7 +69,8 @@ def random_like(shapes, seed=0):
 
 
 # Compiling takes all the time here: ask for less of it, and share programs between tests.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit = partial(jax.jit, compiler_options=CHEAP)
 
 
 @partial(jit, static_argnums=0)
@@ -85,9 +90,11 @@ def gradients(model, params, x, cond, target):
     return eps, grads
 
 
-def build(cond, size=SMALL, **settings):
-    """(model, random parameters)."""
-    model = UNet(size, **{"weighting": Weighting("cosine")} | settings)
+@cache
+def build(classes=None, controlled=True, size=SMALL, **settings):
+    """(model, random parameters) for text or a number of classes, with or without control."""
+    model = UNet(size, classes, Weighting("cosine"), **settings)
+    cond = condition(classes, controlled=controlled)
     shapes = jax.eval_shape(model.init, jax.random.key(0), noise(), T, cond)["params"]
     return model, random_like(shapes)
 
@@ -215,8 +222,8 @@ def diffusers_forward(model, x, tokens):
 def layout(name):
     """(size, model, parameters, condition) of a model that diffusers knows."""
     classes = CLASSES if name == "class" else None
-    cond = Cond.of(semantics(classes))
-    return (*build(cond, LAYOUTS[name], classes=classes, qk_norm=False), cond)
+    model, params = build(classes, controlled=False, size=LAYOUTS[name], qk_norm=False)
+    return model, params, condition(classes, controlled=False)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -251,11 +258,10 @@ def test_gradients_agree_with_diffusers(name):
 # Initialisation
 
 
-@pytest.mark.parametrize("classes", [None, CLASSES])
-def test_output_is_zero_at_the_start(classes):
-    cond = Cond.of(semantics(classes), control())
-    model = UNet(SMALL, classes=classes, weighting=Weighting())
-    out, variables = jit(model.init_with_output)(jax.random.key(0), noise(), T, cond)
+def test_output_is_zero_at_the_start():
+    size = Size((8,), (False,), CONTEXT, heads=2, resnets=1)  # the middle attends
+    model = UNet(size, CLASSES, Weighting())
+    out, variables = jit(model.init_with_output)(jax.random.key(0), noise(), T, condition(CLASSES))
     np.testing.assert_array_equal(out, np.zeros((2, 4, 8, CHANNELS)))
     for name, value in flatten_dict(variables["params"], sep="/").items():
         # Each residual branch and the last convolution end in zeros.
@@ -289,10 +295,8 @@ def scaled(params, pattern, factor):
 @pytest.mark.parametrize("classes", [None, CLASSES])
 def test_dropped_semantics_are_the_null_condition(classes):
     drop = jnp.array([True, False])
-    one, other = (
-        Cond.of(semantics(classes, seed), control()).replace(drop_semantics=drop) for seed in (0, 1)
-    )
-    model, params = build(one, classes=classes)
+    one, other = (condition(classes, seed).replace(drop_semantics=drop) for seed in (0, 1))
+    model, params = build(classes)
     assert heard(influence(model, params, one, other)).tolist() == [False, True]
     null = jax.tree.map(jnp.zeros_like, one.semantics) if classes is None else jnp.full(2, CLASSES)
     explicit = Cond.of(null, control())
@@ -302,8 +306,8 @@ def test_dropped_semantics_are_the_null_condition(classes):
 
 @pytest.mark.parametrize("classes", [None, CLASSES])
 def test_semantics_are_heard_through_cross_attention_only(classes):
-    one, other = (Cond.of(semantics(classes, seed), control()) for seed in (0, 1))
-    model, params = build(one, classes=classes)
+    one, other = (condition(classes, seed) for seed in (0, 1))
+    model, params = build(classes)
     assert heard(influence(model, params, one, other)).all()
     deaf = scaled(params, "cross_attention/out/", 0)
     assert not heard(influence(model, deaf, one, other)).any()
@@ -311,7 +315,7 @@ def test_semantics_are_heard_through_cross_attention_only(classes):
 
 def test_control_is_heard_through_the_time_embedding_only():
     one, high, low = (Cond.of(text(), c) for c in (control(), control(high=7.0), control(low=7.0)))
-    model, params = build(one)
+    model, params = build()
     t = jnp.array([0, 995])  # where low-level control is on, and where it has faded out
     deaf = scaled(params, "time/kernel", 0)
     for other, expected in ((high, [True, True]), (low, [True, False])):
@@ -324,21 +328,20 @@ def test_control_is_heard_through_the_time_embedding_only():
 
 
 def test_dropped_control_is_a_model_that_hears_no_control():
-    one = Cond.of(text(), control())
-    model, params = build(one)
-    dropped = one.drop(semantics=False, control=True)
-    _, without = build(Cond.of(text()))
+    model, params = build()
+    dropped = condition().drop(semantics=False, control=True)
+    _, without = build(controlled=False)
     assert set(params) - set(without) == {"control"}
     without = {name: value for name, value in params.items() if name != "control"}
     a = forward(model, params, noise(), T, dropped)
-    b = forward(model, without, noise(), T, Cond.of(text()))
+    b = forward(model, without, noise(), T, condition(controlled=False))
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_queries_and_keys_are_normalised_where_conditions_are_heard():
-    cond = Cond.of(text(), control())
-    model, params = build(cond)
-    _, plain = build(cond, qk_norm=False)
+    cond = condition()
+    model, params = build()
+    _, plain = build(qk_norm=False)
     added = set(flatten_dict(params, sep="/")) - set(flatten_dict(plain, sep="/"))
     assert {name.split("/", 1)[1] for name in added} == {
         "cross_attention/query_norm/scale",
@@ -359,27 +362,27 @@ def test_queries_and_keys_are_normalised_where_conditions_are_heard():
 
 
 def test_remat_changes_no_number_but_computes_blocks_again():
-    cond = Cond.of(text(), control())
     results, counts = [], []
     for remat in ("none", "block"):
-        model, params = build(cond, remat=remat)
-        args = params, noise(), cond, noise(seed=6)
+        model, params = build(remat=remat)
+        args = params, noise(), condition(), noise(seed=6)
         results.append(jax.tree.leaves(gradients(model, *args)))
-        counts.append(flops.count(partial(gradients, model), *args))
+        counts.append(flops.count(partial(gradients.__wrapped__, model), *args))
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
-    assert 1.25 < counts[1] / counts[0] < 1.35  # forward, backward (twice that), forward again
+    # Forward and backward, which is twice the work, and forward again: but no block's backward
+    # pass reads what its last product makes.
+    assert 1.15 < counts[1] / counts[0] < 1.33
     with pytest.raises(KeyError, match="dots"):
-        build(cond, remat="dots")
+        build(remat="dots")
 
 
 @pytest.mark.parametrize("classes", [None, CLASSES])
 def test_bf16_is_close_to_f32(classes):
-    cond = Cond.of(semantics(classes), control())
-    f32, params = build(cond, classes=classes)
-    bf16, other = build(cond, classes=classes, dtype=jnp.bfloat16)
+    f32, params = build(classes)
+    bf16, other = build(classes, dtype=jnp.bfloat16)
     assert jax.tree.map(lambda a: a.dtype, other) == jax.tree.map(lambda a: a.dtype, params)
-    a, b = (forward(m, params, noise(), T, cond) for m in (f32, bf16))
+    a, b = (forward(m, params, noise(), T, condition(classes)) for m in (f32, bf16))
     assert a.dtype == b.dtype == jnp.float32
     error = np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2))
     assert 1e-4 < error < 0.03  # 8 bits: 0.4% an operation
@@ -391,7 +394,7 @@ def test_bf16_is_close_to_f32(classes):
 
 def cost(name, semantics, classes=None):
     """Parameters, and FLOPs (multiply-add = 2) of one forward pass on a 32 x 32 x 4 latent."""
-    model = UNet(SIZES[name], classes=classes, qk_norm=False)
+    model = UNet(SIZES[name], classes, qk_norm=False)
     args = jnp.zeros((1, 32, 32, 4)), jnp.zeros((1,), jnp.int32), Cond.of(semantics)
     variables = jax.eval_shape(model.init, jax.random.key(0), *args)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
@@ -400,12 +403,12 @@ def cost(name, semantics, classes=None):
 
 def test_class_model_has_the_size_of_ldm_4():
     parameters, work = cost("class", jnp.zeros((1,), jnp.int32), classes=1000)
-    assert parameters == pytest.approx(400.92e6, rel=2e-3)
-    print(parameters, work)
+    assert parameters - 1001 * 512 == pytest.approx(400.92e6, rel=1e-4)
+    assert work == pytest.approx(50.48e9, rel=1e-3)  # the paper: 95.38, see DESIGN
 
 
 def test_text_model_has_the_size_of_stable_diffusion():
     text = Text(jnp.zeros((1, 77, 768)), jnp.ones((1, 77), bool), jnp.zeros((1, 768)))
     parameters, work = cost("text", text)
-    assert parameters == pytest.approx(859.52e6, rel=2e-3)
-    print(parameters, work)
+    assert parameters == pytest.approx(859.52e6, rel=1e-4)
+    assert work == pytest.approx(189.78e9, rel=0.06)  # Table A1

@@ -1,0 +1,113 @@
+"""A diffusers pipeline for exported models: prompt or class, control values and guidance in.
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+    pipe("a red circle", guidance_scale=4.0, control={"height": 96, "width": 96}).images[0]
+
+Guidance is Eq. 2 of "On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion
+Models": guidance_scale is lambda, control_guidance_scale is beta. Noise that is not given comes
+from `generator`.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class ConditionedPipeline(DiffusionPipeline):
+    """network: the `Network` of twin.py; scheduler: DDIM as trained, or another of diffusers."""
+
+    def __init__(self, network, scheduler):
+        super().__init__()
+        self.register_modules(network=network, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: int | list[int] | None = None,
+        *,
+        control: dict[str, float] | None = None,
+        guidance_scale: float | None = None,
+        control_guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        eta: float = 0.0,
+        generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None,
+        text_noise: torch.Tensor | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Pictures for prompts (text models) or class labels; what is left out is as in training.
+
+        control: any of the names in the network's settings, for all pictures; sizes in pixels,
+        crops as fractions of the original. latents (B, C, H, W): x_T, standard normal. text_noise
+        (B, T, C): the noise of Eq. 7. output_type: pil, np, pt, or latent for x_0.
+        """
+        settings = self.network.settings
+        steps = num_inference_steps or settings["steps"]
+        scale = settings["guidance"] if guidance_scale is None else guidance_scale
+        beta = settings["control_guidance"]
+        beta = beta if control_guidance_scale is None else control_guidance_scale
+        weight = next(self.network.parameters())
+        device, dtype = weight.device, weight.dtype
+        asked = prompt if self.network.hears_text else class_labels
+        if asked is None:
+            raise ValueError(f"pass {'prompt' if self.network.hears_text else 'class_labels'}")
+        asked = asked if isinstance(asked, (list, tuple)) else [asked]
+        batch, shape = len(asked), settings["shape"]
+        x = latents
+        if x is None:
+            x = randn_tensor((batch, *shape), generator, device, dtype)
+        if self.network.hears_text:
+            noise_shape = (batch, *self.network.text_shape)
+            if text_noise is None:
+                text_noise = randn_tensor(noise_shape, generator, device, dtype)
+            semantics = self.network.embed(asked, text_noise.to(device, dtype))
+        else:
+            semantics = torch.tensor(asked, device=device)
+        told = self.network.control(control or {}, batch, device)
+        self.scheduler.set_timesteps(steps, device=device)
+        x = x.to(device, dtype) * self.scheduler.init_noise_sigma
+        extra = {}
+        if type(self.scheduler).__name__ == "DDIMScheduler":
+            extra = {"eta": eta, "generator": generator}
+            extra["use_clipped_model_output"] = self.scheduler.config.clip_sample
+        for t in self.progress_bar(self.scheduler.timesteps):
+            out = self.guided(
+                self.scheduler.scale_model_input(x, t), t, semantics, told, scale, beta
+            )
+            x = self.scheduler.step(out, t, x, **extra).prev_sample
+        if output_type == "latent":
+            return ImagePipelineOutput(images=x)
+        pictures = self.network.decode(x)
+        processor = VaeImageProcessor(do_normalize=True)
+        return ImagePipelineOutput(images=processor.postprocess(pictures, output_type=output_type))
+
+    def guided(self, x, t, semantics, control, scale: float, beta: float) -> torch.Tensor:
+        """Eq. 2 in one call: eps (or v) of the branches whose weight is not zero, added up."""
+        branches = [  # weight, semantics dropped, control dropped
+            (scale * beta, False, False),
+            (scale * (1 - beta), False, True),
+            (1 - scale, True, True),
+        ]
+        branches = [branch for branch in branches if branch[0]]
+        n, batch = len(branches), len(x)
+
+        def repeat(a):
+            if a is None or isinstance(a, torch.Tensor):
+                return None if a is None else torch.cat([a] * n)
+            return type(a)(*map(repeat, a))
+
+        drop = [
+            torch.tensor([branch[i] for branch in branches], device=x.device).repeat_interleave(
+                batch
+            )
+            for i in (1, 2)
+        ]
+        out = self.network.model(
+            repeat(x), t.expand(n * batch).to(x.device), repeat(semantics), repeat(control), *drop
+        )
+        return sum(weight * part for (weight, *_), part in zip(branches, out.chunk(n), strict=True))

@@ -1,0 +1,1037 @@
+"""The models of condiff_jax in plain PyTorch: this file needs torch, and `load` safetensors.
+
+It follows "On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion Models"
+(NeurIPS 2024). A denoiser hears semantics (a class or a text) and control metadata (crop, flip,
+original size), and what sets the architectures apart is by which way:
+
+    architecture  class               semantics                        control (Eq. 1)
+    ours          MMDiT               joint attention                  AdaLN
+    mmdit         MMDiT(pooled=True)  joint attention and AdaLN        AdaLN
+    dit_att       DiT(cross=True)     cross-attention                  AdaLN
+    dit_ln        DiT                 AdaLN (classes only)             AdaLN
+    pixart        PixArt              cross-attention                  AdaLN, shared by all blocks
+    mdtv2         MDT                 AdaLN (classes only)             AdaLN
+    unet          UNet                cross-attention                  time embedding
+
+Shapes: B batch, C channels, N image tokens, T condition tokens, D width of the model. Computation
+is in the type of the weights, norms of queries and keys in f32. Modules start with PyTorch's own
+initialisation: they are meant to get trained weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------
+# What a denoiser is told
+
+
+class Text(NamedTuple):
+    """Text features: tokens (B, T, C), padded with `pad`, and one vector for each text (B, C)."""
+
+    tokens: Tensor
+    pooled: Tensor | None = None  # heard by `mmdit` only
+
+
+class Control(NamedTuple):
+    """Control metadata: scalars phi_h (B, high) and phi_l (B, low) of Eq. 1.
+
+    Fractions, flags and ratios are multiplied by 1000, sizes are in pixels: sinusoids resolve
+    differences of about one.
+    """
+
+    high: Tensor  # of crop_top, crop_left, crop_height, crop_width, flip, aspect those in use
+    low: Tensor  # height, width of the original
+
+
+class Weighting(NamedTuple):
+    """gamma_c(t) of Eq. 1, from 1 for clean images to 0 for noise; u = t / timesteps.
+
+    cosine: cos(pi u / 2)^alpha. linear: 1 - u. step: 1 up to the timestep `last`, then 0.
+    uniform: 1 (SDXL). zero: 0.
+    """
+
+    kind: str = "cosine"
+    alpha: float = 8.0
+    last: int = 0
+    timesteps: int = 1000
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return KINDS[self.kind](self, t)
+
+
+KINDS = {
+    "cosine": lambda w, t: torch.cos(math.pi / 2 * t / w.timesteps) ** w.alpha,
+    "linear": lambda w, t: 1 - t / w.timesteps,
+    "step": lambda w, t: (t <= w.last).float(),
+    "uniform": lambda w, t: torch.ones_like(t, dtype=torch.float32),
+    "zero": lambda w, t: torch.zeros_like(t, dtype=torch.float32),
+}
+
+
+def dropped(x: Tensor | None, drop: Tensor | None, null: int = 0) -> Tensor | None:
+    """x (B, ...) with `null` instead where drop (B,) is true."""
+    if x is None or drop is None:
+        return x
+    return torch.where(drop.view(-1, *[1] * (x.ndim - 1)), null, x)
+
+
+# ---------------------------------------------------------------------------------------------
+# Layers
+
+
+def sinusoid(x: Tensor, size: int) -> Tensor:
+    """Sinusoidal features of x (...) as (..., size): cosines, then sines; periods to 10000."""
+    frequencies = torch.exp(-math.log(10000) / (size // 2) * torch.arange(size // 2))
+    angles = x.float()[..., None] * frequencies.to(x.device)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class VectorEmbed(nn.Module):
+    """Linear-SiLU-Linear, (B, size) -> (B, width)."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(size, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x.to(self.fc1.weight.dtype))))
+
+
+class ScalarEmbed(VectorEmbed):
+    """Scalars (B,) or (B, count) as sinusoids, side by side, then `VectorEmbed`: (B, width)."""
+
+    def __init__(self, count: int, width: int, sinusoids: int = 256):
+        super().__init__(count * sinusoids, width)
+        self.sinusoids = sinusoids
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(sinusoid(x, self.sinusoids).flatten(1))
+
+
+class TimestepEmbed(nn.Module):
+    """Timesteps (B,) -> (B, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = ScalarEmbed(1, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(t)
+
+
+class ControlEmbed(nn.Module):
+    """Eq. 1: c_emb = E_h(phi_h) + gamma_c(t) E_l(phi_l), (B, width).
+
+    What shapes the composition is heard at every noise level; what shapes details, the original
+    size, fades in as the noise fades out.
+    """
+
+    def __init__(self, width: int, weighting: Weighting, high: int, low: int):
+        super().__init__()
+        self.weighting, self.counts = weighting or Weighting(), (high, low)
+        self.high = ScalarEmbed(high, width) if high else None
+        self.low = ScalarEmbed(low, width) if low else None
+
+    def forward(self, control: Control, t: Tensor) -> Tensor:
+        counts = control.high.shape[-1], control.low.shape[-1]
+        if counts != self.counts:
+            raise ValueError(f"the model hears {self.counts} scalars of control, not {counts}")
+        c_emb = self.high(control.high) if self.high else 0
+        if self.low:
+            low = self.low(control.low)
+            c_emb = c_emb + self.weighting(t)[:, None].to(low) * low
+        return c_emb
+
+
+class Modulation(nn.Linear):
+    """AdaLN: `count` vectors (B, 1, D) from the conditioning vector (B, D)."""
+
+    def __init__(self, width: int, count: int):
+        super().__init__(width, count * width)
+        self.count = count
+
+    def forward(self, emb: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(F.silu(emb))[:, None].chunk(self.count, -1)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over channels without scale and bias."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN: tokens (B, N, D) normalised, then scaled and shifted by vectors (B, 1, D)."""
+    return layer_norm(x) * (1 + scale) + shift
+
+
+class Mlp(nn.Module):
+    """Linear-GELU-Linear, (B, N, size) -> (B, N, width)."""
+
+    def __init__(self, size: int, hidden: int, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(size, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the size of a head, in f32 (Sec. 3.1: without it training diverges)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), 1e-6).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Attention of x (B, N, D) to itself or to a context (B, T, context); qk_norm: see `RMSNorm`.
+
+    Blocks with two kinds of tokens derive from this, and `add` a second set of projections.
+    """
+
+    def __init__(self, width, heads, qk_norm=False, context=None, bias=True):
+        super().__init__()
+        self.heads = heads
+        self.add("", width, qk_norm, context or width, bias)
+        self.out = nn.Linear(width, width)
+
+    def add(self, prefix: str, width: int, qk_norm: bool, context: int, bias: bool = True) -> None:
+        """Projections to queries, keys and values, whose names start with `prefix`."""
+        for name, size in (("query", width), ("key", context), ("value", context)):
+            self.add_module(prefix + name, nn.Linear(size, width, bias=bias))
+        for name in ("query_norm", "key_norm"):
+            norm = RMSNorm(width // self.heads) if qk_norm else nn.Identity()
+            self.add_module(prefix + name, norm)
+
+    def project(self, x: Tensor, context: Tensor, prefix: str = "") -> tuple[Tensor, ...]:
+        """Queries, keys and values, each (B, heads, N or T, head size)."""
+
+        def heads(name, x):
+            return getattr(self, prefix + name)(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        q = getattr(self, prefix + "query_norm")(heads("query", x))
+        k = getattr(self, prefix + "key_norm")(heads("key", context))
+        return q, k, heads("value", context)
+
+    def project_streams(self, streams: dict[str, Tensor]) -> list[Tensor]:
+        """`project` for several kinds of tokens {prefix: (B, n, D)}, one after the other."""
+        parts = [self.project(x, x, prefix) for prefix, x in streams.items()]
+        return [torch.cat(part, 2) for part in zip(*parts, strict=True)]
+
+    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None):
+        """bias (1, heads, N, T) is added to the logits."""
+        q, k, v = self.project(x, x if context is None else context)
+        return self.out(attend(q, k, v, bias))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k / sqrt(head size) + bias) v: (B, heads, N, head size) -> (B, N, D)."""
+    bias = None if bias is None else bias.to(q.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return y.transpose(1, 2).flatten(2)
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, p * p * C), patches in row order, channels last in a patch."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, h * w // patch**2, patch**2 * c)
+
+
+def unpatchify(x: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """Inverse of `patchify`: (B, N, p * p * C) -> (B, C, height, width)."""
+    x = x.reshape(len(x), height // patch, width // patch, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
+
+
+def position_grid(grid: int, base: int, mode: str) -> Tensor:
+    """Coordinates (grid,) of the tokens along one axis, for a model whose base grid is `base`.
+
+    resample: the same limits 0 to base at every resolution (pseudocode 1), so that weights
+    transfer between resolutions. extrapolate: 0, 1, 2, ..., the baseline of Fig. 8a.
+    """
+    if mode == "resample":
+        return torch.linspace(0, base, grid, dtype=torch.float64)
+    if mode == "extrapolate":
+        return torch.arange(grid, dtype=torch.float64)
+    raise ValueError(f"unknown position embedding {mode!r}, choose resample or extrapolate")
+
+
+def position_embedding(width: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """2-D sin-cos embedding (rows * columns, width): half for the column, half for the row."""
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(rows, columns, indexing="ij")
+    angles = [position.flatten()[:, None] * frequencies for position in (columns, rows)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Denoisers
+
+
+class Denoiser(nn.Module):
+    """The contract of all denoisers: model(x (B, C, H, W), t (B,), semantics) -> eps like x.
+
+    t: timestep index, 0 for the least noise. semantics: class labels (B,) or a `Text`. control: a
+    `Control`, or None. drop_semantics, drop_control (B,) bool: true where the model is to hear
+    nothing instead (the empty sets of Eq. 2). Weights that were trained to predict v return v.
+
+    Arguments of all denoisers: channels: C. classes: their number, or None for text, whose features
+    have text_width channels. weighting, high, low: see `Weighting` and `Control`.
+    """
+
+    def __init__(self, timestep, width, context, classes, weighting, high, low):
+        """The timestep's embedding and control make a vector (B, width)."""
+        super().__init__()
+        self.classes, self.timestep = classes, timestep
+        self.control = ControlEmbed(width, weighting, high, low)
+        if classes is not None:  # the last row stands for no class
+            self.class_embed = nn.Embedding(classes + 1, context)
+
+    def forward(self, x, t, semantics, control=None, drop_semantics=None, drop_control=None):
+        if self.classes is None:
+            semantics = Text(*(dropped(features, drop_semantics) for features in semantics))
+        else:
+            semantics = dropped(semantics, drop_semantics, null=self.classes)
+        emb = self.timestep(t)
+        if control is not None:
+            emb = emb + dropped(self.control(control, t), drop_control)
+        return self.denoise(x, emb, semantics)
+
+
+class Transformer(Denoiser):
+    """What the diffusion transformers share: patches to tokens and back, timestep, control.
+
+    patch: side of a patch. base_grid: tokens per side at the base resolution, see `position_grid`.
+    qk_norm: normalise queries and keys where attention sees semantics.
+    """
+
+    def __init__(
+        self, *, depth: int, width: int, heads: int, patch: int, base_grid: int, channels: int,
+        classes: int | None = None, text_width: int | None = None, qk_norm: bool = True,
+        position: str = "resample", weighting: Weighting | None = None, high: int = 0, low: int = 0,
+    ):  # fmt: skip
+        super().__init__(TimestepEmbed(width), width, width, classes, weighting, high, low)
+        self.depth, self.width, self.heads, self.qk_norm = depth, width, heads, qk_norm
+        self.patch, self.base_grid, self.position = patch, base_grid, position
+        self.patch_embed = nn.Linear(patch**2 * channels, width)
+        if classes is None:
+            self.caption = Mlp(text_width, width, width)
+        self.final_modulation = Modulation(width, 2)
+        self.final = nn.Linear(width, patch**2 * channels)
+
+    def denoise(self, x: Tensor, emb: Tensor, semantics: Tensor | Text) -> Tensor:
+        height, width = x.shape[2:]
+        positions = self.embed_positions(height // self.patch, width // self.patch)
+        tokens = self.patch_embed(patchify(x, self.patch)) + positions.to(x)  # (B, N, D)
+        tokens, emb = self.transform(tokens, emb, semantics)
+        tokens = modulated_norm(tokens, *self.final_modulation(emb))
+        return unpatchify(self.final(tokens), self.patch, height, width)
+
+    def embed_positions(self, rows: int, columns: int) -> Tensor:
+        """Embedding (N, D) of the tokens' positions."""
+        axes = (position_grid(n, self.base_grid, self.position) for n in (rows, columns))
+        return position_embedding(self.width, *axes)
+
+    def condition_tokens(self, semantics: Tensor | Text) -> Tensor:
+        """The class as one token, or the tokens of the text, (B, T, D)."""
+        if self.classes is None:
+            return self.caption(semantics.tokens)
+        return self.class_embed(semantics)[:, None]
+
+    def stack(self, block: type[nn.Module], *args, depth: int | None = None, **settings):
+        """Blocks in a row; depth: how many, if not the model's."""
+        count = self.depth if depth is None else depth
+        return nn.ModuleList(block(self.width, self.heads, *args, **settings) for _ in range(count))
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, perhaps cross-attention to a context (B, T, D), and an MLP, on x (B, N, D).
+
+    AdaLN: a vector emb (B, D) shifts and scales what self-attention and MLP see, and gates what
+    they add. bias: see `Attention`.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False, cross: bool = False):
+        super().__init__()
+        self.modulation = Modulation(width, 6)
+        self.attention = Attention(width, heads)
+        self.cross = Attention(width, heads, qk_norm) if cross else None
+        self.mlp = Mlp(width, 4 * width, width)
+
+    def forward(self, x, emb, context=None, bias=None):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)
+        x = x + gate1 * self.attention(modulated_norm(x, shift1, scale1), bias=bias)
+        if context is not None:
+            x = x + self.cross(self.cross_norm(x), context)
+        return x + gate2 * self.mlp(modulated_norm(x, shift2, scale2))
+
+    def cross_norm(self, x: Tensor) -> Tensor:
+        """x as cross-attention sees it."""
+        return layer_norm(x)
+
+
+class DiT(Transformer):
+    """DiT (arXiv:2212.09748). cross: hear semantics by cross-attention instead of through AdaLN."""
+
+    def __init__(self, *, cross: bool = False, **common):
+        super().__init__(**common)
+        self.cross = cross
+        self.blocks = self.stack(DiTBlock, self.qk_norm, cross)
+
+    def transform(self, x, emb, semantics):
+        """Tokens x (B, N, D) after all blocks, and what modulates them once more."""
+        context = None
+        if self.cross:
+            context = self.condition_tokens(semantics)
+        else:
+            emb = emb + self.class_embed(semantics)
+        for block in self.blocks:
+            x = block(x, emb, context)
+        return x, emb
+
+
+class Table(nn.Module):
+    """AdaLN-single: learned vectors (count, D) added to shared ones, which makes (B, 1, D) each."""
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(count, width) / width**0.5)
+
+    def forward(self, shared: Tensor) -> tuple[Tensor, ...]:
+        return (self.table + shared).split(1, 1)
+
+
+class PixArtBlock(DiTBlock):
+    """emb (B, 6, D) is the modulation that all blocks share."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__(width, heads, qk_norm, cross=True)
+        self.modulation = Table(width, 6)
+
+    def cross_norm(self, x: Tensor) -> Tensor:
+        return x  # without a norm, as published
+
+
+class PixArt(Transformer):
+    """PixArt-alpha (arXiv:2310.00426): cross-attention, and one AdaLN projection for all blocks."""
+
+    def __init__(self, **common):
+        super().__init__(**common)
+        self.shared_modulation = Modulation(self.width, 6)
+        self.blocks = self.stack(PixArtBlock, self.qk_norm)
+        self.final_modulation = Table(self.width, 2)
+
+    def transform(self, x, emb, semantics):
+        context = self.condition_tokens(semantics)
+        modulation = torch.cat(self.shared_modulation(emb), 1)  # (B, 6, D)
+        for block in self.blocks:
+            x = block(x, modulation, context)
+        return x, emb[:, None]
+
+
+class MDTBlock(DiTBlock):
+    """A DiT block with a bias for the relative position of tokens, and maybe a skip to merge."""
+
+    def __init__(self, width: int, heads: int, entries: int, merge: bool = False):
+        super().__init__(width, heads)
+        self.skip = nn.Linear(2 * width, width) if merge else None
+        self.relative_bias = nn.Parameter(torch.zeros(entries, heads))
+
+    def forward(self, x, emb, index, skip=None):
+        """index (N, N): the row of the bias for each pair of tokens; skip (B, N, D)."""
+        if skip is not None:
+            x = self.skip(torch.cat([x, skip], -1))
+        return super().forward(x, emb, bias=self.relative_bias[index].permute(2, 0, 1)[None])
+
+
+class MDT(Transformer):
+    """MDTv2 (arXiv:2303.14389) as it samples; depth counts encoder and decoder blocks.
+
+    The encoder's halves are joined by long skips, and every block of the decoder sees the
+    encoder's input again. The mask token and the side block fill in tokens that training hides.
+    grid: tokens per side of the only resolution that the learned positions fit.
+    """
+
+    def __init__(self, *, grid: int, **common):
+        super().__init__(**common)
+        decoder = min(4, self.depth // 2)
+        half = max(1, (self.depth - decoder) // 2)
+        entries = (2 * grid - 1) ** 2 + 3  # three are unused, as published
+        self.grid = grid
+        self.positions = nn.Parameter(torch.zeros(grid**2, self.width))
+        self.decoder_positions = nn.Parameter(torch.zeros(grid**2, self.width))
+        self.mask_token = nn.Parameter(torch.zeros(self.width))
+        self.in_blocks = self.stack(MDTBlock, entries, depth=half)
+        self.out_blocks = self.stack(MDTBlock, entries, merge=True, depth=half)
+        self.side_block = MDTBlock(self.width, self.heads, entries)
+        self.decoder_blocks = self.stack(MDTBlock, entries, merge=True, depth=decoder)
+
+    def embed_positions(self, rows: int, columns: int) -> Tensor:
+        if (rows, columns) != (self.grid, self.grid):
+            raise ValueError(f"the model is for {self.grid} tokens a side, not {rows} x {columns}")
+        return self.positions
+
+    def relative_index(self) -> Tensor:
+        """(N, N): the row of the bias table for each pair of tokens."""
+        side = torch.arange(self.grid, device=self.positions.device)
+        row, column = side.repeat_interleave(self.grid), side.repeat(self.grid)
+        down = row[:, None] - row + self.grid - 1
+        right = column[:, None] - column + self.grid - 1
+        return down * (2 * self.grid - 1) + right
+
+    def transform(self, x, emb, semantics):
+        emb, index = emb + self.class_embed(semantics), self.relative_index()
+        start, skips = x, []
+        for block in self.in_blocks:
+            x = block(x, emb, index)
+            skips.append(x)
+        for block in self.out_blocks:
+            x = block(x, emb, index, skips.pop())
+        x = x + self.decoder_positions
+        for block in self.decoder_blocks:
+            x = block(x, emb, index, start)
+        return x, emb
+
+
+class JointBlock(Attention):
+    """A DiT block over z (B, N + T, D): N image tokens, then T condition tokens.
+
+    Both kinds of tokens share all weights, except that with own=True condition tokens have queries,
+    keys and values of their own.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, own: bool):
+        super().__init__(width, heads, qk_norm)
+        self.own = own
+        if own:
+            self.add("context_", width, qk_norm, width, bias=False)
+        self.modulation = Modulation(width, 6)
+        self.mlp = Mlp(width, 4 * width, width)
+
+    def forward(self, z, emb, n):
+        """n: number of image tokens."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)
+        y = modulated_norm(z, shift1, scale1)
+        streams = {"": y[:, :n], "context_": y[:, n:]} if self.own else {"": y}
+        z = z + gate1 * self.out(attend(*self.project_streams(streams)))
+        return z + gate2 * self.mlp(modulated_norm(z, shift2, scale2))
+
+
+class TwoStreamBlock(Attention):
+    """An SD3 block: image x (B, N, D) and context c (B, T, D) share attention and nothing else.
+
+    last: nothing reads the context afterwards, so that it only provides keys and values.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, last: bool = False):
+        super().__init__(width, heads, qk_norm)
+        self.add("context_", width, qk_norm, width)
+        self.modulation = Modulation(width, 6)
+        self.mlp = Mlp(width, 4 * width, width)
+        self.last = last
+        self.context_modulation = Modulation(width, 2 if last else 6)
+        if not last:
+            self.context_out = nn.Linear(width, width)
+            self.context_mlp = Mlp(width, 4 * width, width)
+
+    def forward(self, x, c, emb):
+        shift1, scale1, *mod_x = self.modulation(emb)
+        shift2, scale2, *mod_c = self.context_modulation(emb)
+        streams = {
+            "": modulated_norm(x, shift1, scale1),
+            "context_": modulated_norm(c, shift2, scale2),
+        }
+        y = attend(*self.project_streams(streams))
+        n = x.shape[1]
+        x = self.update(x, y[:, :n], self.out, self.mlp, *mod_x)
+        if not self.last:
+            c = self.update(c, y[:, n:], self.context_out, self.context_mlp, *mod_c)
+        return x, c
+
+    def update(self, x, attended, out, mlp, gate1, shift, scale, gate2):
+        """What attention and MLP add to one stream, each behind its gate."""
+        x = x + gate1 * out(attended)
+        return x + gate2 * mlp(modulated_norm(x, shift, scale))
+
+
+class MMDiT(Transformer):
+    """Joint attention over image and condition tokens: SD3's mmDiT, and the paper's model.
+
+    streams: what condition tokens have of their own, nothing (shared), queries, keys and values
+    (qkv), or everything (full, as in SD3). pooled: AdaLN hears the pooled text (of pooled_width)
+    or the class too; not in the paper's model, whose AdaLN is for timestep and control.
+    """
+
+    def __init__(
+        self, *, streams: str = "qkv", pooled: bool = False, pooled_width: int | None = None,
+        **common,
+    ):  # fmt: skip
+        super().__init__(**common)
+        if streams not in ("shared", "qkv", "full"):
+            raise ValueError(f"unknown streams {streams!r}, choose shared, qkv or full")
+        self.full, self.hears_pooled, self.pooled = streams == "full", pooled, None
+        if not self.full:
+            self.blocks = self.stack(JointBlock, self.qk_norm, streams == "qkv")
+            return
+        self.blocks = self.stack(TwoStreamBlock, self.qk_norm, depth=self.depth - 1)
+        self.last_block = TwoStreamBlock(self.width, self.heads, self.qk_norm, last=True)
+        if self.classes is None:
+            self.caption = nn.Linear(common["text_width"], self.width)
+            self.pooled = VectorEmbed(pooled_width, self.width) if pooled else None
+
+    def transform(self, x, emb, semantics):
+        context = self.condition_tokens(semantics)  # (B, T, D)
+        if self.hears_pooled:
+            emb = emb + self.embed_pooled(semantics)
+        if self.full:
+            for block in [*self.blocks, self.last_block]:
+                x, context = block(x, context, emb)
+            return x, emb
+        n = x.shape[1]
+        z = torch.cat([x, context], 1)
+        for block in self.blocks:
+            z = block(z, emb, n)
+        return z[:, :n], emb
+
+    def embed_pooled(self, semantics: Tensor | Text) -> Tensor:
+        """The class or the pooled text as a vector (B, D)."""
+        if self.classes is not None:
+            return self.class_embed(semantics)
+        return (self.pooled or self.caption)(semantics.pooled)
+
+
+# ---------------------------------------------------------------------------------------------
+# Convolutional networks: the UNet and the autoencoder
+
+
+class Size(NamedTuple):
+    """Width of each level, and ResNet blocks a level, of a UNet or an autoencoder.
+
+    UNet: which levels attend, with how many heads or heads of which size; context: width of the
+    class embedding. Autoencoder: latent: channels of the latents.
+    """
+
+    channels: tuple[int, ...]
+    attention: tuple[bool, ...] = ()
+    context: int | None = None
+    heads: int | None = None
+    head_size: int | None = None
+    resnets: int = 2
+    latent: int = 4
+
+    @property
+    def groups(self) -> int:
+        """Groups of each GroupNorm: 32 as published, fewer where that leaves under 4 channels."""
+        return min(32, self.channels[0] // 4)
+
+
+def conv3(size: int, width: int) -> nn.Conv2d:
+    """A 3 x 3 convolution that keeps height and width."""
+    return nn.Conv2d(size, width, 3, padding=1)
+
+
+class Downsample(nn.Conv2d):
+    """Halves height and width; before: pixels of padding at the top and left."""
+
+    def __init__(self, width: int, before: int):
+        super().__init__(width, width, 3, stride=2)
+        self.before = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (self.before, 1, self.before, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Doubles height and width: nearest neighbours, then a convolution."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2))
+
+
+class ResNetBlock(nn.Module):
+    """x (B, size, H, W) -> (B, width, H, W); time: width of the vector emb (B, time), or None."""
+
+    def __init__(self, size: int, width: int, groups: int, time: int | None = None, eps=1e-5):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, size, eps)
+        self.conv1 = conv3(size, width)
+        self.time = nn.Linear(time, width) if time else None
+        self.norm2 = nn.GroupNorm(groups, width, eps)
+        self.conv2 = conv3(width, width)
+        self.shortcut = nn.Conv2d(size, width, 1) if size != width else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            y = y + self.time(F.silu(emb))[:, :, None, None]
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+class GatedMlp(nn.Module):
+    """Linear-GEGLU-Linear, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 8 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, gate = self.fc1(x).chunk(2, -1)
+        return self.fc2(y * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to a context (B, T, C) and MLP over pixels (B, D, H, W)."""
+
+    def __init__(self, width: int, heads: int, groups: int, qk_norm: bool, context: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, 1e-6)
+        self.proj_in = nn.Conv2d(width, width, 1)
+        self.self_norm, self.cross_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.self_attention = Attention(width, heads, bias=False)
+        self.cross_attention = Attention(width, heads, qk_norm, context, bias=False)
+        self.mlp = GatedMlp(width)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        z = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H W, D)
+        z = z + self.self_attention(self.self_norm(z))
+        z = z + self.cross_attention(self.cross_norm(z), context)
+        z = z + self.mlp(self.mlp_norm(z))
+        return x + self.proj_out(z.transpose(1, 2).reshape(x.shape))
+
+
+class UNet(Denoiser):
+    """The UNet of LDM and Stable Diffusion: semantics by cross-attention, the rest in each ResNet.
+
+    Levels are down_0, down_1, ... on the way to the deepest, and up_0, which is the deepest, up_1,
+    ... on the way back. classes and their width size.context, or text of text_width.
+    """
+
+    def __init__(
+        self, *, size: Size, channels: int, classes: int | None = None,
+        text_width: int | None = None, qk_norm: bool = True, weighting: Weighting | None = None,
+        high: int = 0, low: int = 0,
+    ):  # fmt: skip
+        first, deepest = size.channels[0], size.channels[-1]
+        timestep = ScalarEmbed(1, 4 * first, sinusoids=first)
+        super().__init__(timestep, 4 * first, size.context, classes, weighting, high, low)
+        self.size, self.qk_norm = size, qk_norm
+        self.context = text_width if classes is None else size.context
+        self.conv_in = conv3(channels, first)
+        levels, now, skips = list(zip(size.channels, size.attention, strict=True)), first, [first]
+        for level, (width, attend) in enumerate(levels):
+            for index in range(size.resnets):
+                self.add_stage(f"down_{level}", index, now, width, attend)
+                skips.append(now := width)
+            if level < len(levels) - 1:
+                self.add_module(f"down_{level}_downsample", Downsample(now, before=1))
+                skips.append(now)
+        self.add_stage("mid", 0, deepest, deepest, True)
+        self.add_stage("mid", 1, deepest, deepest, False)
+        for level, (width, attend) in enumerate(levels[::-1]):
+            for index in range(size.resnets + 1):
+                self.add_stage(f"up_{level}", index, now + skips.pop(), width, attend)
+                now = width
+            if level < len(levels) - 1:
+                self.add_module(f"up_{level}_upsample", Upsample(now))
+        self.norm_out = nn.GroupNorm(size.groups, first)
+        self.conv_out = conv3(first, channels)
+
+    def add_stage(self, part: str, index: int, size_in: int, width: int, attend: bool) -> None:
+        """A ResNet block and, to attend, a transformer block."""
+        groups, heads = self.size.groups, self.size.heads or width // self.size.head_size
+        resnet = ResNetBlock(size_in, width, groups, 4 * self.size.channels[0])
+        self.add_module(f"{part}_resnet_{index}", resnet)
+        if attend:
+            block = TransformerBlock(width, heads, groups, self.qk_norm, self.context)
+            self.add_module(f"{part}_attention_{index}", block)
+
+    def stage(self, part: str, index: int, y: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        """y (B, C, H, W) through what `add_stage` has made."""
+        y = getattr(self, f"{part}_resnet_{index}")(y, emb)
+        attention = getattr(self, f"{part}_attention_{index}", None)
+        return y if attention is None else attention(y, context)
+
+    def denoise(self, x: Tensor, emb: Tensor, semantics: Tensor | Text) -> Tensor:
+        text = self.classes is None
+        context = semantics.tokens if text else self.class_embed(semantics)[:, None]  # (B, T, C)
+        levels, y = len(self.size.channels), self.conv_in(x)
+        skips = [y]
+        for level in range(levels):
+            for index in range(self.size.resnets):
+                y = self.stage(f"down_{level}", index, y, emb, context)
+                skips.append(y)
+            if level < levels - 1:
+                y = getattr(self, f"down_{level}_downsample")(y)
+                skips.append(y)
+        for index in (0, 1):
+            y = self.stage("mid", index, y, emb, context)
+        for level in range(levels):
+            for index in range(self.size.resnets + 1):
+                y = self.stage(f"up_{level}", index, torch.cat([y, skips.pop()], 1), emb, context)
+            if level < levels - 1:
+                y = getattr(self, f"up_{level}_upsample")(y)
+        return self.conv_out(F.silu(self.norm_out(y)))
+
+
+class PixelAttention(Attention):
+    """Single-head attention over the pixels of x (B, C, H, W)."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__(width, heads=1)
+        self.norm = nn.GroupNorm(groups, width, 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+        return x + super().forward(y).transpose(1, 2).reshape(x.shape)
+
+
+class AutoencoderKL(nn.Module):
+    """Stable Diffusion's autoencoder: pictures (B, 3, H, W) in [-1, 1] and latents (B, C, h, w).
+
+    Diffusion works on (latents - shift) * scale; scale and shift are not part of this module.
+    """
+
+    def __init__(self, *, size: Size):
+        super().__init__()
+        self.encoder, self.decoder = encoder(size), decoder(size)
+        self.quant_conv = nn.Conv2d(2 * size.latent, 2 * size.latent, 1)
+        self.post_quant_conv = nn.Conv2d(size.latent, size.latent, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images decoded from their mean latents."""
+        return self.decode(mean_and_std(self.encode(images))[0])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Moments (B, 2 C, h, w) of the latents, see `mean_and_std`."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, near [-1, 1] but not clipped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents, each (B, C, h, w)."""
+    mean, log_variance = moments.chunk(2, 1)
+    return mean, (log_variance.clip(-30, 20) / 2).exp()
+
+
+def encoder(size: Size) -> nn.Sequential:
+    """Images (B, 3, H, W) -> (B, 2 * latent, h, w)."""
+    now = size.channels[0]
+    layers = {"conv_in": conv3(3, now)}
+    for level, width in enumerate(size.channels):
+        for index in range(size.resnets):
+            layers[f"down_{level}_resnet_{index}"] = plain_resnet(size, now, width)
+            now = width
+        if level < len(size.channels) - 1:
+            layers[f"down_{level}_downsample"] = Downsample(now, before=0)
+    return nn.Sequential(OrderedDict(layers | mid(size) | head(size, now, 2 * size.latent)))
+
+
+def decoder(size: Size) -> nn.Sequential:
+    """(B, latent, h, w) -> images (B, 3, H, W); up_0 is the deepest level."""
+    now = size.channels[-1]
+    layers = {"conv_in": conv3(size.latent, now)} | mid(size)
+    for level, width in enumerate(size.channels[::-1]):
+        for index in range(size.resnets + 1):
+            layers[f"up_{level}_resnet_{index}"] = plain_resnet(size, now, width)
+            now = width
+        if level < len(size.channels) - 1:
+            layers[f"up_{level}_upsample"] = Upsample(now)
+    return nn.Sequential(OrderedDict(layers | head(size, now, 3)))
+
+
+def plain_resnet(size: Size, size_in: int, width: int) -> ResNetBlock:
+    """A ResNet block that hears nothing."""
+    return ResNetBlock(size_in, width, size.groups, eps=1e-6)
+
+
+def mid(size: Size) -> dict[str, nn.Module]:
+    """The deepest blocks of encoder and decoder."""
+    width = size.channels[-1]
+    return {
+        "mid_resnet_0": plain_resnet(size, width, width),
+        "mid_attention": PixelAttention(width, size.groups),
+        "mid_resnet_1": plain_resnet(size, width, width),
+    }
+
+
+def head(size: Size, width: int, channels: int) -> dict[str, nn.Module]:
+    """The last layers of encoder and decoder."""
+    norm = nn.GroupNorm(size.groups, width, 1e-6)
+    return {"norm_out": norm, "silu": nn.SiLU(), "conv_out": conv3(width, channels)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Text
+
+
+def tokenize(words: list[str], captions: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, length): the words of each caption, cut to length - 1, and an end token.
+
+    words: the vocabulary in the order of its ids; the first two are the end and the unknown word.
+    """
+    vocabulary, rows = {word: i for i, word in enumerate(words)}, []
+    for caption in captions:
+        found = re.findall(r"[a-z0-9']+", caption.lower())[: length - 1]
+        rows.append([*(vocabulary.get(word, 1) for word in found), 0])
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    return ids, torch.arange(length) < torch.tensor([[len(row)] for row in rows])
+
+
+class WordEmbedding(nn.Module):
+    """Ids and mask (B, length) -> `Text`: word plus position embeddings; pooled is the mean."""
+
+    def __init__(self, *, vocabulary: int, width: int, length: int):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.2 * torch.randn(length, width))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Text:
+        tokens = self.words(ids) + self.positions
+        weights = mask / mask.sum(1, keepdim=True).clip(1)
+        return Text(tokens, (tokens * weights[..., None].to(tokens)).sum(1))
+
+
+def pad(
+    tokens: Tensor, mask: Tensor, method: str, beta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """Tokens (B, T, C) with the positions outside the mask (B, T) filled (Sec. 2.1, Table 3).
+
+    zero: zeros. replicate: the n tokens of the prompt again and again. noisy_replicate (Eq. 7):
+    also noise (B, T, C), standard normal, times sqrt(beta (m - 1)) and the standard deviation of
+    each channel over the prompt's tokens, where m = ceil(T / n) counts the repetitions.
+    """
+    if method not in ("zero", "replicate", "noisy_replicate"):
+        raise ValueError(f"unknown padding {method!r}, choose zero, replicate or noisy_replicate")
+    inside, length = mask[..., None], mask.shape[1]
+    tokens = torch.where(inside, tokens, 0)
+    if method == "zero":
+        return tokens
+    n = mask.sum(1, keepdim=True).clip(1)  # (B, 1)
+    source = torch.arange(length, device=mask.device) % n  # (B, T)
+    repeated = tokens.gather(1, source[..., None].expand_as(tokens))
+    if method == "replicate":
+        return repeated
+    mean = tokens.sum(1, keepdim=True) / n[..., None]  # (B, 1, C)
+    variance = torch.where(inside, (tokens - mean) ** 2, 0).sum(1, keepdim=True) / n[..., None]
+    repetitions = -(-length // n)[..., None]  # m, (B, 1, 1)
+    return repeated + (beta * (repetitions - 1) * variance).sqrt() * noise
+
+
+# ---------------------------------------------------------------------------------------------
+# Exported folders
+
+ARCHITECTURES = {
+    "ours": MMDiT,
+    "mmdit": partial(MMDiT, pooled=True),
+    "dit_att": partial(DiT, cross=True),
+    "dit_ln": DiT,
+    "pixart": PixArt,
+    "mdtv2": MDT,
+    "unet": UNet,
+    "words": WordEmbedding,
+    "kl": AutoencoderKL,
+}
+RECORDS = {"weighting": Weighting, "size": Size}  # arguments that are more than a value
+
+
+def create(config: dict) -> nn.Module:
+    """A module from JSON: {"architecture": one of ARCHITECTURES, ... its arguments}."""
+    settings = dict(config)
+    name = settings.pop("architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {name!r}, choose from {', '.join(ARCHITECTURES)}")
+    for key in RECORDS.keys() & settings.keys():
+        settings[key] = RECORDS[key](**settings[key])
+    return ARCHITECTURES[name](**settings)
+
+
+class Network(nn.ModuleDict):
+    """All modules of an exported folder, and its settings: what a sampler needs besides.
+
+    Modules: "model", the denoiser; "text_encoder" if it hears text; "autoencoder" for latents.
+    """
+
+    def __init__(self, config: dict):
+        names = ("model", "text_encoder", "autoencoder")
+        super().__init__({name: create(config[name]) for name in names if name in config})
+        self.settings = config["settings"]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **_) -> Network:
+        """`load`, under the name by which diffusers calls it."""
+        return load(folder)
+
+    @property
+    def hears_text(self) -> bool:
+        """Whether semantics are texts; else they are class labels."""
+        return "text_encoder" in self
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(T, C) of the text features, and of the noise of Eq. 7."""
+        return tuple(self["text_encoder"].positions.shape)
+
+    def embed(self, prompts: list[str], noise: Tensor | None = None) -> Text:
+        """Features of prompts; noise (B, T, C) is that of Eq. 7, None draws it."""
+        settings, encoder = self.settings, self["text_encoder"]
+        device = encoder.positions.device
+        ids, mask = tokenize(settings["words"], prompts, self.text_shape[0])
+        text = encoder(ids.to(device), mask.to(device))
+        noise = torch.randn_like(text.tokens) if noise is None else noise
+        tokens = pad(text.tokens, mask.to(device), settings["padding"], settings["beta_txt"], noise)
+        return text._replace(tokens=tokens)
+
+    def control(self, values: dict[str, float], batch: int = 1, device=None) -> Control | None:
+        """Control metadata for `batch` pictures; values left out ask for an uncropped square."""
+        settings = self.settings
+        known = settings["control"]
+        if unknown := set(values) - set(known):
+            raise ValueError(
+                f"unknown control value {min(unknown)!r}, choose from {', '.join(known)}"
+            )
+        if not settings["high"] + settings["low"]:
+            return None
+        told = {name: settings["control_scale"][name] * v for name, v in (known | values).items()}
+        parts = (torch.tensor([[told[n] for n in settings[part]]]) for part in ("high", "low"))
+        return Control(*(part.float().expand(batch, -1).to(device) for part in parts))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """What diffusion ends with, (B, C, H, W), as pictures (B, 3, H, W) near [-1, 1]."""
+        x = x / self.settings["scale"] + self.settings["shift"]
+        return self["autoencoder"].decode(x) if "autoencoder" in self else x
+
+
+def load(folder: str | Path) -> Network:
+    """The modules of an exported folder: config.json says which, model.safetensors has weights."""
+    from safetensors.torch import load_file
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    with torch.device("meta"):  # nothing to initialise
+        network = Network(config)
+    network.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)
+    return network.eval()

@@ -1,0 +1,217 @@
+"""Mode `export`: folders that PyTorch and diffusers load, that sample as we do, and come back."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import parity
+from condiff_jax import optim, state
+from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.conditioning.cond import Cond, Text
+from condiff_jax.config import ConfigError
+from condiff_jax.convert import exporting, importing
+from condiff_jax.diffusion.guidance import dual_guidance
+from condiff_jax.diffusion.sampler import ddim, initial_noise
+from condiff_jax.sample import requests
+from condiff_jax.workdir import Workdir
+from tests import tiny
+
+CLASS = {"data.semantics": "class"}
+OFF = {"conditioning.control": (), "model.qk_norm": False}
+VARIANTS = {
+    "ours": {"model.name": "ours"},
+    "ours, classes, v": {"model.name": "ours", **CLASS, "diffusion.prediction": "v"},
+    "mmdit": {"model.name": "mmdit"},
+    "mmdit full": {"model.name": "mmdit", "model.streams": "full", "conditioning.control": ()},
+    "dit_ln": {"model.name": "dit_ln", **CLASS},
+    "dit_att": {"model.name": "dit_att", "conditioning.weighting": "linear"},
+    "mdtv2": {"model.name": "mdtv2", **CLASS},
+    "pixart": {"model.name": "pixart", **OFF},
+    "unet": {"model.name": "unet", "model.size": "tiny", **OFF},
+}
+IN_DIFFUSERS = ("mmdit full", "pixart", "unet")
+
+
+def create(name, **overrides):
+    """(system, random parameters) of a variant.
+
+    The last layer is small, as otherwise ten steps would amplify rounding errors without end.
+    """
+    system = tiny.system(tiny.config(**VARIANTS[name], **overrides))
+    params = parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))
+    last = params["model"]["conv_out" if name == "unet" else "final"]
+    last["kernel"] *= 0.1
+    return system, params
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """exported(name) -> (system, parameters, folder, messages), each made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            with tiny.few_layers():
+                system, params = create(name)
+            out = exporting.epath.Path(tmp_path_factory.mktemp("export"))
+            made[name] = (system, params, out, exporting.export(system, params, None, out))
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_exports_come_back_bit_for_bit(name, exported, tmp_path):
+    system, params, out, _ = exported(name)
+    with tiny.few_layers():
+        back, _ = importing.convert(system, importing.weights.read(str(out)))
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ten_steps_in_pytorch_are_ours(name, exported):
+    system, params, out, _ = exported(name)
+    text = system.text_encoder is not None
+    asked = ["a red circle", "blue ring left"] if text else [1, 4]
+    batch, keys = requests(system, asked), jax.random.split(jax.random.key(3), 2)
+    noise = jax.random.normal(keys[0], (2, 8, 16)) if text else None
+    x = initial_noise(keys, system.latent_shape)
+
+    @parity.jit
+    def sample(params, batch):
+        cond = system.condition(params, batch, noise)
+        denoise = dual_guidance(system.denoise(params), 3.0, 1.375)
+        return ddim(
+            denoise, system.schedule, x, cond, keys, steps=10, clip=system.autoencoder.bound
+        )
+
+    expected = np.asarray(sample(params, batch))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    result = pipe(
+        **({"prompt": asked} if text else {"class_labels": asked}),
+        guidance_scale=3.0,
+        control_guidance_scale=1.375,
+        num_inference_steps=10,
+        latents=parity.tensor(x).permute(0, 3, 1, 2),
+        text_noise=None if noise is None else parity.tensor(noise),
+        output_type="latent",
+    ).images
+    result = result.permute(0, 2, 3, 1).numpy()
+    assert np.abs(result - expected).max() < 1e-3 * np.abs(expected).max()
+    pictures = pipe(**({"prompt": asked} if text else {"class_labels": asked}), output_type="np")
+    assert pictures.images.shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("name", IN_DIFFUSERS)
+def test_diffusers_loads_the_denoiser(name, exported):
+    system, params, out, messages = exported(name)
+    side, _, channels = system.latent_shape
+    theirs = getattr(
+        diffusers, json.loads((out / "diffusers/config.json").read_text())["_class_name"]
+    )
+    theirs = theirs.from_pretrained(str(out / "diffusers")).eval()
+    assert messages[0].startswith(f"diffusers: {type(theirs).__name__} in ")
+    draw = np.random.default_rng(0).normal
+    x, tokens = (np.float32(draw(size=s)) for s in ((2, side, side, channels), (2, 5, 16)))
+    cond = Cond.of(Text(jnp.asarray(tokens), jnp.ones((2, 5), bool), jnp.asarray(tokens[:, 0])))
+    eps = parity.jit(system.model.apply)({"params": params["model"]}, x, parity.T, cond)
+    call = {"pixart": parity.call_pixart, "mmdit full": parity.call_sd3}.get(name)
+    args = (torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(parity.T).long())
+    with torch.no_grad():
+        out = call(theirs, *args, cond) if call else theirs(*args, torch.tensor(tokens)).sample
+    out = out.permute(0, 2, 3, 1).numpy()
+    assert np.abs(eps - out).max() < 1e-4 * np.abs(out).max()
+
+
+@pytest.mark.parametrize(
+    "name, overrides, reason",
+    [
+        ("ours", {}, "control"),
+        ("ours", {"conditioning.control": ()}, "has no ours"),
+        ("dit_ln", {"conditioning.control": ()}, "i/127"),
+        ("mmdit", {"conditioning.control": ()}, "streams=full"),
+        ("pixart", {"model.qk_norm": True}, "qk_norm"),
+        ("unet", {"model.qk_norm": True}, "qk_norm"),
+        ("pixart", CLASS, "no classes"),
+    ],
+)
+def test_what_diffusers_cannot_hold_is_said(name, overrides, reason):
+    system = tiny.system(tiny.config(**(VARIANTS[name] | overrides)))
+    with pytest.raises(ValueError, match=reason):
+        exporting.for_diffusers(system)
+
+
+def test_the_network_needs_torch_and_safetensors_only(exported):
+    out = exported("ours")[2]
+    code = """if 1:
+        import sys
+        import twin
+        network = twin.load(".")
+        text = network.embed(["a red circle"])
+        import torch
+        control = network.control({"height": 48}, 1)
+        eps = network.model(torch.zeros(1, 3, 16, 16), torch.tensor([5]), text, control)
+        assert eps.shape == (1, 3, 16, 16)
+        assert not {"jax", "flax", "diffusers", "transformers"} & set(sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=out / "network", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_control_values_are_named(exported):
+    out = exported("ours")[2]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    told = pipe.network.control({"height": 96, "crop_top": 0.25}, 2)
+    high, low = system_control(exported("ours")[0], height=96, crop_top=0.25)
+    np.testing.assert_allclose(told.high, high, rtol=1e-6)
+    np.testing.assert_allclose(told.low, low, rtol=1e-6)
+    with pytest.raises(ValueError, match="unknown control value 'zoom', choose from crop_top"):
+        pipe.network.control({"zoom": 1}, 1)
+    with pytest.raises(ValueError, match="pass prompt"):
+        pipe(class_labels=3)
+
+
+def system_control(system, **values):
+    """(high, low) as the JAX model hears these values."""
+    control = dataclasses.replace(system.config.sampling.control, **values)
+    sampling = dataclasses.replace(system.config.sampling, control=control)
+    config = dataclasses.replace(system.config, sampling=sampling)
+    batch = requests(dataclasses.replace(system, config=config), ["a", "b"])
+    told = system.control.control(batch["control"])
+    return np.asarray(told.high), np.asarray(told.low)
+
+
+def test_a_run_is_exported_as_averaged_or_as_trained(tmp_path, capsys):
+    with tiny.few_layers():
+        system, params = create("dit_ln")
+        config = system.config
+        folder = Workdir(str(tmp_path))
+        folder.open(config, system.vocabulary)
+        trained = state.create(params, optim.create(config))
+        trained = trained.replace(params=jax.tree.map(lambda a: a + 1, params))
+        checkpoints = Checkpoints(folder.checkpoints, config, create=True)
+        checkpoints.save(2, trained, None, 0.0)
+        checkpoints.close()
+        average = exporting.run(config, str(tmp_path))
+        raw = exporting.run(
+            tiny.config(**VARIANTS["dit_ln"], **{"convert.raw": True}), str(tmp_path)
+        )
+    assert (average.name, raw.name) == ("2", "2-raw")
+    both = [importing.weights.read(str(out)) for out in (average, raw)]
+    for name, tensor in both[0].items():
+        np.testing.assert_array_equal(both[1][name], tensor + 1)
+    assert "Step 2 for PyTorch in" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no run here"):
+        exporting.run(config, str(tmp_path / "nothing"))

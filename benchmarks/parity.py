@@ -24,11 +24,11 @@ from benchmarks import references
 from condiff_jax.conditioning.cond import Cond, Text
 from condiff_jax.convert import published
 from condiff_jax.convert.layout import to_torch
-from condiff_jax.models import dit, mdt, mmdit, pixart
+from condiff_jax.models import dit, kl, mdt, mmdit, pixart, unet
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 SIDES = (4, 8)  # of the latents
-DEPTH, WIDTH, HEADS, PATCH, CHANNELS, CLASSES = 4, 32, 2, 2, 4, 5
+DEPTH, WIDTH, HEADS, PATCH, CHANNELS, CLASSES = 4, 32, 2, 2, 3, 5
 TOKENS, TEXT, POOLED = 5, 12, 10
 T = np.array([3, 700], np.int32)
 LABELS = jnp.array([1, CLASSES - 1])
@@ -41,13 +41,14 @@ class Case:
     """An architecture and its original.
 
     create(side) -> our model. reference(side) -> theirs. call(theirs, x, t, cond) -> eps as
-    (B, C, H, W). inputs: others that both take, as {name: array} for ours.
+    (B, C, H, W). inputs: others that both take, as {name: array} for ours. cond None: a function of
+    x alone.
     """
 
     name: str
     original: str
     create: Callable[[int], nn.Module]
-    cond: Cond
+    cond: Cond | None
     rules: tuple
     reference: Callable[[int], torch.nn.Module]
     call: Callable
@@ -85,11 +86,11 @@ def compare(case: Case, side: int) -> tuple[float, float]:
     """(error of the output, largest error of a parameter's gradient), relative."""
     x, target, inputs = noise(side), noise(side, 6), case.inputs(side)
     model = case.create(side)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x, T, case.cond, **inputs)["params"]
-    params = random_like(shapes)
+    args = (x,) if case.cond is None else (x, T, case.cond)
+    params = random_like(jax.eval_shape(model.init, jax.random.key(0), *args, **inputs)["params"])
 
     def loss(params):
-        eps = model.apply({"params": params}, x, T, case.cond, **inputs)
+        eps = model.apply({"params": params}, *args, **inputs)
         return ((eps - target) ** 2).mean(), eps
 
     grads, eps = jit(jax.grad(loss, has_aux=True))(params)
@@ -232,11 +233,102 @@ def call_class(module, x, t, cond):
     return getattr(out, "sample", out)
 
 
+# Attention everywhere but at the deepest or at the first level; a number or a size of heads.
+UNETS = {
+    "text": unet.Size((16, 32, 48), (True, True, False), TEXT, heads=2, resnets=1),
+    "class": unet.Size((16, 32), (False, True), TEXT, head_size=8),
+}
+KL = kl.Size((8, 16), latent=3)
+
+
+def diffusers_unet(side: int, size: unet.Size) -> torch.nn.Module:
+    """UNet2DConditionModel, whose attention_head_dim is the NUMBER of heads."""
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in size.attention]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in size.attention[::-1]]
+    return diffusers.UNet2DConditionModel(
+        sample_size=side,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=size.channels,
+        layers_per_block=size.resnets,
+        norm_num_groups=size.groups,
+        cross_attention_dim=TEXT,
+        attention_head_dim=tuple(map(size.heads_at, size.channels)),
+        down_block_types=down,
+        up_block_types=up,
+    )
+
+
+class ClassUNet(torch.nn.Module):
+    """UNet2DConditionModel that attends to one class token."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.unet = diffusers_unet(side, UNETS["class"])
+        self.class_embed = torch.nn.Embedding(CLASSES + 1, TEXT)
+
+    def forward(self, x, t, y):
+        return self.unet(x, t, self.class_embed(y)[:, None])
+
+
+CLASS_UNET = (
+    *(dataclasses.replace(rule, theirs=f"unet.{rule.theirs}") for rule in published.UNET),
+    published.Rule("class_embed", "class_embed"),
+)
+
+
+def diffusers_kl(side: int) -> torch.nn.Module:
+    """diffusers' AutoencoderKL."""
+    levels = len(KL.channels)
+    return diffusers.AutoencoderKL(
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=KL.channels,
+        layers_per_block=KL.resnets,
+        latent_channels=KL.latent,
+        norm_num_groups=KL.groups,
+    )
+
+
+def call_unet(module, x, t, cond):
+    """eps of UNet2DConditionModel for text."""
+    return module(x, t, tensor(cond.semantics.tokens)).sample
+
+
 CLASS, TEXT_COND = Cond.of(LABELS), Cond.of(text())
 class_dit = partial(transformer, dit.DiT, classes=CLASSES)
 class_mdt = partial(transformer, mdt.MDT, classes=CLASSES)
 mmdit_full = partial(transformer, mmdit.MMDiT, streams="full", pooled=True)
 CASES = (
+    Case(
+        "unet, text",
+        "diffusers UNet2DConditionModel",
+        lambda side: unet.UNet(UNETS["text"], qk_norm=False),
+        TEXT_COND,
+        published.UNET,
+        partial(diffusers_unet, size=UNETS["text"]),
+        call_unet,
+    ),
+    Case(
+        "unet, classes",
+        "diffusers UNet2DConditionModel",
+        lambda side: unet.UNet(UNETS["class"], classes=CLASSES, qk_norm=False),
+        CLASS,
+        CLASS_UNET,
+        ClassUNet,
+        call_class,
+    ),
+    Case(
+        "autoencoder",
+        "diffusers AutoencoderKL",
+        lambda side: kl.AutoencoderKL(KL),
+        None,
+        published.AUTOENCODER,
+        diffusers_kl,
+        lambda module, x, t, cond: module(x, sample_posterior=False).sample,
+    ),
     Case(
         "dit_ln",
         "facebookresearch/DiT layout",

@@ -24,6 +24,8 @@ setup(
         "clu>=0.0.12",
         "transformers>=5.17,<6",
         "tokenizers",
+        "safetensors",
+        "huggingface_hub",
         "numpy>=2",
         "scipy",
         "absl-py",
@@ -37,6 +39,12 @@ setup(
         "tpu": ["jax[tpu]"],
         # torch is pinned because a CPU build of exactly this version is widely mirrored; the
         # tests compare with the PyTorch originals and need no GPU.
-        "test": ["pytest", "ruff==0.15.0", "torch==2.13.0", "diffusers>=0.40,<0.43"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff==0.15.0",
+            "torch==2.13.0",
+            "diffusers>=0.40,<0.43",
+        ],
     },
 )

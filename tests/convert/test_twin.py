@@ -24,10 +24,10 @@ CHANNELS, CLASSES, TEXT, POOLED, HIGH, LOW = 3, 5, 12, 10, 3, 2
 T = np.array([3, 200, 700], np.int32)  # a sample without drops, and one for each drop
 COSINE = control.Weighting("cosine", alpha=2.0)  # at 8 hardly anything is heard at t = 700
 TRANSFORMER = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "base_grid": 3}
-UNET = {  # heads by number or by size; one level; three with two ResNet blocks each
+UNET = {  # heads by number or by size; one level with two ResNet blocks; three levels
     "class": unet.Size((16, 32), (False, True), context=TEXT, head_size=8, resnets=1),
-    "text": unet.Size((16,), (True,), context=TEXT, heads=2, resnets=1),
-    "deep": unet.Size((8, 16, 16), (False, True, False), context=TEXT, heads=2, resnets=2),
+    "text": unet.Size((16,), (True,), context=TEXT, heads=2, resnets=2),
+    "deep": unet.Size((8, 16, 16), (False, True, False), context=TEXT, heads=2, resnets=1),
 }
 SETTINGS = {
     "dit_ln": TRANSFORMER,
@@ -168,13 +168,13 @@ def test_every_architecture_is_compared():
 
 @pytest.fixture(scope="module")
 def ours():
-    """(twin of `ours` with text, condition)."""
+    """(twin of `ours` with text, condition, config)."""
     _, params, cond, config = build("ours", None, {"streams": "qkv"}, 4)
-    return load(twin.create(config), params), cond
+    return load(twin.create(config), params), cond, config
 
 
 def test_what_is_not_given_is_not_heard(ours):
-    module, cond = ours
+    module, cond, _ = ours
     x, every = normal(3, 4, 4, CHANNELS), torch.ones(3, dtype=torch.bool)
     kept = twin_forward(module, x, cond, drop_semantics=None, drop_control=None)
     same = twin_forward(module, x, cond, drop_semantics=~every, drop_control=~every)
@@ -194,14 +194,13 @@ def test_what_is_not_given_is_not_heard(ours):
 
 
 def test_bf16_is_close_to_f32(ours):
-    module, cond = ours
+    module, cond, config = ours
     x = normal(3, 4, 4, CHANNELS)
     expected = twin_forward(module, x, cond)
     half = twin.Text(
         *(tensor(a).bfloat16() for a in (cond.semantics.tokens, cond.semantics.pooled))
     )
     state = {name: value.bfloat16() for name, value in module.state_dict().items()}
-    _, _, _, config = build("ours", None, {"streams": "qkv"}, 4)
     module = twin.create(config).bfloat16()
     module.load_state_dict(state)
     told = twin.Control(tensor(cond.control.high), tensor(cond.control.low))
@@ -339,8 +338,7 @@ def test_autoencoder():
 
 
 def test_load(tmp_path, ours):
-    module, cond = ours
-    _, _, _, config = build("ours", None, {"streams": "qkv"}, 4)
+    module, cond, config = ours
     words = {"architecture": "words", "vocabulary": 9, "width": TEXT, "length": 5}
     parts = torch.nn.ModuleDict({"model": module, "text_encoder": twin.create(words)})
     save_file(parts.state_dict(), tmp_path / "model.safetensors")
@@ -357,12 +355,12 @@ def test_load(tmp_path, ours):
 
 
 def test_errors(ours):
-    module, cond = ours
+    module, cond, config = ours
     x = normal(3, 4, 4, CHANNELS)
     with pytest.raises(ValueError, match="unknown architecture 'dit', choose from ours, mmdit"):
         twin.create({"architecture": "dit"})
     with pytest.raises(ValueError, match="unknown streams 'both', choose shared, qkv or full"):
-        twin.create(build("ours", None, {}, 4)[3] | {"streams": "both"})
+        twin.create(config | {"streams": "both"})
     with pytest.raises(ValueError, match=r"hears \(3, 2\) scalars of control, not \(3, 1\)"):
         few = twin.Control(torch.zeros(3, HIGH), torch.zeros(3, 1))
         twin_forward(module, x, cond, control=few)
@@ -370,6 +368,6 @@ def test_errors(ours):
         twin.position_grid(3, 3, "learned")
     with pytest.raises(ValueError, match="unknown padding 'mirror', choose zero"):
         twin.pad(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), "mirror")
-    mdt = twin.create(build("mdtv2", CLASSES, {}, 4)[3])
+    mdt = twin.MDT(grid=2, channels=CHANNELS, classes=CLASSES, **TRANSFORMER)
     with pytest.raises(ValueError, match="for 2 tokens a side, not 4 x 1"):
         mdt.embed_positions(4, 1)

@@ -160,14 +160,16 @@ def relative(a, b):
 @pytest.mark.parametrize("height, width", [(8, 8), (12, 16)])
 def test_agrees_with_diffusers(height, width):
     model, params = build()
+    # Small features show the epsilons of the norms that read them.
+    params = jax.tree.map(lambda a: 0.05 * a if a.ndim == 4 else a, params)
     theirs, x = loaded(params), pictures(height, width)
     moments = run(model, "encode", params, x)
     assert moments.shape == (2, height // 2, width // 2, 6)
-    assert relative(moments, nhwc(theirs.encode(nchw(x)).latent_dist.parameters)) < 1e-4
+    assert relative(moments, nhwc(theirs.encode(nchw(x)).latent_dist.parameters)) < 1e-5
     latents = pictures(height // 2, width // 2, seed=1, channels=3)
     images = run(model, "decode", params, latents)
     assert images.shape == x.shape
-    assert relative(images, nhwc(theirs.decode(nchw(latents)).sample)) < 1e-4
+    assert relative(images, nhwc(theirs.decode(nchw(latents)).sample)) < 1e-5
 
 
 def test_gradients_agree_with_diffusers():

@@ -24,6 +24,7 @@ LAYOUTS = {
     "class": Size((16, 32), (False, True), CONTEXT, head_size=8),
 }
 SMALL = Size((8,), (True,), CONTEXT, heads=2, resnets=1)
+LEAST = Size((8,), (False,), CONTEXT, heads=2, resnets=1)  # only the middle attends
 
 
 def rng(seed=0):
@@ -97,6 +98,14 @@ def build(classes=None, controlled=True, size=SMALL, **settings):
     cond = condition(classes, controlled=controlled)
     shapes = jax.eval_shape(model.init, jax.random.key(0), noise(), T, cond)["params"]
     return model, random_like(shapes)
+
+
+def scaled(params, pattern, factor):
+    """The same parameters with kernels and biases of matching modules times `factor`."""
+    flat = flatten_dict(params, sep="/")
+    hit = [name for name in flat if pattern in name]
+    assert hit
+    return unflatten_dict(flat | {name: factor * flat[name] for name in hit}, sep="/")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,8 +228,14 @@ def diffusers_forward(model, x, tokens):
     return model(x, torch.tensor(T).long(), tokens).sample.permute(0, 2, 3, 1)
 
 
+# What norms read comes from these.
+WRITERS = (
+    "conv_in", "conv1", "/time/", "conv2", "shortcut", "sample", "proj_", "out/linear", "mlp/fc2",
+)  # fmt: skip
+
+
 def layout(name):
-    """(size, model, parameters, condition) of a model that diffusers knows."""
+    """(model, parameters, condition) of a model that diffusers knows."""
     classes = CLASSES if name == "class" else None
     model, params = build(classes, controlled=False, size=LAYOUTS[name], qk_norm=False)
     return model, params, condition(classes, controlled=False)
@@ -229,9 +244,11 @@ def layout(name):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_outputs_agree_with_diffusers(name):
     model, params, cond = layout(name)
+    for pattern in WRITERS:  # small features show the epsilons of the norms that read them
+        params = scaled(params, pattern, 0.05)
     x = noise(8, 8)  # the gradients' test has 4 x 8
     theirs = diffusers_forward(diffusers_unet(params, model.size), x, context(params, cond))
-    assert relative(forward(model, params, x, T, cond), theirs.detach().numpy()) < 1e-4
+    assert relative(forward(model, params, x, T, cond), theirs.detach().numpy()) < 1e-5
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -241,7 +258,7 @@ def test_gradients_agree_with_diffusers(name):
     eps, grads = gradients(model, params, x, cond, target)
     unet, tokens = diffusers_unet(params, model.size), context(params, cond)
     theirs = diffusers_forward(unet, x, tokens)
-    assert relative(eps, theirs.detach().numpy()) < 1e-4
+    assert relative(eps, theirs.detach().numpy()) < 1e-5
     ((theirs - torch.from_numpy(target)) ** 2).mean().backward()
     expected = {name: p.grad.numpy() for name, p in unet.named_parameters()}
     largest = max(np.abs(g).max() for g in expected.values())
@@ -259,8 +276,7 @@ def test_gradients_agree_with_diffusers(name):
 
 
 def test_output_is_zero_at_the_start():
-    size = Size((8,), (False,), CONTEXT, heads=2, resnets=1)  # the middle attends
-    model = UNet(size, CLASSES, Weighting())
+    model = UNet(LEAST, CLASSES, Weighting())
     out, variables = jit(model.init_with_output)(jax.random.key(0), noise(), T, condition(CLASSES))
     np.testing.assert_array_equal(out, np.zeros((2, 4, 8, CHANNELS)))
     for name, value in flatten_dict(variables["params"], sep="/").items():
@@ -282,14 +298,6 @@ def influence(model, params, one, other, t=T):
 
 def heard(change):
     return change > 1e-3
-
-
-def scaled(params, pattern, factor):
-    """The same parameters with kernels and biases of matching modules times `factor`."""
-    flat = flatten_dict(params, sep="/")
-    hit = [name for name in flat if pattern in name]
-    assert hit
-    return unflatten_dict(flat | {name: factor * flat[name] for name in hit}, sep="/")
 
 
 @pytest.mark.parametrize("classes", [None, CLASSES])
@@ -364,7 +372,7 @@ def test_queries_and_keys_are_normalised_where_conditions_are_heard():
 def test_remat_changes_no_number_but_computes_blocks_again():
     results, counts = [], []
     for remat in ("none", "block"):
-        model, params = build(remat=remat)
+        model, params = build(size=LEAST, remat=remat)
         args = params, noise(), condition(), noise(seed=6)
         results.append(jax.tree.leaves(gradients(model, *args)))
         counts.append(flops.count(partial(gradients.__wrapped__, model), *args))
@@ -374,15 +382,14 @@ def test_remat_changes_no_number_but_computes_blocks_again():
     # pass reads what its last product makes.
     assert 1.15 < counts[1] / counts[0] < 1.33
     with pytest.raises(KeyError, match="dots"):
-        build(remat="dots")
+        build(size=LEAST, remat="dots")
 
 
-@pytest.mark.parametrize("classes", [None, CLASSES])
-def test_bf16_is_close_to_f32(classes):
-    f32, params = build(classes)
-    bf16, other = build(classes, dtype=jnp.bfloat16)
+def test_bf16_is_close_to_f32():
+    f32, params = build()
+    bf16, other = build(dtype=jnp.bfloat16)
     assert jax.tree.map(lambda a: a.dtype, other) == jax.tree.map(lambda a: a.dtype, params)
-    a, b = (forward(m, params, noise(), T, condition(classes)) for m in (f32, bf16))
+    a, b = (forward(m, params, noise(), T, condition()) for m in (f32, bf16))
     assert a.dtype == b.dtype == jnp.float32
     error = np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2))
     assert 1e-4 < error < 0.03  # 8 bits: 0.4% an operation
@@ -392,23 +399,25 @@ def test_bf16_is_close_to_f32(classes):
 # Published sizes, and Table A1
 
 
-def cost(name, semantics, classes=None):
-    """Parameters, and FLOPs (multiply-add = 2) of one forward pass on a 32 x 32 x 4 latent."""
+def published(name, semantics, classes=None):
+    """(model, shapes of its variables, arguments for a 32 x 32 x 4 latent) without control."""
     model = UNet(SIZES[name], classes, qk_norm=False)
     args = jnp.zeros((1, 32, 32, 4)), jnp.zeros((1,), jnp.int32), Cond.of(semantics)
-    variables = jax.eval_shape(model.init, jax.random.key(0), *args)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
-    return parameters, flops.count(model.apply, variables, *args)
+    return model, jax.eval_shape(model.init, jax.random.key(0), *args), args
+
+
+def parameters(variables):
+    return sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
 def test_class_model_has_the_size_of_ldm_4():
-    parameters, work = cost("class", jnp.zeros((1,), jnp.int32), classes=1000)
-    assert parameters - 1001 * 512 == pytest.approx(400.92e6, rel=1e-4)
-    assert work == pytest.approx(50.48e9, rel=1e-3)  # the paper: 95.38, see DESIGN
+    _, variables, _ = published("class", jnp.zeros((1,), jnp.int32), classes=1000)
+    assert parameters(variables) - 1001 * 512 == pytest.approx(400.92e6, rel=1e-4)
 
 
 def test_text_model_has_the_size_of_stable_diffusion():
     text = Text(jnp.zeros((1, 77, 768)), jnp.ones((1, 77), bool), jnp.zeros((1, 768)))
-    parameters, work = cost("text", text)
-    assert parameters == pytest.approx(859.52e6, rel=1e-4)
-    assert work == pytest.approx(189.78e9, rel=0.06)  # Table A1
+    model, variables, args = published("text", text)
+    assert parameters(variables) == pytest.approx(859.52e6, rel=1e-4)
+    # Table A1 has 189.78 GFLOP, which includes control and more that it does not name.
+    assert flops.count(model.apply, variables, *args) == pytest.approx(189.78e9, rel=0.06)

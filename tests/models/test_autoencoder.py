@@ -98,5 +98,5 @@ def test_misfit_weights_are_named(tmp_path):
     with pytest.raises(ConfigError, match="autoencoder.path: weights do not fit: missing .* more"):
         tiny.system(config).load_frozen()
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(ConfigError, match="autoencoder.path: .* is no safetensors file"):
+    with pytest.raises(ConfigError, match="autoencoder.path: .* cannot be read"):
         tiny.system(config).load_frozen()

@@ -7,17 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL as DiffusersKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from flax.traverse_util import flatten_dict
 
-from condiff_jax.models.kl import SIZES, AutoencoderKL, Size, mean_and_std
+from benchmarks import parity
+from condiff_jax.convert import published
+from condiff_jax.convert.layout import to_torch
+from condiff_jax.models.kl import SIZES, AutoencoderKL, mean_and_std
 
-SMALL = Size((8, 16), latent=3)
-
-# Compiling takes all the time here: ask for less of it, and share programs between tests.
-CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = partial(jax.jit, compiler_options=CHEAP)
+SMALL = parity.KL
 
 
 def pictures(height, width, seed=0, channels=3):
@@ -44,105 +41,9 @@ def build(size=SMALL, **settings):
     return model, random_like(shapes)
 
 
-@partial(jit, static_argnums=(0, 1))
+@partial(parity.jit, static_argnums=(0, 1))
 def run(model, method, params, x):
     return model.apply({"params": params}, x, method=method)
-
-
-# ---------------------------------------------------------------------------------------------
-# Parity with diffusers: (ours, theirs); every module has a kernel or scale, and a bias.
-
-OUTSIDE = (
-    ("quant_conv", "quant_conv"),
-    ("post_quant_conv", "post_quant_conv"),
-    ("encoder/conv_in", "encoder.conv_in"),
-    ("encoder/norm_out", "encoder.conv_norm_out"),
-    ("encoder/conv_out", "encoder.conv_out"),
-    ("decoder/conv_in", "decoder.conv_in"),
-    ("decoder/norm_out", "decoder.conv_norm_out"),
-    ("decoder/conv_out", "decoder.conv_out"),
-)
-RESNET = (
-    ("norm1", "norm1"),
-    ("conv1", "conv1"),
-    ("norm2", "norm2"),
-    ("conv2", "conv2"),
-    ("shortcut", "conv_shortcut"),
-)
-ATTENTION = (
-    ("norm", "group_norm"),
-    ("query/linear", "to_q"),
-    ("key/linear", "to_k"),
-    ("value/linear", "to_v"),
-    ("out/linear", "to_out.0"),
-)
-
-
-def table(size):
-    """(ours, theirs) for every module that an autoencoder of this size can have."""
-    pairs, parts = list(OUTSIDE), []
-    for coder in ("encoder", "decoder"):
-        parts.append((f"{coder}/mid", f"{coder}.mid_block"))
-        attention = f"{coder}.mid_block.attentions.0"
-        pairs += [(f"{coder}/mid_attention/{a}", f"{attention}.{b}") for a, b in ATTENTION]
-    for level in range(len(size.channels)):
-        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{level}"
-        parts += [(f"encoder/down_{level}", down), (f"decoder/up_{level}", up)]
-        pairs.append((f"encoder/down_{level}_downsample", f"{down}.downsamplers.0.conv"))
-        pairs.append((f"decoder/up_{level}_upsample", f"{up}.upsamplers.0.conv"))
-    for ours, theirs in parts:
-        for i in range(size.resnets + 1):
-            pairs += [(f"{ours}_resnet_{i}/{a}", f"{theirs}.resnets.{i}.{b}") for a, b in RESNET]
-    return pairs
-
-
-def to_torch(module, array):
-    """A kernel or scale in PyTorch's layout."""
-    if array.ndim == 4:
-        return array.transpose(3, 2, 0, 1)
-    if array.ndim == 3:  # (in, heads, head size), or for "out" (heads, head size, out)
-        merge = module.endswith("out/linear")
-        array = array.reshape(-1, array.shape[-1]) if merge else array.reshape(len(array), -1)
-    return array.T
-
-
-def to_diffusers(params, size):
-    """Our parameters (or gradients) under diffusers' names and in its layouts."""
-    ours = {name: np.asarray(a) for name, a in flatten_dict(params, sep="/").items()}
-    out, moved = {}, set()
-    for module, theirs in table(size):
-        for leaf in ("kernel", "scale", "bias"):
-            name = f"{module}/{leaf}"
-            if name not in ours:
-                continue
-            if leaf == "bias":
-                out[f"{theirs}.bias"] = ours[name].reshape(-1)
-            else:
-                out[f"{theirs}.weight"] = to_torch(module, ours[name])
-            moved.add(name)
-    assert moved == set(ours), f"not in the table: {set(ours) - moved}"
-    return out
-
-
-def diffusers_kl(size):
-    """diffusers' autoencoder of this size."""
-    levels = len(size.channels)
-    return DiffusersKL(
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=size.channels,
-        layers_per_block=size.resnets,
-        latent_channels=size.latent,
-        norm_num_groups=size.groups,
-    )
-
-
-def loaded(params, size=SMALL):
-    """diffusers' autoencoder with our parameters; none of its own is left."""
-    model = diffusers_kl(size)
-    state = {name: torch.tensor(a.copy()) for name, a in to_diffusers(params, size).items()}
-    model.load_state_dict(state)
-    return model
 
 
 def nchw(x):
@@ -162,7 +63,9 @@ def test_agrees_with_diffusers(height, width):
     model, params = build()
     # Small features show the epsilons of the norms that read them.
     params = jax.tree.map(lambda a: 0.05 * a if a.ndim == 4 else a, params)
-    theirs, x = loaded(params), pictures(height, width)
+    theirs = parity.diffusers_kl(8)
+    parity.load(theirs, published.to_published(to_torch(params), published.AUTOENCODER))
+    x = pictures(height, width)
     moments = run(model, "encode", params, x)
     assert moments.shape == (2, height // 2, width // 2, 6)
     assert relative(moments, nhwc(theirs.encode(nchw(x)).latent_dist.parameters)) < 1e-5
@@ -170,25 +73,6 @@ def test_agrees_with_diffusers(height, width):
     images = run(model, "decode", params, latents)
     assert images.shape == x.shape
     assert relative(images, nhwc(theirs.decode(nchw(latents)).sample)) < 1e-5
-
-
-def test_gradients_agree_with_diffusers():
-    model, params = build()
-    theirs, x = loaded(params), pictures(8, 8)
-
-    def loss(params):
-        return ((model.apply({"params": params}, x) - x) ** 2).mean()
-
-    grads = jit(jax.grad(loss))(params)
-    target = nchw(x)
-    decoded = theirs.decode(theirs.encode(target).latent_dist.mode()).sample
-    ((decoded - target) ** 2).mean().backward()
-    expected = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-    largest = max(np.abs(g).max() for g in expected.values())
-    for name, gradient in to_diffusers(grads, SMALL).items():
-        # Biases of keys have no gradient but rounding errors, nor have unused log-variances.
-        bound = max(np.abs(expected[name]).max(), 1e-4 * largest)
-        assert np.abs(gradient - expected[name]).max() < 1e-3 * bound, name
 
 
 def test_mean_and_std_agree_with_diffusers():
@@ -224,9 +108,6 @@ def test_sd_has_the_size_of_stable_diffusion():
     model = AutoencoderKL(SIZES["sd"])
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     count = sum(leaf.size for leaf in jax.tree.leaves(variables))
-    with torch.device("meta"):
-        theirs = diffusers_kl(SIZES["sd"])
-    assert count == sum(p.numel() for p in theirs.parameters())
     assert count == pytest.approx(83.65e6, rel=1e-4)
 
 

@@ -131,7 +131,7 @@ def test_remat_and_unroll_change_nothing(name):
     expected = gradients()
     for settings in ({"remat": "dots"}, {"remat": "block", "unroll": DEPTH}):
         for a, b in zip(gradients(**settings), expected, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
+            np.testing.assert_allclose(a, b, atol=3e-5 * max(1, np.abs(b).max()))
 
 
 @pytest.mark.parametrize("name", ["dit_ln", "dit_att", "pixart", "mdtv2"])

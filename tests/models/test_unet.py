@@ -7,22 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from benchmarks import parity
 from condiff_jax import flops
 from condiff_jax.conditioning.cond import Cond, Control, Text
 from condiff_jax.conditioning.control import Weighting
+from condiff_jax.convert import published
+from condiff_jax.convert.layout import to_torch
 from condiff_jax.models.unet import SIZES, Size, UNet
 
 CHANNELS, TOKENS, CONTEXT, CLASSES = 3, 5, 12, 5
 T = np.array([3, 700], np.int32)
-# Both kinds of layout: attention everywhere but at the deepest or at the first level, a fixed
-# number or a fixed size of heads. The second also has two resnets a level.
-LAYOUTS = {
-    "text": Size((16, 32), (True, False), CONTEXT, heads=2, resnets=1),
-    "class": Size((16, 32), (False, True), CONTEXT, head_size=8),
-}
 SMALL = Size((8,), (True,), CONTEXT, heads=2, resnets=1)
 LEAST = Size((8,), (False,), CONTEXT, heads=2, resnets=1)  # only the middle attends
 
@@ -69,17 +65,12 @@ def random_like(shapes, seed=0):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-# Compiling takes all the time here: ask for less of it, and share programs between tests.
-CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-jit = partial(jax.jit, compiler_options=CHEAP)
-
-
-@partial(jit, static_argnums=0)
+@partial(parity.jit, static_argnums=0)
 def forward(model, params, x, t, cond):
     return model.apply({"params": params}, x, t, cond)
 
 
-@partial(jit, static_argnums=0)
+@partial(parity.jit, static_argnums=0)
 def gradients(model, params, x, cond, target):
     """Prediction, and the gradient of its mean squared error."""
 
@@ -109,124 +100,7 @@ def scaled(params, pattern, factor):
 
 
 # ---------------------------------------------------------------------------------------------
-# Parity with diffusers: (ours, theirs); every module has a kernel or scale, and maybe a bias.
-
-OUTSIDE = (
-    ("conv_in", "conv_in"),
-    ("timestep/fc1", "time_embedding.linear_1"),
-    ("timestep/fc2", "time_embedding.linear_2"),
-    ("norm_out", "conv_norm_out"),
-    ("conv_out", "conv_out"),
-)
-RESNET = (
-    ("norm1", "norm1"),
-    ("conv1", "conv1"),
-    ("time", "time_emb_proj"),
-    ("norm2", "norm2"),
-    ("conv2", "conv2"),
-    ("shortcut", "conv_shortcut"),
-)
-TRANSFORMER = (
-    ("norm", "norm"),
-    ("proj_in", "proj_in"),
-    ("self_norm", "transformer_blocks.0.norm1"),
-    ("self_attention/query/linear", "transformer_blocks.0.attn1.to_q"),
-    ("self_attention/key/linear", "transformer_blocks.0.attn1.to_k"),
-    ("self_attention/value/linear", "transformer_blocks.0.attn1.to_v"),
-    ("self_attention/out/linear", "transformer_blocks.0.attn1.to_out.0"),
-    ("cross_norm", "transformer_blocks.0.norm2"),
-    ("cross_attention/query/linear", "transformer_blocks.0.attn2.to_q"),
-    ("cross_attention/key/linear", "transformer_blocks.0.attn2.to_k"),
-    ("cross_attention/value/linear", "transformer_blocks.0.attn2.to_v"),
-    ("cross_attention/out/linear", "transformer_blocks.0.attn2.to_out.0"),
-    ("mlp_norm", "transformer_blocks.0.norm3"),
-    ("mlp/fc1", "transformer_blocks.0.ff.net.0.proj"),
-    ("mlp/fc2", "transformer_blocks.0.ff.net.2"),
-    ("proj_out", "proj_out"),
-)
-
-
-def table(size):
-    """(ours, theirs) for every module that a UNet of this size can have."""
-    pairs, parts = list(OUTSIDE), [("mid", "mid_block")]
-    for level in range(len(size.channels)):
-        down, up = f"down_blocks.{level}", f"up_blocks.{level}"
-        parts += [(f"down_{level}", down), (f"up_{level}", up)]
-        pairs.append((f"down_{level}_downsample", f"{down}.downsamplers.0.conv"))
-        pairs.append((f"up_{level}_upsample", f"{up}.upsamplers.0.conv"))
-    for ours, theirs in parts:
-        for i in range(max(size.resnets + 1, 2)):
-            pairs += [(f"{ours}_resnet_{i}/{a}", f"{theirs}.resnets.{i}.{b}") for a, b in RESNET]
-            pairs += [
-                (f"{ours}_attention_{i}/{a}", f"{theirs}.attentions.{i}.{b}")
-                for a, b in TRANSFORMER
-            ]
-    return pairs
-
-
-def to_torch(module, array):
-    """A kernel or scale in PyTorch's layout."""
-    if array.ndim == 4:
-        return array.transpose(3, 2, 0, 1)
-    if array.ndim == 3:  # (in, heads, head size), or for "out" (heads, head size, out)
-        merge = module.endswith("out/linear")
-        array = array.reshape(-1, array.shape[-1]) if merge else array.reshape(len(array), -1)
-    return array.T
-
-
-def to_diffusers(params, size):
-    """Our parameters (or gradients) under diffusers' names and in its layouts."""
-    ours = {name: np.asarray(a) for name, a in flatten_dict(params, sep="/").items()}
-    ours.pop("class_embed/embedding", None)
-    out, moved = {}, set()
-    for module, theirs in table(size):
-        for leaf in ("kernel", "scale", "bias"):
-            name = f"{module}/{leaf}"
-            if name in ours:
-                suffix = "bias" if leaf == "bias" else "weight"
-                out[f"{theirs}.{suffix}"] = to_torch(module, ours[name])
-                moved.add(name)
-    assert moved == set(ours), f"not in the table: {set(ours) - moved}"
-    return out
-
-
-def diffusers_unet(params, size):
-    """diffusers' model with our parameters; none of its own is left."""
-    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in size.attention]
-    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in size.attention[::-1]]
-    model = UNet2DConditionModel(
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        block_out_channels=size.channels,
-        layers_per_block=size.resnets,
-        norm_num_groups=size.groups,
-        cross_attention_dim=CONTEXT,
-        attention_head_dim=tuple(map(size.heads_at, size.channels)),  # the NUMBER of heads
-        down_block_types=down,
-        up_block_types=up,
-    )
-    state = {name: torch.tensor(a.copy()) for name, a in to_diffusers(params, size).items()}
-    model.load_state_dict(state)
-    return model
-
-
-def relative(a, b):
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-def context(params, cond):
-    """What diffusers' cross-attention is given: the text, or the class token (B, T, C)."""
-    tokens = cond.semantics.tokens if isinstance(cond.semantics, Text) else None
-    if tokens is None:
-        tokens = params["class_embed"]["embedding"][cond.semantics][:, None]
-    return torch.tensor(np.array(tokens), requires_grad=True)
-
-
-def diffusers_forward(model, x, tokens):
-    """Its prediction (B, H, W, C)."""
-    x = torch.from_numpy(x).permute(0, 3, 1, 2)
-    return model(x, torch.tensor(T).long(), tokens).sample.permute(0, 2, 3, 1)
-
+# Parity with diffusers beyond test_parity: where features are small
 
 # What norms read comes from these.
 WRITERS = (
@@ -234,41 +108,17 @@ WRITERS = (
 )  # fmt: skip
 
 
-def layout(name):
-    """(model, parameters, condition) of a model that diffusers knows."""
-    classes = CLASSES if name == "class" else None
-    model, params = build(classes, controlled=False, size=LAYOUTS[name], qk_norm=False)
-    return model, params, condition(classes, controlled=False)
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_outputs_agree_with_diffusers(name):
-    model, params, cond = layout(name)
-    for pattern in WRITERS:  # small features show the epsilons of the norms that read them
+def test_small_features_show_the_epsilons_of_the_norms_that_read_them():
+    model, params = build(controlled=False, size=parity.UNETS["text"], qk_norm=False)
+    for pattern in WRITERS:
         params = scaled(params, pattern, 0.05)
-    x = noise(8, 8)  # the gradients' test has 4 x 8
-    theirs = diffusers_forward(diffusers_unet(params, model.size), x, context(params, cond))
-    assert relative(forward(model, params, x, T, cond), theirs.detach().numpy()) < 1e-5
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_gradients_agree_with_diffusers(name):
-    model, params, cond = layout(name)
-    x, target = noise(), noise(seed=6)
-    eps, grads = gradients(model, params, x, cond, target)
-    unet, tokens = diffusers_unet(params, model.size), context(params, cond)
-    theirs = diffusers_forward(unet, x, tokens)
-    assert relative(eps, theirs.detach().numpy()) < 1e-5
-    ((theirs - torch.from_numpy(target)) ** 2).mean().backward()
-    expected = {name: p.grad.numpy() for name, p in unet.named_parameters()}
-    largest = max(np.abs(g).max() for g in expected.values())
-    for key, gradient in to_diffusers(grads, model.size).items():
-        # Softmax over one class token has no gradient but rounding errors.
-        bound = max(np.abs(expected[key]).max(), 1e-4 * largest)
-        assert np.abs(gradient - expected[key]).max() < 1e-3 * bound, key
-    if name == "class":
-        rows = grads["class_embed"]["embedding"][cond.semantics]
-        assert relative(rows, tokens.grad[:, 0].numpy()) < 1e-3
+    x, cond = noise(8, 8), condition(controlled=False)
+    theirs = parity.diffusers_unet(8, model.size)
+    parity.load(theirs, published.to_published(to_torch(params), published.UNET))
+    args = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(T).long(), cond
+    expected = parity.call_unet(theirs, *args).permute(0, 2, 3, 1).detach().numpy()
+    error = np.abs(forward(model, params, x, T, cond) - expected).max()
+    assert error < 1e-5 * np.abs(expected).max()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,7 +127,9 @@ def test_gradients_agree_with_diffusers(name):
 
 def test_output_is_zero_at_the_start():
     model = UNet(LEAST, CLASSES, Weighting())
-    out, variables = jit(model.init_with_output)(jax.random.key(0), noise(), T, condition(CLASSES))
+    out, variables = parity.jit(model.init_with_output)(
+        jax.random.key(0), noise(), T, condition(CLASSES)
+    )
     np.testing.assert_array_equal(out, np.zeros((2, 4, 8, CHANNELS)))
     for name, value in flatten_dict(variables["params"], sep="/").items():
         # Each residual branch and the last convolution end in zeros.
@@ -399,7 +251,7 @@ def test_bf16_is_close_to_f32():
 # Published sizes, and Table A1
 
 
-def published(name, semantics, classes=None):
+def published_size(name, semantics, classes=None):
     """(model, shapes of its variables, arguments for a 32 x 32 x 4 latent) without control."""
     model = UNet(SIZES[name], classes, qk_norm=False)
     args = jnp.zeros((1, 32, 32, 4)), jnp.zeros((1,), jnp.int32), Cond.of(semantics)
@@ -411,13 +263,13 @@ def parameters(variables):
 
 
 def test_class_model_has_the_size_of_ldm_4():
-    _, variables, _ = published("class", jnp.zeros((1,), jnp.int32), classes=1000)
+    _, variables, _ = published_size("class", jnp.zeros((1,), jnp.int32), classes=1000)
     assert parameters(variables) - 1001 * 512 == pytest.approx(400.92e6, rel=1e-4)
 
 
 def test_text_model_has_the_size_of_stable_diffusion():
     text = Text(jnp.zeros((1, 77, 768)), jnp.ones((1, 77), bool), jnp.zeros((1, 768)))
-    model, variables, args = published("text", text)
+    model, variables, args = published_size("text", text)
     assert parameters(variables) == pytest.approx(859.52e6, rel=1e-4)
     # Table A1 has 189.78 GFLOP, which includes control and more that it does not name.
     assert flops.count(model.apply, variables, *args) == pytest.approx(189.78e9, rel=0.06)

@@ -66,7 +66,7 @@ def denoiser_config(system: System) -> dict[str, Any]:
     return out
 
 
-def network_config(system: System) -> dict[str, Any]:
+def network_config(system: System, frozen: dict | None) -> dict[str, Any]:
     """network/config.json: every module for `twin.create`, and what sampling needs to know."""
     config, space = system.config, system.autoencoder
     height, width, channels = system.latent_shape
@@ -79,7 +79,7 @@ def network_config(system: System) -> dict[str, Any]:
             "width": config.text_encoder.width,
             "length": config.text_encoder.length,
         }
-    if isinstance(space, Latents):
+    if frozen is not None:
         size = dataclasses.asdict(space.network.size)
         out["autoencoder"] = {"architecture": "kl", "size": size}
     out["settings"] = {
@@ -195,7 +195,7 @@ def _sd3(system: System) -> Diffusers:
         "pos_embed_max_size": system.latent_shape[0] // model.patch,
         "qk_norm": "rms_norm" if model.qk_norm else None,
     }
-    positions = np.asarray(model.positions(np.zeros((1, *system.latent_shape))), np.float32)
+    positions = model.positions(np.zeros((1, *system.latent_shape)))
     rules = published.sd3(model.patch, model.depth)
     extra = {"pos_embed.pos_embed": positions[None]}
     return Diffusers("SD3Transformer2DModel", config, rules, extra)
@@ -238,10 +238,14 @@ def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def export(system: System, params: dict, frozen: dict | None, out: epath.Path) -> list[str]:
-    """Write the folder; returns what to tell. params: model and text encoder."""
+    """Write the folder; returns what to tell.
+
+    params: of the model and the text encoder. frozen: of the autoencoder, None for pixels or to
+    leave it out.
+    """
     tree = {**params, **({"autoencoder": frozen} if frozen is not None else {})}
     network = out / "network"
-    write_json(network / "config.json", network_config(system))
+    write_json(network / "config.json", network_config(system, frozen))
     write_tensors(network / "model.safetensors", to_torch(tree))
     (HERE / "twin.py").copy(network / "twin.py", overwrite=True)
     (HERE / "pipeline.py").copy(out / "pipeline.py", overwrite=True)
@@ -277,6 +281,10 @@ def run(config: Config, workdir: str) -> epath.Path:
     out = folder.path / "export" / f"{step}{'-raw' if config.convert.raw else ''}"
     if jax.process_count() > 1:
         raise ConfigError("mode export runs in one process")
-    messages = export(system, jax.device_get(params), system.load_frozen(), out)
+    bare = isinstance(system.autoencoder, Latents) and not config.autoencoder.path
+    frozen = None if bare else system.load_frozen()
+    messages = export(system, jax.device_get(params), frozen, out)
+    if bare:
+        messages.append("no autoencoder, as autoencoder.path is empty: samples end as latents")
     print(f"Step {step} for PyTorch in {out}\n" + "\n".join(f"  {line}" for line in messages))
     return out

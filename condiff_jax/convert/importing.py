@@ -140,7 +140,7 @@ def check_positions(system: System, tensors: Mapping[str, np.ndarray]) -> list[s
     table = tensors.get("pos_embed")
     if table is None:
         return ["positions not stored; counted 0, 1, 2, ..."]
-    ours = np.asarray(system.model.positions(jnp.zeros((1, *system.latent_shape))))
+    ours = system.model.positions(np.zeros((1, *system.latent_shape)))
     if table[0].shape != ours.shape or np.abs(table[0] - ours).max() > 1e-3:
         raise ValueError(f"pos_embed {table.shape} is not the table of {ours.shape[0]} tokens")
     return ["positions as stored"]

@@ -1023,7 +1023,11 @@ class Network(nn.ModuleDict):
     def decode(self, x: Tensor) -> Tensor:
         """What diffusion ends with, (B, C, H, W), as pictures (B, 3, H, W) near [-1, 1]."""
         x = x / self.settings["scale"] + self.settings["shift"]
-        return self["autoencoder"].decode(x) if "autoencoder" in self else x
+        if "autoencoder" in self:
+            return self["autoencoder"].decode(x)
+        if x.shape[1] != 3:
+            raise ValueError("these are latents, and the export came without an autoencoder")
+        return x
 
 
 def load(folder: str | Path) -> Network:

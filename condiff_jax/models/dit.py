@@ -53,7 +53,7 @@ class DiT(Transformer):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-        tokens = self.patches(x) + self.positions(x)  # (B, N, D)
+        tokens = self.tokens(x)  # (B, N, D)
         emb, context = self.time_and_control(t, cond), None
         if self.cross:
             context = self.condition_tokens(cond)  # (B, T, D)

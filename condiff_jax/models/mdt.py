@@ -101,7 +101,7 @@ class MDT(Transformer):
         self, x: jax.Array, t: jax.Array, cond: Cond, hidden: jax.Array | None = None
     ) -> jax.Array:
         grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
-        table = self.positions(x).astype(jnp.float32)
+        table = jnp.asarray(self.positions(x))
         positions, decoder_positions = (
             self.param(name, lambda _: table).astype(self.dtype)
             for name in ("positions", "decoder_positions")

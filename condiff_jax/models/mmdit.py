@@ -125,7 +125,7 @@ class MMDiT(Transformer):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-        image = self.patches(x) + self.positions(x)  # (B, N, D)
+        image = self.tokens(x)  # (B, N, D)
         context, pooled = self.embed_semantics(cond)  # (B, T, D), (B, D)
         emb = self.time_and_control(t, cond)
         if self.pooled:

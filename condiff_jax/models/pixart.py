@@ -62,7 +62,7 @@ class PixArt(Transformer):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-        tokens = self.patches(x) + self.positions(x)  # (B, N, D)
+        tokens = self.tokens(x)  # (B, N, D)
         context = self.condition_tokens(cond)  # (B, T, D)
         emb = self.time_and_control(t, cond)
         modulation = jnp.stack(Modulation(6, self.dtype, name="shared_modulation")(emb), 1)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from condiff_jax.conditioning.cond import Cond, Text
 from condiff_jax.conditioning.control import ControlEmbed, Weighting
@@ -58,11 +59,14 @@ class Transformer(nn.Module):
         )
         return embed(layers.patchify(x, self.patch))
 
-    def positions(self, x: jax.Array) -> jax.Array:
-        """Sin-cos embedding (N, D) of the positions of x's patches."""
+    def positions(self, x: jax.Array) -> np.ndarray:
+        """Sin-cos embedding (N, D) of the positions of x's patches, f32."""
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
-        table = layers.position_embedding(self.width, rows, columns, self.base_grid, self.position)
-        return jnp.asarray(table, self.dtype)
+        return layers.position_embedding(self.width, rows, columns, self.base_grid, self.position)
+
+    def tokens(self, x: jax.Array) -> jax.Array:
+        """Embedded patches and positions, (B, N, D)."""
+        return self.patches(x) + jnp.asarray(self.positions(x), self.dtype)
 
     def time_and_control(self, t: jax.Array, cond: Cond) -> jax.Array:
         """The timestep embedding plus c_emb of Eq. 1, (B, D)."""

@@ -183,6 +183,28 @@ def test_control_values_are_named(exported):
         pipe(class_labels=3)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_latents_are_decoded_if_the_autoencoder_is_there(whole, tmp_path):
+    latents = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "autoencoder.scale": 0.5}
+    with tiny.few_layers():
+        system, params = create("dit_ln", **latents, **{"autoencoder.shift": 0.1})
+    network = system.autoencoder.network
+    image = jnp.zeros((1, 16, 16, 3))
+    frozen = parity.random_like(jax.eval_shape(network.init, jax.random.key(0), image)["params"])
+    exporting.export(system, params, frozen if whole else None, exporting.epath.Path(tmp_path))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path), trust_remote_code=True)
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    theirs = torch.tensor(x).permute(0, 3, 1, 2)
+    if not whole:
+        with pytest.raises(ValueError, match="without an autoencoder"):
+            pipe.network.decode(theirs)
+        assert pipe(class_labels=1, output_type="latent").images.shape == (1, 4, 4, 4)
+        return
+    pictures = pipe.network.decode(theirs).permute(0, 2, 3, 1).detach().numpy()
+    pictures = np.clip(np.round((pictures + 1) * 127.5), 0, 255)
+    assert np.abs(system.autoencoder.decode(frozen, x) - pictures).max() <= 1
+
+
 def system_control(system, **values):
     """(high, low) as the JAX model hears these values."""
     control = dataclasses.replace(system.config.sampling.control, **values)

@@ -92,7 +92,8 @@ def test_safetensors_come_back_bit_for_bit(name, layout, tmp_path, capsys):
 def test_pickled_weights_come_back_without_running_code(name, layout, tmp_path):
     source = tmp_path / "weights.pt"
     with tiny.few_layers():
-        system = tiny.system(config(name, **{"convert.source": str(source)}))
+        fields = {"convert.source": str(source), "model.dtype": "bfloat16"}
+        system = tiny.system(config(name, **fields))
         params, state = weights(system, layout)
         tensors = {key: torch.tensor(np.array(a)) for key, a in state.items()}
         if name == "dit_ln":

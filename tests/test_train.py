@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.parity import jit, random_like
 from condiff_jax import optim, sharding, state, train
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import ConfigError
 from condiff_jax.data.pipeline import batches, create_source
+from condiff_jax.models import MODELS
 from condiff_jax.workdir import Workdir
 from tests import tiny
 
@@ -241,3 +243,19 @@ def test_too_many_broken_images_stop_the_run():
     meter.add(2, {**good, "broken": np.int32(1)}, 64)
     with pytest.raises(ConfigError, match="11 broken images among 128"):
         meter.read()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("ours", "mmdit")])
+def test_every_architecture_has_a_loss_that_reaches_its_parameters(name):
+    fields = {"model.name": name, "model.size": "tiny/4" if MODELS[name].patched else "tiny"}
+    system = tiny.system(tiny.config(**fields, **{"data.semantics": "class"}))
+    batch, noise = system.example(4), train.draw_noise(jax.random.key(0), system, 4)
+    batch["label"] = np.arange(4, dtype=np.int32)
+    params = random_like(jax.eval_shape(system.init, jax.random.key(1)))
+    loss = jit(jax.value_and_grad(lambda p: train.loss_fn(p, batch, noise, system=system)))
+    value, grads = loss(params)
+    assert np.isfinite(value)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        # A softmax over one class token has no gradient.
+        token = "cross" in sharding.path_name(path) and ("query" in str(path) or "key" in str(path))
+        assert np.isfinite(grad).all() and (token or np.any(grad)), path

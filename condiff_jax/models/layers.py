@@ -107,15 +107,19 @@ class TimestepEmbed(nn.Module):
 
 
 class HeadProjection(nn.Module):
-    """Linear (B, T, D) -> (B, T, heads, D / heads): the layout attention wants, no transpose."""
+    """Linear (B, T, C) -> (B, T, heads, width / heads): the layout attention wants, no transpose.
+
+    width: C if not given.
+    """
 
     heads: int
     use_bias: bool = True
     dtype: Any = jnp.float32
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        features = (self.heads, x.shape[-1] // self.heads)
+        features = (self.heads, (self.width or x.shape[-1]) // self.heads)
         return nn.DenseGeneral(
             features, use_bias=self.use_bias, kernel_init=xavier, dtype=self.dtype, name="linear"
         )(x)
@@ -144,20 +148,21 @@ def rms_norm(enabled: bool, name: str):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, T, D) to itself, or to a context (B, S, D)."""
+    """Multi-head attention of x (B, T, D) to itself, or to a context (B, S, C)."""
 
     heads: int
     qk_norm: bool = False
     backend: str = "xla"
     dtype: Any = jnp.float32
     out_init: Callable = xavier
+    use_bias: bool = True  # of queries, keys and values
 
     @nn.compact
     def __call__(
         self, x: jax.Array, context: jax.Array | None = None, bias: jax.Array | None = None
     ) -> jax.Array:
         context = x if context is None else context
-        project = partial(HeadProjection, self.heads, dtype=self.dtype)
+        project = partial(HeadProjection, self.heads, self.use_bias, self.dtype, width=x.shape[-1])
         q = rms_norm(self.qk_norm, "query_norm")(project(name="query")(x))
         k = rms_norm(self.qk_norm, "key_norm")(project(name="key")(context))
         v = project(name="value")(context)

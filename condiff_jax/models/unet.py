@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.control import ControlEmbed, Weighting, sinusoid
 from condiff_jax.models import layers
-from condiff_jax.models.layers import HeadMerge
+from condiff_jax.models.layers import Attention
 
 REMAT = {"none": lambda block: block, "block": nn.remat}  # blocks differ: no scan, no policy
 
@@ -96,37 +96,6 @@ class ResNetBlock(nn.Module):
         return x + y
 
 
-class Projection(nn.Module):
-    """Linear (B, T, C) -> (B, T, heads, head size) without bias, whatever C is."""
-
-    features: tuple[int, int]
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.DenseGeneral(
-            self.features, use_bias=False, kernel_init=layers.xavier, dtype=self.dtype,
-            name="linear",
-        )(x)  # fmt: skip
-
-
-class Attention(nn.Module):
-    """Queries of x (B, N, D), keys and values of context (B, T, C) -> (B, N, D)."""
-
-    heads: int
-    qk_norm: bool
-    backend: str
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        project = partial(Projection, (self.heads, x.shape[-1] // self.heads), self.dtype)
-        q = layers.rms_norm(self.qk_norm, "query_norm")(project(name="query")(x))
-        k = layers.rms_norm(self.qk_norm, "key_norm")(project(name="key")(context))
-        v = project(name="value")(context)
-        return HeadMerge(self.dtype, name="out")(layers.attention(q, k, v, self.backend))
-
-
 class GatedMlp(nn.Module):
     """Linear-GEGLU-Linear with a hidden width of 4 D: (B, T, D) -> (B, T, D)."""
 
@@ -157,11 +126,13 @@ class TransformerBlock(nn.Module):
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         b, h, w, width = x.shape
         conv = partial(nn.Conv, width, (1, 1), dtype=self.dtype)
-        attention = partial(Attention, self.heads, backend=self.backend, dtype=self.dtype)
+        attention = partial(
+            Attention, self.heads, backend=self.backend, dtype=self.dtype, use_bias=False
+        )
         z = conv(name="proj_in")(group_norm(self.groups, 1e-6, "norm")(x))
         z = z.reshape(b, h * w, width)
         y = layer_norm("self_norm")(z)
-        z = z + attention(qk_norm=False, name="self_attention")(y, y)
+        z = z + attention(qk_norm=False, name="self_attention")(y)
         y = layer_norm("cross_norm")(z)
         z = z + attention(qk_norm=self.qk_norm, name="cross_attention")(y, context)
         z = z + GatedMlp(self.dtype, name="mlp")(layer_norm("mlp_norm")(z))

@@ -182,6 +182,24 @@ def test_sources_that_are_not_there_are_named(tmp_path):
             importing.run(config("dit_ln", **{"convert.source": source}), str(tmp_path / "run"))
 
 
+def test_hub_ids_are_fetched_when_asked_for(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        if name != "owner/model":
+            raise OSError("no such repository")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(importing.weights.read("owner/model")["a"], [1, 1])
+    with pytest.raises(FileNotFoundError, match="owner/none is neither a path nor on the hub"):
+        importing.weights.read("owner/none")
+    importing.weights.read(str(tmp_path))
+    assert asked == ["owner/model", "owner/none"]
+
+
 def test_a_run_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="a run here already"):

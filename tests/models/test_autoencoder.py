@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from benchmarks.parity import random_like
 from condiff_jax import sample, train
@@ -76,6 +76,20 @@ def test_training_and_sampling_on_latents(weights, tmp_path):
     loaded = system.load_frozen()
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(parameters()), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_old_names_of_the_attention_are_known(weights, tmp_path):
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(weights / "diffusion_pytorch_model.safetensors")
+    for new, name in old.items():
+        state = {key.replace(f".{new}.", f".{name}."): a for key, a in state.items()}
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in state
+    save_file(state, tmp_path / "x.safetensors")
+    systems = (
+        tiny.system(tiny.config(**LATENT, **{"autoencoder.path": str(place)}))
+        for place in (weights, tmp_path)
+    )
+    jax.tree.map(np.testing.assert_array_equal, *(system.load_frozen() for system in systems))
 
 
 def test_loss_sees_the_latents(weights):

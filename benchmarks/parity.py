@@ -134,10 +134,10 @@ def tensor(a) -> torch.Tensor:
     return torch.tensor(np.array(a))
 
 
-def transformer(module: type, side: int, **settings) -> nn.Module:
+def transformer(module: type, side: int, depth: int = DEPTH, **settings) -> nn.Module:
     """One of our transformers at the size of the comparison."""
     defaults = {"base_grid": side // PATCH, "position": "extrapolate", "classes": None}
-    return module(DEPTH, WIDTH, HEADS, PATCH, **(defaults | settings))
+    return module(depth, WIDTH, HEADS, PATCH, **(defaults | settings))
 
 
 def sizes(side: int) -> dict:
@@ -199,8 +199,8 @@ def sd3(side: int, qk_norm: str | None) -> torch.nn.Module:
 
 
 def mdtv2(side: int) -> torch.nn.Module:
-    """MDTv2 with two decoder blocks, as many as ours has at this depth."""
-    return references.MDTv2(DEPTH, 2, WIDTH, HEADS, PATCH, side // PATCH, CHANNELS, CLASSES)
+    """MDTv2 with two long skips and four decoder blocks."""
+    return references.MDTv2(8, 4, WIDTH, HEADS, PATCH, side // PATCH, CHANNELS, CLASSES)
 
 
 def hidden(side: int) -> dict:
@@ -300,7 +300,7 @@ def call_unet(module, x, t, cond):
 
 CLASS, TEXT_COND = Cond.of(LABELS), Cond.of(text())
 class_dit = partial(transformer, dit.DiT, classes=CLASSES)
-class_mdt = partial(transformer, mdt.MDT, classes=CLASSES)
+class_mdt = partial(transformer, mdt.MDT, classes=CLASSES, depth=8)  # two long skips
 mmdit_full = partial(transformer, mmdit.MMDiT, streams="full", pooled=True)
 CASES = (
     Case(

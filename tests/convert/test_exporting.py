@@ -112,6 +112,27 @@ def test_ten_steps_in_pytorch_are_ours(name, exported):
     assert pictures.images.shape == (2, 16, 16, 3)
 
 
+def test_what_is_left_out_is_as_configured(exported):
+    system, _, out, _ = exported("ours")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    x = torch.randn(1, 3, 16, 16, generator=torch.manual_seed(0))
+    common = {"latents": x, "text_noise": torch.zeros(1, 8, 16), "output_type": "latent"}
+    settings = system.config.sampling
+    explicit = {
+        "guidance_scale": settings.guidance,
+        "control_guidance_scale": settings.control_guidance,
+        "num_inference_steps": settings.steps,
+        "control": {"height": 16, "width": 16, "crop_height": 1.0},
+    }
+    plain = pipe("a ring", **common).images
+    torch.testing.assert_close(plain, pipe("a ring", **common, **explicit).images, rtol=0, atol=0)
+    for name, value in explicit.items():
+        other = {"height": 96} if name == "control" else value + 1
+        changed = pipe("a ring", **common, **(explicit | {name: other})).images
+        assert (changed - plain).abs().max() > 1e-3, name
+
+
 @pytest.mark.parametrize("name", IN_DIFFUSERS)
 def test_diffusers_loads_the_denoiser(name, exported):
     system, params, out, messages = exported(name)

@@ -99,6 +99,13 @@ def test_loss_sees_the_latents(weights):
     assert noise["latent"].shape == (2, 4, 4, 4)
 
 
+@pytest.mark.parametrize("name", ["pixels", "kl"])
+def test_scale_and_shift_come_from_the_config(name):
+    fields = {"autoencoder.name": name, "autoencoder.scale": 0.5, "autoencoder.shift": 0.25}
+    space = tiny.system(tiny.config(**fields, **{"data.resolution": 32})).autoencoder
+    assert (space.scale, space.shift) == (0.5, 0.25)
+
+
 @pytest.mark.parametrize("place, message", [("", "is empty"), ("/no/such", "does not exist")])
 def test_missing_weights_are_named(place, message):
     config = tiny.config(**LATENT, **{"autoencoder.path": place})

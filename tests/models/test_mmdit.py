@@ -391,3 +391,9 @@ def test_parameters_of_the_class_model():
         assert count == pytest.approx(expected, abs=1000)
     plain = parameters(label, streams="shared", classes=1000, qk_norm=False)
     assert count - plain == 28 * 2 * 72
+
+
+def test_pooled_text_of_another_width_is_refused_unless_streams_are_full():
+    with pytest.raises(ValueError, match="pooled text has 10 channels, its tokens 12"):
+        build(Cond.of(text()), pooled=True)
+    build(Cond.of(text()), pooled=True, streams="full")

@@ -302,6 +302,15 @@ CLASS, TEXT_COND = Cond.of(LABELS), Cond.of(text())
 class_dit = partial(transformer, dit.DiT, classes=CLASSES)
 class_mdt = partial(transformer, mdt.MDT, classes=CLASSES, depth=8)  # two long skips
 mmdit_full = partial(transformer, mmdit.MMDiT, streams="full", pooled=True)
+MDTV2 = Case(
+    "mdtv2",
+    "sail-sg/MDT layout",
+    class_mdt,
+    CLASS,
+    published.mdtv2(PATCH),
+    mdtv2,
+    call_mdtv2,
+)
 CASES = (
     Case(
         "unet, text",
@@ -375,25 +384,8 @@ CASES = (
         partial(sd3, qk_norm="rms_norm"),
         call_sd3,
     ),
-    Case(
-        "mdtv2",
-        "sail-sg/MDT layout",
-        class_mdt,
-        CLASS,
-        published.mdtv2(PATCH),
-        mdtv2,
-        call_mdtv2,
-    ),
-    Case(
-        "mdtv2, masked",
-        "sail-sg/MDT layout",
-        class_mdt,
-        CLASS,
-        published.mdtv2(PATCH),
-        mdtv2,
-        call_mdtv2,
-        hidden,
-    ),
+    MDTV2,
+    dataclasses.replace(MDTV2, name="mdtv2, masked", inputs=hidden),
 )
 
 

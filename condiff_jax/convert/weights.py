@@ -27,17 +27,26 @@ def locate(source: str) -> epath.Path:
         raise FileNotFoundError(f"{source} does not exist")
     from huggingface_hub import snapshot_download
 
-    try:
-        return epath.Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:
-        raise FileNotFoundError(f"{source} is neither a path nor on the hub: {error}") from error
+    for endings in (".safetensors",), PICKLED:  # no more than is needed
+        try:
+            folder = snapshot_download(source, allow_patterns=[f"*{end}" for end in endings])
+        except (OSError, ValueError) as error:  # what the hub's errors derive from
+            raise FileNotFoundError(
+                f"{source} is neither a path nor on the hub: {error}"
+            ) from error
+        if any(True for end in endings for _ in epath.Path(folder).glob(f"**/*{end}")):
+            break
+    return epath.Path(folder)
 
 
 def weight_files(path: epath.Path) -> list[epath.Path]:
-    """The file itself, or those of a folder: safetensors before others, all shards."""
+    """The file itself, or those of a folder: safetensors before others, all shards.
+
+    A pipeline's parts come before its top, where hubs keep the same model in other layouts.
+    """
     if not path.is_dir():
         return [path]
-    for folder in (path, *(path / part for part in PARTS)):
+    for folder in (*(path / part for part in PARTS), path):
         for ending in (".safetensors", *PICKLED):
             if files := sorted(folder.glob(f"*{ending}")):
                 return files

@@ -198,6 +198,15 @@ def test_hub_ids_are_fetched_when_asked_for(monkeypatch, tmp_path):
         importing.weights.read("owner/none")
     importing.weights.read(str(tmp_path))
     assert asked == ["owner/model", "owner/none"]
+    # Without safetensors the pickled weights are fetched too.
+    (tmp_path / "x.safetensors").unlink()
+    torch.save({"a": torch.zeros(2)}, tmp_path / "x.bin")
+    np.testing.assert_array_equal(importing.weights.read("owner/model")["a"], [0, 0])
+    assert asked[2:] == ["owner/model"] * 2
+    # A pipeline's part comes before another copy of the model at its top.
+    (tmp_path / "unet").mkdir()
+    save_file({"a": np.full(2, 2, np.float32)}, tmp_path / "unet" / "x.safetensors")
+    np.testing.assert_array_equal(importing.weights.read(str(tmp_path))["a"], [2, 2])
 
 
 def test_a_run_is_not_overwritten(tmp_path):

@@ -27,16 +27,25 @@ def locate(source: str) -> epath.Path:
         raise FileNotFoundError(f"{source} does not exist")
     from huggingface_hub import snapshot_download
 
-    for endings in (".safetensors",), PICKLED:  # no more than is needed
+    for endings in (".safetensors",), PICKLED:  # the second only where the first are missing
         try:
             folder = snapshot_download(source, allow_patterns=[f"*{end}" for end in endings])
         except (OSError, ValueError) as error:  # what the hub's errors derive from
             raise FileNotFoundError(
                 f"{source} is neither a path nor on the hub: {error}"
             ) from error
-        if any(True for end in endings for _ in epath.Path(folder).glob(f"**/*{end}")):
+        path = epath.Path(folder)
+        if has_weights(path):
             break
-    return epath.Path(folder)
+    return path
+
+
+def has_weights(path: epath.Path) -> bool:
+    """Whether `weight_files` finds any."""
+    try:
+        return bool(weight_files(path))
+    except FileNotFoundError:
+        return False
 
 
 def weight_files(path: epath.Path) -> list[epath.Path]:

@@ -12,10 +12,14 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from condiff_jax.conditioning.control import GROUPS, KINDS
+from condiff_jax.conditioning.dropout import DROPPINGS
 from condiff_jax.conditioning.text import PADDINGS
 from condiff_jax.data.pipeline import SOURCES
+from condiff_jax.data.shapes import LABELS
 from condiff_jax.diffusion.prediction import PREDICTIONS
 from condiff_jax.diffusion.sampler import SAMPLERS, SPACINGS
+from condiff_jax.diffusion.schedule import SCHEDULES
+from condiff_jax.metrics import METRICS
 from condiff_jax.models import MODELS, kl
 from condiff_jax.models.layers import ATTENTION_BACKENDS
 from condiff_jax.models.mmdit import STREAMS
@@ -42,6 +46,13 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Init:
+    pretrain: Config | None
+    path: str
+    ema: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     name: str
     path: str
@@ -64,11 +75,13 @@ class Conditioning:
     beta_txt: float
     drop_semantics: float
     drop_control: float
+    dropping: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
     timesteps: int
+    schedule: str
     beta_start: float
     beta_end: float
     base_resolution: int
@@ -127,6 +140,7 @@ class Sampling:
     spacing: str
     eta: float
     guidance: float
+    base_resolution: int
     control_guidance: float
     clip: bool
     ema: bool
@@ -137,11 +151,19 @@ class Sampling:
     prompt_file: str
     labels: tuple[int, ...]
     control: ControlValues
+    size: str
+    size_range: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
+    metrics: tuple[str, ...]
     prompts: int
+    samples: int
+    reference: str
+    size_prompts: int
+    sizes: tuple[int, ...]
+    lpips: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +199,7 @@ class Config:
     steps: int
     batch_size: int
     model: Model
+    init: Init
     data: Data
     conditioning: Conditioning
     diffusion: Diffusion
@@ -198,8 +221,19 @@ class Config:
 def create(values: Mapping[str, Any]) -> Config:
     """The validated `Config` of a ConfigDict (or of the mapping in config.json)."""
     config = _build(Config, values, "")
-    _validate(config)
+    for number, stage in enumerate(stages(config)[::-1]):
+        try:
+            _validate(stage)
+        except ConfigError as error:
+            where = "init.pretrain." * number
+            raise ConfigError(str(error).replace("config: ", f"config: {where}", 1)) from None
     return config
+
+
+def stages(config: Config) -> list[Config]:
+    """The stages of an experiment in the order in which they run; the last one is `config`."""
+    earlier = config.init.pretrain
+    return [*(stages(earlier) if earlier else ()), config]
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str):
@@ -213,7 +247,9 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str):
         if key not in values:
             raise ConfigError(f"config: missing field {prefix}{key}")
         value, field = values[key], prefix + key
-        if dataclasses.is_dataclass(hint):
+        if hint == Config | None:
+            out[key] = None if value is None else _build(Config, value, field + ".")
+        elif dataclasses.is_dataclass(hint):
             out[key] = _build(hint, value, field + ".")
         elif getattr(hint, "__origin__", None) is tuple:
             if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -241,8 +277,11 @@ CHOICES = {
     "model.remat": REMAT,
     "data.name": SOURCES,
     "data.semantics": ("text", "class"),
+    "conditioning.control": GROUPS,
     "conditioning.weighting": KINDS,
     "conditioning.padding": PADDINGS,
+    "conditioning.dropping": DROPPINGS,
+    "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": PREDICTIONS,
     "optimizer.name": ("adam", "adamw"),
     "optimizer.schedule": ("constant", "cosine", "rsqrt"),
@@ -251,6 +290,9 @@ CHOICES = {
     "text_encoder.name": ("words",),
     "sampling.sampler": SAMPLERS,
     "sampling.spacing": SPACINGS,
+    "sampling.size": ("fixed", "tied", "untied", "train"),
+    "evaluation.metrics": METRICS,
+    "evaluation.reference": ("train", "train_200k", "validation", "coco"),
 }
 # Bounds, both inclusive; None is open.
 BOUNDS = {
@@ -283,10 +325,13 @@ BOUNDS = {
     "text_encoder.length": (1, None),
     "text_encoder.width": (1, None),
     "sampling.steps": (1, None),
+    "sampling.base_resolution": (0, None),
     "sampling.eta": (0, 1),
     "sampling.batch_size": (1, None),
     "sampling.n": (1, None),
-    "evaluation.prompts": (0, None),
+    "evaluation.prompts": (1, None),
+    "evaluation.samples": (2, None),
+    "evaluation.size_prompts": (1, None),
     "checkpoint.every": (1, None),
     "checkpoint.keep": (1, None),
     "checkpoint.keep_best": (0, None),
@@ -306,11 +351,12 @@ def get(config: Config, field: str) -> Any:
 
 def _validate(config: Config) -> None:
     for field, choices in CHOICES.items():
-        if get(config, field) not in choices:
-            raise ConfigError(
-                f"config: {field}={get(config, field)!r} is unknown; choose from "
-                + ", ".join(choices)
-            )
+        found = get(config, field)
+        for value in found if isinstance(found, tuple) else (found,):
+            if value not in choices:
+                raise ConfigError(
+                    f"config: {field}={value!r} is unknown; choose from {', '.join(choices)}"
+                )
     for field, (low, high) in BOUNDS.items():
         value = get(config, field)
         if (low is not None and not value >= low) or (high is not None and not value <= high):
@@ -344,11 +390,6 @@ def _validate_model(config: Config) -> None:
         raise ConfigError(
             f"config: model.name={model.name} knows classes only; set data.semantics=class"
         )
-    for group in config.conditioning.control:
-        if group not in GROUPS:
-            raise ConfigError(
-                f"config: conditioning.control names {group!r}; choose from {', '.join(GROUPS)}"
-            )
     factor = kl.SIZES[config.autoencoder.size].factor if config.autoencoder.name == "kl" else 1
     multiple = architecture.multiple(model.size)
     for field in ("data.resolution", "model.base_resolution"):
@@ -368,9 +409,19 @@ def _validate_data(config: Config) -> None:
         raise ConfigError(f"config: data.crop must be two fractions in (0, 1], got {data.crop}")
     if len(data.sizes) != 2 or not 8 <= data.sizes[0] <= data.sizes[1]:
         raise ConfigError(f"config: data.sizes must be two sizes from 8 pixels, got {data.sizes}")
-    if config.evaluation.prompts and (data.name != "shapes" or data.semantics != "text"):
+    if data.name == "shapes" and data.semantics == "class" and data.classes not in LABELS:
         raise ConfigError(
-            "config: evaluation.prompts needs data.name=shapes and data.semantics=text; set it to 0"
+            f"config: data.classes={data.classes}, but shapes has "
+            + " or ".join(str(number) for number in LABELS if number)
+        )
+    if config.evaluation.metrics and data.name != "shapes":
+        raise ConfigError("config: evaluation.metrics need data.name=shapes; set them to ()")
+    low_high = config.sampling.size_range
+    if len(low_high) != 2 or not 1 <= low_high[0] <= low_high[1]:
+        raise ConfigError(f"config: sampling.size_range must be two sizes, got {low_high}")
+    if len(config.evaluation.sizes) < 2 or min(config.evaluation.sizes) < 1:
+        raise ConfigError(
+            f"config: evaluation.sizes must be two sizes or more, got {config.evaluation.sizes}"
         )
 
 
@@ -392,22 +443,27 @@ def _validate_training(config: Config) -> None:
 # Fields that may differ between the runs that share a work directory: they change neither the
 # parameters' meaning nor the sequence of training steps.
 FREE = re.compile(
-    r"steps|(sampling|evaluation|checkpoint|log|parallel|convert)\..*"
-    r"|(data|autoencoder)\.path|data\.workers|model\.(attention|remat|unroll)"
+    r"steps|init\.path|(init\.pretrain\.)*((sampling|evaluation|checkpoint|log|parallel|convert)\..*"
+    r"|(data|autoencoder)\.path|data\.workers|model\.(attention|remat|unroll)|init\.path)"
 )
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The fields by dotted name that must agree within one work directory."""
+    free = FREE
+    if config.optimizer.schedule == "cosine":  # its decay ends at the last step
+        free = re.compile(FREE.pattern.removeprefix("steps|"))
+    fields = _flatten(dataclasses.asdict(config))
+    return {field: value for field, value in fields.items() if not free.fullmatch(field)}
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """Lines "field: old -> new" for the fields that must agree within one work directory."""
-    fields = _flatten(dataclasses.asdict(old))
-    others = _flatten(dataclasses.asdict(new))
-    free = FREE
-    if new.optimizer.schedule == "cosine":  # its decay ends at the last step
-        free = re.compile(FREE.pattern.removeprefix("steps|"))
+    before, after = identity(old), identity(new)
     return [
-        f"{field}: {value} -> {others[field]}"
-        for field, value in fields.items()
-        if value != others[field] and not free.fullmatch(field)
+        f"{field}: {before.get(field)} -> {after.get(field)}"
+        for field in {**before, **after}
+        if before.get(field) != after.get(field)
     ]
 
 

@@ -79,7 +79,7 @@ class Reporter:
         """The final grid, the evaluation the config asks for, and where everything is."""
         self.samples(step, params, self.config.sampling.n)
         lines = [f"Finished {step} steps."]
-        if self.config.evaluation.prompts:
+        if "prompt_accuracy" in self.config.evaluation.metrics:
             result = evaluate.prompt_accuracy(self.system, self.sampler, params, step)
             if self.chief:
                 append_json(self.folder.evaluation, result)

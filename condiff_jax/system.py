@@ -20,7 +20,7 @@ from condiff_jax.config import Config, ConfigError
 from condiff_jax.convert import published, weights
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.prediction import predict_epsilon
-from condiff_jax.diffusion.schedule import Schedule, rescale, scaled_linear
+from condiff_jax.diffusion.schedule import SCHEDULES, Schedule, rescale
 from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import Latents, Pixels
 from condiff_jax.models.text_encoder import WordEmbedding, tokenize, word_tokenizer
@@ -134,7 +134,8 @@ class System:
 def create(config: Config, vocabulary: Vocabulary) -> System:
     """Build the modules; nothing is allocated."""
     diffusion = config.diffusion
-    schedule = scaled_linear(diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
+    betas = (diffusion.beta_start, diffusion.beta_end)
+    schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps, *betas)
     if diffusion.base_resolution:
         schedule = rescale(schedule, diffusion.base_resolution, config.data.resolution)
     settings = config.autoencoder

@@ -39,7 +39,7 @@ def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Arra
     settings = system.config.conditioning
     key_t, key_eps, key_drop, key_text, key_hide, key_latent = jax.random.split(key, 6)
     drop_semantics, drop_control = drop_flags(
-        key_drop, batch, settings.drop_semantics, settings.drop_control
+        key_drop, batch, settings.drop_semantics, settings.drop_control, settings.dropping
     )
     # One t from each of B equal parts of 0..T-1, shifted together: every t is uniform, and the
     # batch covers all noise levels, whose losses differ a hundredfold (arXiv:2107.00630, I.1).

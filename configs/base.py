@@ -48,12 +48,21 @@ def get_config() -> ConfigDict:
     )
     model.unroll = 1  # layers per iteration of the scan over layers
 
+    config.init = init = ConfigDict()  # what to start from; nothing: random parameters
+    # The config of an earlier stage: it is trained first, with this one's command and in this one's
+    # work directory (its folder pretrain/) or in init.path, and this one starts from the result.
+    init.pretrain = None
+    init.path = ""  # a work directory to start from, trained already if init.pretrain is None
+    init.ema = True  # start from its averaged parameters
+
     config.data = data = ConfigDict()
     data.name = "shapes"  # shapes (embedded) | webdataset (tar shards in data.path)
     data.path = ""
     data.resolution = 32  # pixels
     data.semantics = "text"  # text | class
-    data.classes = 0  # classes to expect, for class-conditional models; 0: those of the data
+    # Classes to expect, for class-conditional models; 0: those of the data. shapes has 10 (warm or
+    # cool shapes) or, asked for, 30 (colour and shape).
+    data.classes = 0
     data.crop = (0.9, 1.0)  # range of the crop's side, as a fraction of the short side (Fig. 8c)
     data.flip = True  # random horizontal flips
     data.sizes = (24, 96)  # shapes only: range of the originals' short sides, pixels
@@ -68,9 +77,12 @@ def get_config() -> ConfigDict:
     conditioning.beta_txt = 0.02  # Eq. 7; the paper says "small" and gives no value
     conditioning.drop_semantics = 0.1  # probability of dropping semantics, and control with it
     conditioning.drop_control = 0.1  # probability of dropping control alone, otherwise
+    # nested: control is dropped with semantics, as Eq. 2 needs | independent: each by itself
+    conditioning.dropping = "nested"
 
     config.diffusion = diffusion = ConfigDict()
     diffusion.timesteps = 1000
+    diffusion.schedule = "scaled_linear"  # scaled_linear (the paper's) | linear | cosine (no betas)
     diffusion.beta_start = 0.00085
     diffusion.beta_end = 0.012
     diffusion.base_resolution = 0  # Eq. 3: the resolution the schedule is for; 0: this one
@@ -109,6 +121,7 @@ def get_config() -> ConfigDict:
     sampling.spacing = "trailing"  # leading | trailing | linspace
     sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
     sampling.guidance = 1.5  # lambda of Eq. 2
+    sampling.base_resolution = 0  # Eq. 4: the resolution the guidance is for; 0: this one
     sampling.control_guidance = 1.0  # beta of Eq. 2
     sampling.clip = True  # keep the predicted picture in range (pixel space only)
     sampling.ema = True  # sample with the averaged parameters
@@ -127,9 +140,21 @@ def get_config() -> ConfigDict:
     control.aspect = 1.0
     control.height = 0.0  # pixels of the original; 0: data.resolution
     control.width = 0.0
+    # Where height and width come from (Table 2b): fixed: control.height and control.width | tied:
+    # a square, uniform in size_range | untied: each uniform in it | train: the training data's.
+    sampling.size = "fixed"
+    sampling.size_range = (512, 1024)  # pixels
 
     config.evaluation = evaluation = ConfigDict()
-    evaluation.prompts = 0  # prompts to measure prompt accuracy on when done (data shapes); 0: none
+    # What to measure when done: any of prompt_accuracy, frechet_shapes, size_response (data shapes)
+    evaluation.metrics = ()
+    evaluation.prompts = 256  # prompts, or pictures of classes, of prompt_accuracy
+    evaluation.samples = 1024  # pictures that distributions are compared on
+    # Pictures they are compared with: train | train_200k | validation | coco
+    evaluation.reference = "train"
+    evaluation.size_prompts = 16  # prompts, or classes, of size_response
+    evaluation.sizes = (12, 24, 48)  # originals' sizes that size_response asks for, pixels
+    evaluation.lpips = ""  # weights for LPIPS in size_response besides the pixels' distance
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 1000  # steps

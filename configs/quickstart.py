@@ -29,7 +29,7 @@ def get_config(args: str | None = None):
     config.sampling.steps = 20
     config.sampling.guidance = 3.0
     config.sampling.control_guidance = 1.375
-    config.evaluation.prompts = 256
+    config.evaluation.metrics = ("prompt_accuracy",)
     config.checkpoint.every = 3000
     config.log.samples_every = 3000
     return config

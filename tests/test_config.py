@@ -80,9 +80,32 @@ def test_unknown_and_missing_fields_are_errors():
         config_lib.create(values)
 
 
-def test_evaluation_of_prompts_needs_the_detector():
-    with pytest.raises(ConfigError, match=r"evaluation.prompts"):
-        tiny.config(**{"evaluation.prompts": 8, "data.semantics": "class"})
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"evaluation.metrics": ("prompt_accuracy",), "data.name": "webdataset"}, "data.name=shap"),
+        ({"evaluation.metrics": ("fid50k",)}, "evaluation.metrics='fid50k' is unknown"),
+        ({"evaluation.sizes": (64,)}, "evaluation.sizes must be two sizes"),
+        ({"sampling.size": "any"}, "sampling.size='any' is unknown"),
+        ({"sampling.size_range": (64, 32)}, "sampling.size_range must be two sizes"),
+        ({"conditioning.control": ("crop", "colour")}, "conditioning.control='colour' is unknown"),
+        ({"data.semantics": "class", "data.classes": 7}, "data.classes=7, but shapes has 10 or 30"),
+    ],
+)
+def test_bad_choices_are_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.config(**overrides)
+
+
+def test_stages_run_from_the_first_to_the_last_and_are_all_checked():
+    third = tiny.values(**{"init.pretrain": tiny.values(**{"init.pretrain": tiny.values(steps=1)})})
+    third.init.pretrain.steps = 2
+    config = config_lib.create(third)
+    assert [stage.steps for stage in config_lib.stages(config)] == [1, 2, 4]
+    assert config_lib.create(json.loads(config.to_json())) == config
+    third.init.pretrain.init.pretrain.model.name = "sit"
+    with pytest.raises(ConfigError, match=r"^config: init.pretrain.init.pretrain.model.name='sit'"):
+        config_lib.create(third)
 
 
 def test_json_round_trip_is_the_same_config():
@@ -104,5 +127,13 @@ def test_differences_ignore_how_a_run_is_run_and_name_what_it_is():
     assert not config_lib.differences(old, tiny.config(steps=99, **{"sampling.guidance": 9.0}))
     found = config_lib.differences(old, tiny.config(**{"conditioning.alpha": 2.0}))
     assert found == ["conditioning.alpha: 8.0 -> 2.0"]
+    two = tiny.values(**{"init.pretrain": tiny.values()})
+    assert config_lib.differences(old, config_lib.create(two))
+    one = config_lib.create(two)
+    two.init.pretrain.sampling.guidance = 9.0
+    assert not config_lib.differences(one, config_lib.create(two))
+    two.init.pretrain.steps = 99
+    found = config_lib.differences(one, config_lib.create(two))
+    assert found == ["init.pretrain.steps: 4 -> 99"]
     cosine = {"optimizer.schedule": "cosine"}
     assert config_lib.differences(tiny.config(**cosine), tiny.config(steps=99, **cosine))

@@ -56,7 +56,7 @@ def test_summary_ends_with_one_json_line():
         (["--workdir=RUN", "--mode=sample"], "no run here"),
         (
             ["--workdir=RUN", "--config.data.name=webdataset", "--config.data.path=/no/such"]
-            + ["--config.evaluation.prompts=0"],
+            + ["--config.evaluation.metrics=()"],
             "data.path: ",
         ),
     ],

@@ -35,7 +35,6 @@ def create(name="ours", streams="auto", semantics="text", **overrides):
         "model.streams": streams,
         "data.semantics": semantics,
         "conditioning.control": ("crop", "flip", "aspect", "size"),
-        "evaluation.prompts": 0,
     }
     values.update_from_flattened_dict(overrides)
     return system.create(config_lib.create(values), VOCABULARY)

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import jax
 
+DROPPINGS = ("nested", "independent")
+
 
 def drop_flags(
-    key: jax.Array, batch: int, semantics: float = 0.1, control: float = 0.1
+    key: jax.Array,
+    batch: int,
+    semantics: float = 0.1,
+    control: float = 0.1,
+    dropping: str = "nested",
 ) -> tuple[jax.Array, jax.Array]:
     """(drop_semantics, drop_control), each (B,) bool.
 
-    Semantics is dropped with probability `semantics`, and control with it: that trains
+    nested: semantics is dropped with probability `semantics`, and control with it: that trains
     eps(0, 0). Otherwise control alone is dropped with probability `control`: eps(0, s).
+    independent: each is dropped or not whatever the other is; eps(0, 0) is rare then, and eps(c, 0)
+    is trained, which Eq. 2 does not use. ValueError for another `dropping`.
     """
+    if dropping not in DROPPINGS:
+        raise ValueError(f"unknown dropping {dropping!r}, choose from {', '.join(DROPPINGS)}")
     key_semantics, key_control = jax.random.split(key)
     drop_semantics = jax.random.bernoulli(key_semantics, semantics, (batch,))
     drop_control = jax.random.bernoulli(key_control, control, (batch,))
-    return drop_semantics, drop_semantics | drop_control
+    if dropping == "nested":
+        drop_control = drop_semantics | drop_control
+    return drop_semantics, drop_control

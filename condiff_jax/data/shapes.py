@@ -23,6 +23,8 @@ TEXTURES = ("plain", "striped", "checked", "dotted", "grainy")
 SPLITS = ("train", "validation")
 WARM = ("red", "yellow", "purple")
 CLASSES = tuple(f"{heat} {shape}" for heat in ("warm", "cool") for shape in SHAPES)
+FINE_CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+LABELS = {0: CLASSES, len(CLASSES): CLASSES, len(FINE_CLASSES): FINE_CLASSES}  # by how many
 
 TEMPLATES = {  # what each kind of scene may say; every template names colour and shape
     "placed": (
@@ -108,7 +110,6 @@ class Scene:
     width: int
     caption: str
     mentions: frozenset[str]  # attributes of the main object which the caption states
-    label: int  # index into CLASSES
 
 
 def held_out(colour: str, shape: str, position: str) -> bool:
@@ -158,6 +159,14 @@ SECOND = {  # objects which may join a main object of another colour
 }
 GRAIN = _grain()
 GRAIN_CELLS = 96  # per short side: as fine as the largest native pixels
+
+
+def label(colour: str, shape: str, classes: int = 0) -> int:
+    """Index into LABELS[classes] of a main object's class; KeyError for a number it lacks."""
+    names = LABELS[classes]
+    if names is FINE_CLASSES:
+        return names.index(f"{colour} {shape}")
+    return names.index(f"{'warm' if colour in WARM else 'cool'} {shape}")
 
 
 class _Dice:
@@ -259,7 +268,6 @@ def make_scene(split: str, index: int, sizes: tuple[int, int] = (24, 96)) -> Sce
         width=width,
         caption=_caption(template, objects, relation, background),
         mentions=MENTIONS[template],
-        label=SHAPES.index(main[1]) + len(SHAPES) * (main[0] not in WARM),
     )
 
 
@@ -338,11 +346,9 @@ def render(scene: Scene, height: int | None = None, width: int | None = None) ->
 class Shapes:
     """Random access to the scenes of a split as records of image, caption and label."""
 
-    classes = CLASSES
-
-    def __init__(self, split: str = "train", sizes: tuple[int, int] = (24, 96)):
+    def __init__(self, split: str = "train", sizes: tuple[int, int] = (24, 96), classes: int = 0):
         make_scene(split, 0, sizes)  # bad arguments fail here, not in a worker
-        self.split, self.sizes = split, sizes
+        self.split, self.sizes, self.classes = split, sizes, LABELS[classes]
 
     def __len__(self) -> int:
         return 2**31 - 1 if self.split == "train" else 10_000
@@ -352,7 +358,9 @@ class Shapes:
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} is outside 0..{len(self) - 1}")
         scene = make_scene(self.split, index, self.sizes)
-        return {"image": render(scene), "caption": scene.caption, "label": np.int32(scene.label)}
+        main = scene.objects[0]
+        number = label(main.colour, main.shape, len(self.classes))
+        return {"image": render(scene), "caption": scene.caption, "label": np.int32(number)}
 
     def vocabulary(self) -> tuple[str, ...]:
         """All words of captions and class names, sorted."""

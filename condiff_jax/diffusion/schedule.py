@@ -38,6 +38,22 @@ def scaled_linear(
     return Schedule(np.cumprod(1 - beta))
 
 
+def linear(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+    """DDPM's schedule (arXiv:2006.11239, Sec. 4): beta_t is linear in t."""
+    return Schedule(np.cumprod(1 - np.linspace(beta_start, beta_end, timesteps)))
+
+
+def cosine(timesteps: int = 1000, *_) -> Schedule:
+    """The cosine schedule of arXiv:2102.09672 (Eq. 17), beta_t at most 0.999; it has no betas."""
+    u = np.arange(timesteps + 1) / timesteps
+    alpha_bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+    return Schedule(np.cumprod(np.maximum(alpha_bar[1:] / alpha_bar[:-1], 0.001)))
+
+
+# Each takes (timesteps, beta_start, beta_end).
+SCHEDULES = {"scaled_linear": scaled_linear, "linear": linear, "cosine": cosine}
+
+
 def rescale(schedule: Schedule, s: float, s_new: float) -> Schedule:
     """Eq. 3: the schedule at resolution s_new that keeps the uncertainty of each patch at s.
 

@@ -61,7 +61,7 @@ def test_captions_have_2_to_24_plain_words_of_the_vocabulary(scenes, unseen):
     vocabulary = Shapes().vocabulary()
     assert list(vocabulary) == sorted(set(vocabulary))
     used = set(itertools.chain.from_iterable(words))
-    used |= {word for name in Shapes.classes for word in name.split()}
+    used |= {word for name in Shapes().classes for word in name.split()}
     assert used == set(vocabulary)
     assert all(word.isalpha() and word.islower() for word in vocabulary)
 
@@ -80,12 +80,14 @@ def test_captions_state_what_they_mention(scenes):
         assert ("size" in scene.mentions) == (f" {main.size} {main.colour}" in padded)
 
 
-def test_label_is_the_class_of_the_main_object(scenes):
-    assert len(shapes.CLASSES) == 10
-    for scene in scenes:
-        heat, shape = shapes.CLASSES[scene.label].split()
-        assert shape == scene.objects[0].shape
-        assert (heat == "warm") == (scene.objects[0].colour in ("red", "yellow", "purple"))
+def test_label_is_the_class_of_the_main_object():
+    coarse, fine = shapes.Shapes("train"), shapes.Shapes("train", classes=30)
+    assert len(coarse.classes) == 10 and len(fine.classes) == 30
+    for index in range(20):
+        main = shapes.make_scene("train", index).objects[0]
+        heat = "warm" if main.colour in ("red", "yellow", "purple") else "cool"
+        assert coarse.classes[coarse[index]["label"]] == f"{heat} {main.shape}"
+        assert fine.classes[fine[index]["label"]] == f"{main.colour} {main.shape}"
 
 
 def assert_near_uniform(values, names, tolerance=0.25):

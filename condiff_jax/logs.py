@@ -12,7 +12,14 @@ from condiff_jax import evaluate
 from condiff_jax.config import Config
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.grid import caption_grid
-from condiff_jax.sample import Sampler, asked_for, requests, save_png, titles
+from condiff_jax.sample import (
+    Sampler,
+    asked_for,
+    guidance_scale,
+    requests,
+    save_png,
+    titles,
+)
 from condiff_jax.system import System
 from condiff_jax.workdir import Workdir, append_json, forget_after
 
@@ -63,12 +70,14 @@ class Reporter:
     def samples(self, step: int, params: dict, n: int | None = None) -> np.ndarray:
         """samples/STEP.png: a grid of n pictures with what was asked for under each."""
         asked = self.asked[: n or self.config.log.samples]
-        pictures = self.sampler(params, requests(self.system, asked), label="sample grid")
+        request = requests(self.system, asked, seen=self.folder.load_control())
+        pictures = self.sampler(params, request, label="sample grid")
         if self.chief:
             settings = self.config.sampling
+            scale = guidance_scale(settings, self.config.data.resolution)
             title = (
                 f"step {step}, {settings.sampler} {settings.steps} steps, "
-                f"guidance {settings.guidance:g}, control guidance {settings.control_guidance:g}"
+                f"guidance {scale:g}, control guidance {settings.control_guidance:g}"
             )
             grid = caption_grid(pictures, titles(self.system, asked), title=title)
             save_png(self.folder.samples / f"{step}.png", grid)
@@ -76,15 +85,15 @@ class Reporter:
         return pictures
 
     def finish(self, step: int, params: dict) -> None:
-        """The final grid, the evaluation the config asks for, and where everything is."""
+        """The final grid, the evaluation the config asks for, and where everything is.
+
+        params: the averaged ones.
+        """
         self.samples(step, params, self.config.sampling.n)
         lines = [f"Finished {step} steps."]
-        if "prompt_accuracy" in self.config.evaluation.metrics:
-            result = evaluate.prompt_accuracy(self.system, self.sampler, params, step)
-            if self.chief:
-                append_json(self.folder.evaluation, result)
-            rates = ", ".join(f"{name} {value:.1%}" for name, value in result["accuracy"].items())
-            lines.append(f"Prompt accuracy on {result['n']} unseen prompts: {rates}")
+        if self.config.evaluation.metrics:
+            result = evaluate.record_measure(self.sampler, params, step, self.folder, ema=True)
+            lines += evaluate.summary(result)
         if self.chief:
             self.events.close()
             grid = self.folder.samples / f"{step}.png"

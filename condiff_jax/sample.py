@@ -16,7 +16,8 @@ from tqdm import tqdm
 from condiff_jax import sharding
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import Config, ConfigError, Sampling
-from condiff_jax.diffusion.guidance import dual_guidance
+from condiff_jax.data.augment import SCALARS
+from condiff_jax.diffusion.guidance import dual_guidance, scaled_guidance
 from condiff_jax.diffusion.sampler import SAMPLERS, initial_noise
 from condiff_jax.grid import caption_grid
 from condiff_jax.system import System
@@ -24,22 +25,68 @@ from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir
 
 
-def control_values(config: Config, n: int) -> dict[str, np.ndarray]:
-    """The control scalars of config.sampling.control, for n samples: {name: (n,) f32}."""
+def guidance_scale(settings: Sampling, resolution: int) -> float:
+    """lambda of Eq. 2, by Eq. 4 where it is given for another resolution (pixels)."""
+    if not settings.base_resolution:
+        return settings.guidance
+    return scaled_guidance(settings.guidance, resolution / settings.base_resolution)
+
+
+def asked_control(config: Config) -> dict[str, float]:
+    """The control scalars of config.sampling.control; an unset size is that of the pictures."""
     values = dataclasses.asdict(config.sampling.control)
     for side in ("height", "width"):
         values[side] = values[side] or float(config.data.resolution)
-    return {name: np.full((n,), value, np.float32) for name, value in values.items()}
+    return values
+
+
+def control_values(
+    config: Config, n: int, *, first: int = 0, seen: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The control scalars to ask for, of samples first, ..., first + n - 1: {name: (n,) f32}.
+
+    Those of `asked_control`, but for sizes drawn as sampling.size says (Table 2b), sample
+    i's from (sampling.seed, i) alone, and the aspect ratio that follows from them. seen (M, 8): the
+    training images' control metadata (see `Workdir.control`), for sampling.size=train.
+    """
+    settings = config.sampling
+    values = {
+        name: np.full((n,), value, np.float32) for name, value in asked_control(config).items()
+    }
+    if settings.size == "fixed":
+        return values
+    if settings.size == "train" and seen is None:
+        raise ConfigError(
+            "config: sampling.size=train needs the sizes that a training run has kept; use another"
+        )
+    for i in range(n):
+        rng = np.random.default_rng([settings.seed, first + i])
+        if settings.size == "train":
+            row = dict(zip(SCALARS, seen[rng.integers(len(seen))], strict=True))
+            height, width = row["height"], row["width"]
+        else:
+            height, width = rng.uniform(*settings.size_range, 2)
+            width = height if settings.size == "tied" else width
+        values["height"][i], values["width"][i] = height, width
+    return values | {"aspect": values["width"] / values["height"]}
 
 
 def requests(
-    system: System, asked: Sequence[str] | Sequence[int], control: dict | None = None
+    system: System,
+    asked: Sequence[str] | Sequence[int],
+    control: dict | None = None,
+    *,
+    first: int = 0,
+    seen: np.ndarray | None = None,
 ) -> dict:
-    """The batch that asks for these prompts (text models) or classes, each with control values."""
+    """The batch that asks for these prompts (text models) or classes, numbered from `first`.
+
+    control: values instead of `control_values`, to which `first` and `seen` go.
+    """
     n = len(asked)
     batch = system.example(n)
     del batch["image"], batch["broken"]
-    batch["control"] = control or control_values(system.config, n)
+    batch["control"] = control or control_values(system.config, n, first=first, seen=seen)
     if system.text_encoder is None:
         batch["label"] = np.asarray(asked, np.int32)
     else:
@@ -70,7 +117,8 @@ def generate(
         shape = (system.config.text_encoder.length, system.config.text_encoder.width)
         text_noise = jax.vmap(partial(jax.random.normal, shape=shape))(keys[:, 0])
     cond = system.condition(params, batch, text_noise)
-    denoise = dual_guidance(system.denoise(params), settings.guidance, settings.control_guidance)
+    scale = guidance_scale(settings, system.config.data.resolution)
+    denoise = dual_guidance(system.denoise(params), scale, settings.control_guidance)
     x = SAMPLERS[settings.sampler](
         denoise,
         system.schedule,
@@ -175,7 +223,7 @@ def run(config: Config, workdir: str) -> epath.Path:
     )
     frozen = jax.device_put(system.load_frozen(), sharding.replicated(mesh))
     sampler = Sampler(system, mesh, config.sampling, frozen)
-    pictures = sampler(params, requests(system, asked))
+    pictures = sampler(params, requests(system, asked, seen=folder.load_control()))
     out = folder.samples / f"{step}-seed{config.sampling.seed}"
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)

@@ -16,12 +16,12 @@ from absl import logging
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from condiff_jax import flops, optim, sharding, state
+from condiff_jax import flops, optim, sharding, state, transfer
 from condiff_jax.checkpoint import Checkpoints, abstract_state
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.dropout import drop_flags
 from condiff_jax.config import Config, ConfigError
-from condiff_jax.data.pipeline import batches, create_source
+from condiff_jax.data.pipeline import batches, create_source, first_controls
 from condiff_jax.diffusion.loss import denoising_loss
 from condiff_jax.diffusion.prediction import loss_weight
 from condiff_jax.logs import Reporter
@@ -29,7 +29,7 @@ from condiff_jax.models.autoencoder import Latents
 from condiff_jax.models.mdt import MDT, hide
 from condiff_jax.system import System, Vocabulary
 from condiff_jax.system import create as create_system
-from condiff_jax.workdir import Workdir
+from condiff_jax.workdir import Workdir, write
 
 BROKEN_LIMIT = 0.01  # share of broken images that stops a run
 
@@ -248,8 +248,11 @@ def create_vocabulary(config: Config, source) -> Vocabulary:
     return Vocabulary(tuple(source.vocabulary()), ())
 
 
-def run(config: Config, workdir: str) -> None:
-    """Mode `train`: start, resume or notice that all is done; SIGTERM saves and returns."""
+def run(config: Config, workdir: str) -> bool:
+    """Mode `train`: start, resume or notice that all is done; whether it is (SIGTERM saves first).
+
+    An experiment of several stages runs them in order, the first in its folder pretrain/.
+    """
     mesh = sharding.create_mesh(config.parallel.fsdp)
     if config.batch_size % (mesh.size * config.optimizer.accumulate):
         raise ConfigError(
@@ -258,13 +261,13 @@ def run(config: Config, workdir: str) -> None:
         )
     source = open_source(config)
     vocabulary = create_vocabulary(config, source)
+    system = create_system(config, vocabulary)
     folder = Workdir(workdir)
     folder.open(config, vocabulary)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
     if (checkpoints.latest or 0) >= config.steps:
         print(f"Nothing to do: {workdir} has finished its {config.steps} steps.")
-        return
-    system = create_system(config, vocabulary)
+        return True
     encode = system.encode_text if system.text_encoder is not None else None
     data = batches(
         config, source, encode, process=jax.process_index(), processes=jax.process_count()
@@ -272,11 +275,17 @@ def run(config: Config, workdir: str) -> None:
     frozen = jax.device_put(system.load_frozen(), sharding.replicated(mesh))
     init, step = compile_step(system, mesh)
     step_fn = lambda train_state, batch: step(train_state, batch, frozen)  # noqa: E731
-    if checkpoints.latest is None:
-        train_state = init(jax.random.key(config.seed))
-    else:
+    if checkpoints.latest is not None:
         train_state = checkpoints.restore(system, mesh, data)
         logging.info("resumed %s at step %d", workdir, checkpoints.latest)
+    elif config.init.pretrain or config.init.path:
+        train_state = start(system, mesh, folder)
+        if train_state is None:
+            return False
+    else:
+        train_state = init(jax.random.key(config.seed))
+    if folder.load_control() is None:
+        folder.save_control(first_controls(config, source))
     reporter = Reporter(system, mesh, folder, frozen, first=checkpoints.latest or 0)
     try:
         with Interrupt() as interrupt:
@@ -287,8 +296,40 @@ def run(config: Config, workdir: str) -> None:
         checkpoints.close()
     if interrupt.asked and int(train_state.step) < config.steps:
         print(f"Stopped at step {int(train_state.step)}; the same command goes on from there.")
-        return
+        return False
     reporter.finish(int(train_state.step), train_state.ema)
+    return True
+
+
+def start(system: System, mesh: Mesh, folder: Workdir) -> state.State | None:
+    """The state at step 0 from the run that config.init names, with a report of what is kept.
+
+    An earlier stage, init.pretrain, is trained first; None when SIGTERM stopped that.
+    """
+    config, settings = system.config, system.config.init
+    earlier, path = settings.pretrain, settings.path or str(folder.path / "pretrain")
+    if earlier is None:
+        old = transfer.origin(path)
+    else:
+        old = create_system(earlier, create_vocabulary(earlier, open_source(earlier)))
+    moves = transfer.plan(old, system)  # before days of training for nothing
+    if earlier is not None:
+        print(f"First stage: {earlier.steps} steps in {path}")
+        if not run(earlier, path):
+            return None
+    steps = earlier.steps if earlier else None
+    params = transfer.load(path, old, mesh, ema=settings.ema, step=steps)
+    text = transfer.report(moves, transfer.shapes_of(old), transfer.shapes_of(system))
+    print(f"Start from {path}:\n{text}")
+    if jax.process_index() == 0:
+        write(folder.path / "transfer.txt", text + "\n")
+    tx = optim.create(config)
+
+    def create(params: dict, key: jax.Array) -> state.State:
+        return state.create(transfer.move(moves, params, system.init(key)), tx)
+
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(system, mesh))
+    return jax.jit(create, out_shardings=places)(params, jax.random.key(config.seed))
 
 
 def loop(

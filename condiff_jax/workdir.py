@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from condiff_jax import config as config_lib
@@ -15,12 +17,17 @@ from condiff_jax.system import Vocabulary
 
 
 class Workdir:
-    """A run's folder: config.json, vocabulary.json, checkpoints/, metrics.jsonl, samples/."""
+    """A run's folder: config.json, vocabulary.json, checkpoints/, metrics.jsonl, samples/.
+
+    control.npy (M, 8) f32: the control metadata of the first training images, in the order of
+    `SCALARS`, from which sampling.size=train draws.
+    """
 
     def __init__(self, path: str):
         self.path = epath.Path(path)
         self.config = self.path / "config.json"
         self.vocabulary = self.path / "vocabulary.json"
+        self.control = self.path / "control.npy"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluation = self.path / "evaluation.jsonl"
@@ -53,15 +60,28 @@ class Workdir:
                 "use another --workdir or restore the field"
             )
 
+    def save_control(self, control: np.ndarray) -> None:
+        """Keep the control metadata (M, 8) of training images."""
+        if jax.process_index() == 0:
+            with io.BytesIO() as buffer:
+                np.save(buffer, control, allow_pickle=False)
+                write(self.control, buffer.getvalue())
+
+    def load_control(self) -> np.ndarray | None:
+        """What `save_control` kept, None if it did not (an import)."""
+        if not self.control.exists():
+            return None
+        return np.load(io.BytesIO(self.control.read_bytes()), allow_pickle=False)
+
     def load_vocabulary(self) -> Vocabulary:
         """The words and classes of the run in this folder."""
         return Vocabulary.from_json(self.vocabulary.read_text())
 
 
-def write(path: epath.Path, text: str) -> None:
-    """Replace a text file in one step: readers see the old or the new one, never a part."""
+def write(path: epath.Path, content: str | bytes) -> None:
+    """Replace a file in one step: readers see the old or the new one, never a part."""
     temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
 
 

@@ -31,7 +31,7 @@ from condiff_jax.models.mdt import MDT
 from condiff_jax.models.mmdit import MMDiT
 from condiff_jax.models.transformer import Transformer
 from condiff_jax.models.unet import UNet
-from condiff_jax.sample import control_values
+from condiff_jax.sample import asked_control, guidance_scale
 from condiff_jax.system import System
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir
@@ -88,12 +88,12 @@ def network_config(system: System, frozen: dict | None) -> dict[str, Any]:
         "shift": space.shift,
         "classes": list(system.vocabulary.classes),
         "steps": config.sampling.steps,
-        "guidance": config.sampling.guidance,
+        "guidance": guidance_scale(config.sampling, config.data.resolution),
         "control_guidance": config.sampling.control_guidance,
         "high": list(system.control.high),
         "low": list(system.control.low),
         "control_scale": {name: SCALE.get(name, DEFAULT_SCALE) for name in SCALARS},
-        "control": {name: float(a[0]) for name, a in control_values(config, 1).items()},
+        "control": asked_control(config),
     }
     if system.text_encoder is not None:
         out["settings"] |= {

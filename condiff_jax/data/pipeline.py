@@ -58,22 +58,35 @@ class Preprocess(grain.transforms.RandomMap):
         return example
 
 
-def batches(
-    config: Config, source, encode_text=None, *, process: int = 0, processes: int = 1
-) -> grain.DatasetIterator:
-    """Endless local batches of host `process`; its state resumes the stream exactly.
-
-    Shuffling and augmentation depend on (config.seed, position in the global stream) alone, so
-    the stream is the same for any number of hosts: host p takes every processes-th example.
-    """
+def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
+    """The endless stream of examples; number i depends on (config.seed, i) alone."""
     data = config.data
-    dataset = (
+    return (
         grain.MapDataset.source(source)
         .seed(config.seed)
         .shuffle()
         .repeat()
         .random_map(Preprocess(data.resolution, data.crop, data.flip, encode_text))
-    )[process::processes].batch(config.batch_size // processes, drop_remainder=True)
+    )
+
+
+def first_controls(config: Config, source, n: int = 1024) -> np.ndarray:
+    """SCALARS of the first n examples that training sees, (n, 8) f32."""
+    stream = examples(config, source)
+    controls = (stream[i]["control"] for i in range(n))
+    return np.array([[control[name] for name in SCALARS] for control in controls], np.float32)
+
+
+def batches(
+    config: Config, source, encode_text=None, *, process: int = 0, processes: int = 1
+) -> grain.DatasetIterator:
+    """Endless local batches of host `process` of `examples`; its state resumes exactly.
+
+    The stream is the same for any number of hosts: host p takes every processes-th example.
+    """
+    data = config.data
+    dataset = examples(config, source, encode_text)[process::processes]
+    dataset = dataset.batch(config.batch_size // processes, drop_remainder=True)
     threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     dataset = dataset.to_iter_dataset(threads)
     if data.workers:

@@ -62,6 +62,8 @@ def test_seed_prompt_and_control_matter(trained):
     whole = pictures(system, params, PROMPTS[:2])
     assert np.abs(whole - pictures(system, params, PROMPTS[:2], **{"sampling.seed": 1})).max() > 5
     assert np.abs(whole - pictures(system, params, ["red ring", "cross"])).max() > 1
+    doubled = {"sampling.guidance": 1.25, "sampling.base_resolution": 8}  # Eq. 4: 1.5 at 16 pixels
+    assert_same(whole, pictures(system, params, PROMPTS[:2], **doubled))
     request = sample.requests(
         system, PROMPTS[:2], {k: v + 1 for k, v in sample.control_values(system.config, 2).items()}
     )
@@ -77,8 +79,48 @@ def test_control_defaults_to_an_uncropped_picture_of_the_training_resolution():
     }  # fmt: skip
 
 
+def sizes(n=6, seen=None, first=0, **fields):
+    values = sample.control_values(tiny.config(**fields), n, first=first, seen=seen)
+    assert all(a.shape == (n,) and a.dtype == np.float32 for a in values.values())
+    return values["height"], values["width"], values["aspect"]
+
+
+def test_sizes_are_drawn_as_asked_and_depend_on_seed_and_index_alone():
+    fields = {"sampling.size": "untied", "sampling.size_range": (20, 40)}
+    height, width, aspect = sizes(500, **fields)
+    for a in (height, width):
+        assert 20 <= a.min() < 21 and 39 < a.max() <= 40 and abs(a.mean() - 30) < 1.5
+    assert abs(np.corrcoef(height, width)[0, 1]) < 0.15
+    np.testing.assert_allclose(aspect, width / height)
+    np.testing.assert_array_equal(sizes(2, first=3, **fields)[0], height[3:5])
+    assert (sizes(**fields, **{"sampling.seed": 1})[0] != height[:6]).all()
+    height, width, aspect = sizes(**fields | {"sampling.size": "tied"})
+    np.testing.assert_array_equal(height, width)
+    assert len(set(height)) == 6 and (aspect == 1).all()
+
+
+def test_sizes_of_the_training_data_come_in_pairs():
+    seen = np.zeros((3, 8), np.float32)
+    seen[:, -2:] = [[10, 20], [30, 60], [50, 100]]
+    height, width, aspect = sizes(60, seen, **{"sampling.size": "train"})
+    assert set(height) == {10, 30, 50}
+    np.testing.assert_array_equal(width, 2 * height)
+    assert (aspect == 2).all()
+    with pytest.raises(ConfigError, match="sampling.size=train"):
+        sizes(**{"sampling.size": "train"})
+
+
+def test_guidance_grows_with_the_resolution_it_is_not_for():
+    settings = {"sampling.guidance": 1.5}
+    assert sample.guidance_scale(tiny.config(**settings).sampling, 512) == 1.5
+    settings["sampling.base_resolution"] = 256
+    for resolution, scale in ((256, 1.5), (512, 2.0), (1024, 3.0)):
+        assert sample.guidance_scale(tiny.config(**settings).sampling, resolution) == scale
+
+
 def test_mode_sample_writes_what_was_asked(tmp_path, capsys):
-    train.run(tiny.config(steps=2), str(tmp_path))
+    train.run(tiny.config(steps=2, **{"sampling.size": "train"}), str(tmp_path))
+    assert np.load(tmp_path / "control.npy").shape == (1024, 8)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na green ring\n")
     fields = {"sampling.prompt_file": str(prompts), "sampling.n": 3, "sampling.seed": 5}

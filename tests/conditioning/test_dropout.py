@@ -32,6 +32,18 @@ def test_control_goes_with_semantics():
     np.testing.assert_array_equal(semantics, control)
 
 
+def test_independent_dropping_is():
+    semantics, control = flags(0.3, 0.2, "independent")
+    for measured, p in [
+        (semantics.mean(), 0.3),
+        (control.mean(), 0.2),
+        ((semantics & control).mean(), 0.06),
+    ]:
+        assert abs(measured - p) < 4.5 * np.sqrt(p * (1 - p) / N)
+    with pytest.raises(ValueError, match="'both', choose from nested, independent"):
+        drop_flags(jax.random.key(0), 4, 0.1, 0.1, "both")
+
+
 @pytest.mark.parametrize("p_s", [0.0, 1.0])
 @pytest.mark.parametrize("p_c", [0.0, 1.0])
 def test_limits(p_s, p_c):

@@ -6,7 +6,7 @@ import pytest
 
 from condiff_jax.conditioning.control import ControlSpec
 from condiff_jax.data.augment import SCALARS
-from condiff_jax.data.pipeline import batches, create_source
+from condiff_jax.data.pipeline import batches, create_source, first_controls
 from tests import tiny
 
 CONFIG = tiny.config()
@@ -73,6 +73,13 @@ def test_control_scalars_feed_the_spec():
     assert control.high.shape == (16, 5) and control.low.shape == (16, 2)
     np.testing.assert_allclose(control.low[:, 0], batch["control"]["height"])
     assert set(np.unique(control.high[:, 4])) <= {0.0, 1000.0}
+
+
+def test_first_controls_are_those_that_training_sees():
+    data, n = stream(), 24
+    seen = [next(data)["control"] for _ in range(2)]
+    expected = np.stack([np.concatenate([part[k] for part in seen]) for k in SCALARS], 1)[:n]
+    np.testing.assert_array_equal(first_controls(CONFIG, create_source(CONFIG), n), expected)
 
 
 @pytest.mark.parametrize("workers", [1])

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from diffusers import DDPMScheduler
 
-from condiff_jax.diffusion.schedule import Schedule, rescale, scaled_linear
+from condiff_jax.diffusion.schedule import (
+    SCHEDULES,
+    Schedule,
+    cosine,
+    linear,
+    rescale,
+    scaled_linear,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +31,22 @@ def test_scaled_linear_agrees_with_diffusers(settings):
     assert schedule.timesteps == len(expected)
     # diffusers multiplies up to a thousand factors in f32
     np.testing.assert_allclose(schedule.alpha_bar, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("timesteps", [100, 1000])
+def test_linear_and_cosine_agree_with_diffusers(timesteps):
+    betas = {"beta_start": 1e-4, "beta_end": 0.02}
+    for ours, name in ((linear(timesteps), "linear"), (cosine(timesteps), "squaredcos_cap_v2")):
+        theirs = DDPMScheduler(num_train_timesteps=timesteps, beta_schedule=name, **betas)
+        np.testing.assert_allclose(ours.alpha_bar, theirs.alphas_cumprod.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_always_grows(name):
+    schedule = SCHEDULES[name](1000, 0.00085, 0.012)
+    assert schedule.timesteps == 1000
+    assert schedule.alpha_bar.min() > 0 and schedule.alpha_bar.max() < 1
+    assert (np.diff(schedule.alpha_bar) < 0).all()
 
 
 def test_scaled_linear_by_hand():

@@ -53,7 +53,7 @@ def control_values(
     values = {
         name: np.full((n,), value, np.float32) for name, value in asked_control(config).items()
     }
-    if settings.size == "fixed":
+    if settings.size == "fixed" or "size" not in config.conditioning.control:
         return values
     if settings.size == "train" and seen is None:
         raise ConfigError(

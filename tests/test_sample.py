@@ -108,6 +108,8 @@ def test_sizes_of_the_training_data_come_in_pairs():
     assert (aspect == 2).all()
     with pytest.raises(ConfigError, match="sampling.size=train"):
         sizes(**{"sampling.size": "train"})
+    height, _, _ = sizes(**{"sampling.size": "train", "conditioning.control": ("crop",)})
+    assert (height == 16).all()  # nobody hears it
 
 
 def test_guidance_grows_with_the_resolution_it_is_not_for():

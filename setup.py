@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["condiff_jax", "condiff_jax.*"]),
+    package_data={"condiff_jax.metrics": ["*.safetensors"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",

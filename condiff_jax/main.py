@@ -10,16 +10,15 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
-MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "sample", "summary", "import", "export"], "What to do."
-)
+MODES = ["train", "sample", "evaluate", "summary", "import", "export"]
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 
 
 def main(_) -> None:
     """Dispatch to the mode; bad input ends with one line and exit code 2."""
     # Imported here so that bad flags are reported at once, not after loading JAX.
     from condiff_jax import config as config_lib
-    from condiff_jax import sample, summary, train
+    from condiff_jax import evaluate, sample, summary, train
     from condiff_jax.convert import exporting, importing
 
     try:
@@ -28,7 +27,8 @@ def main(_) -> None:
             return summary.run(config)
         if not WORKDIR.value:
             raise config_lib.ConfigError(f"--workdir is missing; mode {MODE.value} needs it")
-        modes = {"import": importing, "export": exporting, "sample": sample, "train": train}
+        modes = {"train": train, "sample": sample, "evaluate": evaluate}
+        modes |= {"import": importing, "export": exporting}
         modes[MODE.value].run(config, WORKDIR.value)
     except (config_lib.ConfigError, FloatingPointError) as error:
         fail(error)

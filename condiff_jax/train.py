@@ -16,7 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from condiff_jax import flops, optim, sharding, state, transfer
+from condiff_jax import evaluate, flops, optim, sharding, state, transfer
 from condiff_jax.checkpoint import Checkpoints, abstract_state
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.dropout import drop_flags
@@ -259,6 +259,7 @@ def run(config: Config, workdir: str) -> bool:
             f"config: batch_size={config.batch_size} must be a multiple of {mesh.size} devices x "
             f"optimizer.accumulate={config.optimizer.accumulate}"
         )
+    evaluate.check(config)
     source = open_source(config)
     vocabulary = create_vocabulary(config, source)
     system = create_system(config, vocabulary)

@@ -49,11 +49,12 @@ def test_summary_ends_with_one_json_line():
         (["--config.modle.name=ours"], "unknown field"),
         (["--config.model.name=sit"], "model.name='sit' is unknown; choose from"),
         (["--config.steps=abc"], "config.steps"),
-        (["--mode=trian"], "train|sample|summary"),
+        (["--mode=trian"], "train|sample|evaluate|summary"),
         (["--confg=x"], "confg"),
         ([], "--workdir is missing"),
         (["--workdir=RUN", "--config.data.resolution=33"], "must be a multiple of 4"),
         (["--workdir=RUN", "--mode=sample"], "no run here"),
+        (["--workdir=RUN", "--mode=evaluate"], "no run here"),
         (
             ["--workdir=RUN", "--config.data.name=webdataset", "--config.data.path=/no/such"]
             + ["--config.evaluation.metrics=()"],
@@ -106,6 +107,8 @@ def test_sigterm_saves_and_the_same_command_finishes(tmp_path):
     assert "Prompt accuracy on 2 unseen prompts" in done.stdout
     assert (tmp_path / "samples" / f"{stopped + 2}.png").exists()
     evaluation = json.loads((tmp_path / "evaluation.jsonl").read_text())
-    assert evaluation["step"] == stopped + 2 and evaluation["n"] == 2
+    assert evaluation["step"] == stopped + 2 and evaluation["evaluation"]["prompts"] == 2
+    measured = run(*arguments, f"--config.steps={stopped + 2}", "--mode=evaluate")
+    assert measured.returncode == 0 and "already measured" in measured.stdout
     again = run(*arguments, f"--config.steps={stopped + 2}")
     assert again.returncode == 0 and "Nothing to do" in again.stdout

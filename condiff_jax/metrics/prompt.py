@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from condiff_jax.data.shapes import COLOURS, POSITIONS, SHAPES
+from condiff_jax.data.shapes import COLOURS, POSITIONS, SHAPES, WARM
 
-ATTRIBUTES = ("colour", "shape", "position", "relation")
+ATTRIBUTES = ("colour", "shape", "position", "relation", "left_right")
 LEAST_CHROMA = 36  # grey levels; weaker tints belong to the background
 LEAST_AREA = 0.012  # share of the picture; smaller blobs are speckle
 WORKING_SIDE = 48  # pictures with twice this short side or more are reduced first
@@ -173,7 +173,11 @@ def _relation_holds(relation: str, main: Detection, other: Detection) -> bool:
 
 
 def _judge(image: np.ndarray, scene) -> dict[str, bool]:
-    """Whether each attribute which the caption mentions is right in the image."""
+    """Whether each attribute which the caption mentions is right in the image.
+
+    left_right, of which a mirrored picture has none: whether the main object is in the half that
+    its position names, and left of or right of the other one as its relation says.
+    """
     wanted = scene.objects[0]
     found = detect(image, max_objects=2)
     if len(scene.objects) == 1:
@@ -189,7 +193,23 @@ def _judge(image: np.ndarray, scene) -> dict[str, bool]:
             and found[0].colour == wanted.colour
             and _relation_holds(scene.relation, *found)
         )
+    sides = []
+    if "position" in scene.mentions and (" " + wanted.position).endswith((" left", " right")):
+        sides.append(bool(found) and (found[0].x < 0.5) == wanted.position.endswith("left"))
+    if "relation" in scene.mentions and scene.relation.endswith(" of"):
+        sides.append(right["relation"])
+    if sides:
+        right["left_right"] = all(sides)
     return right
+
+
+def _check_images(images: np.ndarray, count: int, what: str) -> np.ndarray:
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+    if len(images) != count or not count:
+        raise ValueError(f"need as many images as {what}, got {len(images)} and {count}")
+    return images
 
 
 def prompt_accuracy(images: np.ndarray, scenes: Sequence) -> dict[str, float]:
@@ -199,11 +219,7 @@ def prompt_accuracy(images: np.ndarray, scenes: Sequence) -> dict[str, float]:
     "all". The main object is the detection of its colour, else the largest. ValueError if empty
     or mismatched.
     """
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
-    if len(images) != len(scenes) or not len(scenes):
-        raise ValueError(f"need as many images as scenes, got {len(images)} and {len(scenes)}")
+    images = _check_images(images, len(scenes), "scenes")
     results = [_judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
     accuracy = {}
     for name in ATTRIBUTES:
@@ -212,3 +228,31 @@ def prompt_accuracy(images: np.ndarray, scenes: Sequence) -> dict[str, float]:
             accuracy[name] = float(np.mean(votes))
     accuracy["all"] = float(np.mean([all(result.values()) for result in results]))
     return accuracy
+
+
+def _judge_class(image: np.ndarray, name: str) -> dict[str, bool]:
+    """Whether the shape which fits a class such as "warm circle" or "red circle" best fits it."""
+    wanted, shape = name.split()
+    colours = {"warm": WARM, "cool": [c for c in COLOURS if c not in WARM]}.get(wanted, (wanted,))
+    if shape not in SHAPES or not set(colours) <= set(COLOURS):
+        raise ValueError(f"class {name!r} does not name a colour, warm or cool and a shape")
+    verdicts = [(d.colour in colours, d.shape == shape) for d in detect(image, max_objects=2)]
+    colour, shaped = max(verdicts, key=sum, default=(False, False))
+    return {"colour": colour, "shape": shaped}
+
+
+def class_accuracy(
+    images: np.ndarray, labels: Sequence[int], classes: Sequence[str]
+) -> dict[str, float]:
+    """Share of images (N, H, W, 3) uint8 which show the classes that labels (N,) index.
+
+    Keys: "colour" (or heat, where the classes name that), "shape" and "all". Of two shapes the one
+    that fits better counts: the data's pictures may hold another one. ValueError if empty,
+    mismatched, or for classes not named as in `shapes.LABELS`.
+    """
+    images = _check_images(images, len(labels), "labels")
+    results = [
+        _judge_class(image, classes[label]) for image, label in zip(images, labels, strict=True)
+    ]
+    accuracy = {name: float(np.mean([r[name] for r in results])) for name in ("colour", "shape")}
+    return accuracy | {"all": float(np.mean([all(r.values()) for r in results]))}

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from condiff_jax.data.shapes import COLOURS, POSITIONS, make_scene, prompts, render
-from condiff_jax.metrics.prompt import detect, prompt_accuracy, sharpness
+from condiff_jax.data.shapes import (
+    CLASSES,
+    COLOURS,
+    FINE_CLASSES,
+    POSITIONS,
+    Shapes,
+    label,
+    make_scene,
+    prompts,
+    render,
+)
+from condiff_jax.metrics.prompt import class_accuracy, detect, prompt_accuracy, sharpness
 
 
 def resized(image, side):
@@ -108,12 +118,13 @@ def test_wrong_images_score_near_chance(mixed):
     assert accuracy["shape"] < 2 / 5
     assert accuracy["position"] < 2.5 / len(POSITIONS)
     assert accuracy["relation"] < 0.4 and accuracy["all"] < 0.05
+    assert 0.25 < accuracy["left_right"] < 0.65  # chance is a half, less where relations count
     nothing = prompt_accuracy(np.full_like(images[:20], 128), mixed[:20])
     assert set(nothing.values()) == {0.0}
 
 
 def test_each_wrong_attribute_is_told_apart():
-    scene = next(s for s in prompts(20) if s.objects[0].position != "center")
+    scene = next(s for s in prompts(20) if s.objects[0].position in ("top", "bottom"))
     item = scene.objects[0]
     other = {"circle": "cross"}.get(item.shape, "circle")
     for name, changed in {
@@ -133,6 +144,65 @@ def test_mirrored_relation_is_wrong():
     images = pictures(scenes, 48)
     assert prompt_accuracy(images, scenes)["relation"] == 1
     assert prompt_accuracy(images[:, :, ::-1], scenes)["relation"] == 0
+
+
+def test_mirrored_pictures_are_wrong_on_left_and_right_alone(mixed):
+    sided = [s for s in mixed if s.objects[0].position.endswith(("left", "right"))]
+    sided = [s for s in sided if s.relation is None]
+    images = pictures(sided, 48)
+    assert prompt_accuracy(images, sided)["left_right"] == 1
+    mirrored = prompt_accuracy(images[:, :, ::-1], sided)
+    assert mirrored["left_right"] == 0 and mirrored["colour"] == 1
+    middle = [s for s in prompts(60) if s.objects[0].position in ("top", "center", "bottom")]
+    assert "left_right" not in prompt_accuracy(pictures(middle, 32), middle)
+
+
+def test_left_and_right_are_halves_and_relations():
+    scene = next(s for s in prompts(60) if s.objects[0].position == "top left")
+    moved = replace(scene.objects[0], x=0.42, y=0.6)
+    accuracy = prompt_accuracy(render(replace(scene, objects=(moved,)), 48, 48)[None], [scene])
+    assert accuracy["position"] == 0 and accuracy["left_right"] == 1
+    scenes = [make_scene("train", index) for index in range(200)]
+    for relation, sided in (("right of", True), ("above", False)):
+        scene = next(s for s in scenes if s.relation == relation and "relation" in s.mentions)
+        scene = replace(scene, mentions=scene.mentions - {"position"})
+        image = render(scene, 48, 48)
+        assert ("left_right" in prompt_accuracy(image[None], [scene])) == sided
+        if sided:
+            assert prompt_accuracy(image[None], [scene])["left_right"] == 1
+            assert prompt_accuracy(image[None, :, ::-1], [scene])["left_right"] == 0
+
+
+@pytest.mark.parametrize("classes", [CLASSES, FINE_CLASSES])
+def test_class_accuracy_of_rendered_classes(classes):
+    records = [Shapes("validation", (48, 48), len(classes))[i] for i in range(150)]
+    labels = [int(record["label"]) for record in records]
+    images = np.stack([resized(record["image"], 32) for record in records])
+    accuracy = class_accuracy(images, labels, classes)
+    assert set(accuracy) == {"colour", "shape", "all"}
+    assert accuracy["colour"] > 0.98 and accuracy["shape"] > 0.97 and accuracy["all"] > 0.96
+    wrong = class_accuracy(images, labels[1:] + labels[:1], classes)
+    assert wrong["shape"] < 0.5 and wrong["all"] < 0.3
+    assert wrong["colour"] < (0.75 if classes is CLASSES else 0.4)
+
+
+def test_class_accuracy_tells_colour_from_shape():
+    scene = next(s for s in prompts(60) if s.objects[0].colour == "purple")
+    item, image = scene.objects[0], render(scene, 48, 48)[None]
+    other = "circle" if item.shape != "circle" else "ring"
+    for colour, shape, expected in (
+        ("purple", item.shape, (1, 1, 1)),
+        ("red", item.shape, (0, 1, 0)),
+        ("purple", other, (1, 0, 0)),
+    ):
+        asked = [label(colour, shape, len(FINE_CLASSES))]
+        accuracy = class_accuracy(image, asked, FINE_CLASSES)
+        assert (accuracy["colour"], accuracy["shape"], accuracy["all"]) == expected
+        if colour == "red":  # warm like purple
+            assert class_accuracy(image, [label(colour, shape)], CLASSES)["all"] == 1
+    assert class_accuracy(image, [label("blue", item.shape)], CLASSES)["colour"] == 0
+    nothing = class_accuracy(np.full((1, 32, 32, 3), 128, np.uint8), [0], CLASSES)
+    assert set(nothing.values()) == {0.0}
 
 
 @pytest.mark.parametrize("index", range(5))
@@ -157,3 +227,8 @@ def test_bad_input():
         prompt_accuracy(images[:0], [])
     with pytest.raises(ValueError, match="uint8"):
         prompt_accuracy(images.astype(np.float32), scenes)
+    with pytest.raises(ValueError, match="as many images as labels"):
+        class_accuracy(images, [0], CLASSES)
+    for bad in ("warm cat", "hot circle"):
+        with pytest.raises(ValueError, match="does not name"):
+            class_accuracy(images[:1], [0], [bad])

@@ -97,7 +97,7 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(abstract_state(system, mesh)),
             ),
         )["state"]
-        return self.latest, restored.ema if ema else restored.params
+        return self.latest, state.to_sample(restored, ema)
 
     def wait(self) -> None:
         """Block until what was saved is on disk."""

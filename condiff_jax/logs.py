@@ -85,14 +85,12 @@ class Reporter:
         return pictures
 
     def finish(self, step: int, params: dict) -> None:
-        """The final grid, the evaluation the config asks for, and where everything is.
-
-        params: the averaged ones.
-        """
+        """The final grid, the evaluation the config asks for, and where everything is."""
         self.samples(step, params, self.config.sampling.n)
         lines = [f"Finished {step} steps."]
         if self.config.evaluation.metrics:
-            result = evaluate.record_measure(self.sampler, params, step, self.folder, ema=True)
+            ema = self.config.sampling.ema
+            result = evaluate.record_measure(self.sampler, params, step, self.folder, ema=ema)
             lines += evaluate.summary(result)
         if self.chief:
             self.events.close()

@@ -30,6 +30,11 @@ def create(params: Any, tx: optax.GradientTransformation) -> State:
     )
 
 
+def to_sample(state: State, ema: bool) -> Any:
+    """The parameters to sample with: averaged, or as trained (`sampling.ema`)."""
+    return state.ema if ema else state.params
+
+
 def ema_decay(step: jax.Array, decay: float, warmup: bool) -> jax.Array:
     """Decay of update `step` (from 0): `decay`, or (1 + step) / (10 + step) while that is lower."""
     ramp = (1.0 + step) / (10.0 + step)

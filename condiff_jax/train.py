@@ -298,7 +298,8 @@ def run(config: Config, workdir: str) -> bool:
     if interrupt.asked and int(train_state.step) < config.steps:
         print(f"Stopped at step {int(train_state.step)}; the same command goes on from there.")
         return False
-    reporter.finish(int(train_state.step), train_state.ema)
+    params = state.to_sample(train_state, config.sampling.ema)
+    reporter.finish(int(train_state.step), params)
     return True
 
 
@@ -369,6 +370,6 @@ def loop(
                 break
             every = config.log.samples_every
             if every and step % every == 0:
-                reporter.samples(step, train_state.ema)
+                reporter.samples(step, state.to_sample(train_state, config.sampling.ema))
                 meter.restart_clock()
     return train_state

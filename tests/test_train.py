@@ -126,6 +126,7 @@ def test_ema_follows_its_recursion():
         average = decay * average + (1 - decay) * np.asarray(now.params["w"])
         np.testing.assert_allclose(now.ema["w"], average, rtol=1e-6)
     assert int(now.step) == 5
+    assert state.to_sample(now, True) is now.ema and state.to_sample(now, False) is now.params
     assert float(state.ema_decay(jnp.array(0), 0.9, False)) == np.float32(0.9)
 
 

@@ -1,16 +1,30 @@
-"""Tables of the paper beside our numbers: `python -m condiff_jax.report configs/tableA1.py`."""
+"""Tables of the paper beside our numbers: `python -m condiff_jax.report configs/tableA1.py`.
+
+    python -m condiff_jax.report configs/table3.py --results runs/table3 --out=table3.html
+
+The results are those of `python -m condiff_jax.sweep`; without --results, the recorded ones in
+benchmarks/results. Table A1 needs none: its values are computed.
+"""
 
 from __future__ import annotations
 
-import runpy
+import json
+import math
 import sys
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from condiff_jax import config as config_lib
-from condiff_jax import summary
+from condiff_jax import page, results, summary
+from condiff_jax.config import ConfigError
+from condiff_jax.results import Line, Table
 from condiff_jax.system import create as create_system
+
+NONE = "-"  # a cell without a value
 
 
 def size_and_flop(config: config_lib.Config) -> tuple[float, float]:
@@ -19,47 +33,279 @@ def size_and_flop(config: config_lib.Config) -> tuple[float, float]:
     return found["parameters"] / 1e6, found["gflop_forward"]
 
 
-# For each table: what it measures, and the headings of the values.
-TABLES: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "tableA1": (size_and_flop, ("parameters (M)", "forward GFLOP")),
+# Tables whose values are computed, not trained for; the values are in the order of the paper's.
+COMPUTED: dict[str, Callable] = {"tableA1": size_and_flop}
+
+
+def compute(name: str, module: dict) -> Table:
+    """A computed table: for each value the paper's, ours, and the difference."""
+    rows = []
+    for row in tqdm(module["ROWS"], desc="rows", leave=False):
+        ours = COMPUTED[name](config_lib.create(module["get_config"](row)))
+        rows.append((row, module["PAPER"][row], ours))
+    return compare(title(name, module), rows, module.get("NOTES", ()))
+
+
+def compare(heading: str, rows: Sequence[tuple], notes: Iterable[str] = ()) -> Table:
+    """Table of (row, {name: the paper's value}, ours in the same order)."""
+    names = list(rows[0][1])
+    columns = [("", "row")]
+    columns += [(name, kind) for name in names for kind in ("paper", "ours", "difference")]
+    cells = []
+    for row, paper, ours in rows:
+        line = [row.replace("arch=", "").replace("data=", "").replace("resolution=", "")]
+        for theirs, value in zip(paper.values(), ours, strict=True):
+            line += [f"{theirs:g}", f"{value:.2f}", f"{value / theirs - 1:+.1%}"]
+        cells.append(line)
+    return Table(heading, columns, cells, list(notes))
+
+
+def title(name: str, module: dict) -> str:
+    """First sentence of the module's docstring, or the table's name."""
+    return (module.get("__doc__") or name).strip().split("\n")[0]
+
+
+def aggregate(rows: Iterable[str], records: Iterable[dict[str, Any]]) -> list[Line]:
+    """The results of each row: a line for each scale, overrides and length, all seeds in it.
+
+    A row without results gets a line without records.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        overrides = json.dumps(record["overrides"], sort_keys=True)
+        key = (record["row"], record["scale"], overrides, record["steps"])
+        groups.setdefault(key, []).append(record)
+    lines = []
+    for row in rows:
+        found = [groups[key] for key in sorted(groups) if key[0] == row]
+        for group in found or [[]]:
+            lines.append(Line(row, sorted(group, key=lambda record: record["seed"])))
+    return lines
+
+
+def tabulate(heading: str, module: dict, lines: Sequence[Line]) -> Table:
+    """The paper's values and ours, in groups of columns of their own, and where ours are from."""
+    paper = unique(name for values in module["PAPER"].values() for name in values)
+    ours = unique(name for line in lines for record in line.done for name in record["metrics"])
+    columns = [
+        ("", "row"),
+        *(("paper", name) for name in paper),
+        *(("ours", name) for name in ours),
+    ]
+    columns += [("provenance", name) for name in PROVENANCE]
+    rows = []
+    for line in lines:
+        values = module["PAPER"].get(line.row, {})
+        cells = [line.title, *(published(values.get(name)) for name in paper)]
+        cells += [measured(line, name) for name in ours]
+        rows.append(cells + [PROVENANCE[name](line) for name in PROVENANCE])
+    cited = [
+        f"Cited by the paper, {name}: " + ", ".join(f"{key} {x:g}" for key, x in values.items())
+        for name, values in module.get("CITED", {}).items()
+    ]
+    notes = [*remarks(paper, ours, lines), *module.get("NOTES", ()), *cited]
+    return Table(heading, columns, rows, notes)
+
+
+def published(value: float | None) -> str:
+    """A cell of the paper; NaN is its cross."""
+    if value is None:
+        return NONE
+    return "diverged" if math.isnan(value) else f"{value:g}"
+
+
+def measured(line: Line, name: str) -> str:
+    """Mean over seeds, with half of their range; what went wrong where no seed was finished."""
+    values = line.values(name)
+    if not values:
+        return line.records[0]["status"] if line.records and not line.done else NONE
+    mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+    return f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values) > 1 else "")
+
+
+def _seeds(line: Line) -> str:
+    marks = {"done": "", "diverged": " diverged", "failed": " failed"}
+    return ", ".join(f"{one['seed']}{marks[one['status']]}" for one in line.records)
+
+
+def _each(name: str) -> Callable[[Line], str]:
+    return lambda line: ", ".join(unique(str(record.get(name, "")) for record in line.records))
+
+
+def _runs(line: Line) -> str:
+    """Kinship and steps at the end of the folders' names, which tell the runs apart."""
+    return ", ".join(unique(record["folder"].split("-")[-2] for record in line.records))
+
+
+def _commits(line: Line) -> str:
+    """Seven digits of the commits; a + for changes that were not committed."""
+    found = (record.get("commit", "") for record in line.records)
+    return ", ".join(unique(f"{one[:7]}{'+' * one.endswith('-dirty')}" for one in found))
+
+
+# Name of a column -> its cell for a line, NONE where it is empty.
+PROVENANCE: dict[str, Callable[[Line], str]] = {
+    name: lambda line, cell=cell: cell(line) or NONE
+    for name, cell in {
+        "seeds": _seeds,
+        "scale": _each("scale"),
+        "steps": _each("steps"),
+        "run": _runs,
+        "device": _each("device"),
+        "commit": _commits,
+    }.items()
 }
 
 
-def rows(module: dict, measure: Callable, names: Iterable[str]) -> list[tuple]:
-    """(row, the paper's values, ours) for each of the table's rows."""
+def remarks(paper: Sequence[str], ours: Sequence[str], lines: Sequence[Line]) -> list[str]:
+    """What a reader must know before comparing: measures, spread, what went wrong."""
     out = []
-    for row in tqdm(names, desc="rows", leave=False):
-        config = config_lib.create(module["get_config"](row))
-        out.append((row, module["PAPER"][row], measure(config)))
+    scales = {record["scale"] for line in lines for record in line.records}
+    if not any(line.records for line in lines):
+        out.append("No results of ours yet: python -m condiff_jax.sweep makes them.")
+    if ours and (scales != {"paper"} or not set(ours) <= set(paper)):
+        small = "" if scales == {"paper"} else " of smaller models on embedded data"
+        out.append(
+            f"The paper's numbers and ours are not comparable: ours are other measures{small}. "
+            "Compare rows within a column."
+        )
+    if any(len(line.done) > 1 for line in lines):
+        out.append("Ours: mean over seeds ± half of their range.")
+    for line in lines:
+        for record in line.records:
+            if record["status"] != "done":
+                reason = f"{record['status']}: {record['reason']}"
+                out.append(f"{line.title}, seed {record['seed']} {reason}")
     return out
 
 
-def markdown(table: list[tuple], headings: tuple[str, ...], notes: Iterable[str] = ()) -> str:
-    """The table in Markdown: for each value paper | ours | difference."""
-    titles = ["row"] + [f"{name}: {kind}" for name in headings for kind in ("paper", "ours", "")]
-    lines = [" | ".join(titles), " | ".join(["---"] + ["--:"] * (len(titles) - 1))]
-    for row, paper, ours in table:
-        cells = [row.replace("arch=", "").replace("data=", "").replace("resolution=", "")]
-        for theirs, value in zip(paper, ours, strict=True):
-            cells += [f"{theirs:g}", f"{value:.2f}", f"{value / theirs - 1:+.1%}"]
-        lines.append(" | ".join(cells))
-    return "\n".join([*(f"| {line} |" for line in lines), "", *(f"- {note}" for note in notes)])
+def unique(values: Iterable) -> list:
+    """Each value once, in the order of appearance."""
+    return list(dict.fromkeys(values))
 
 
-def main(argv: list[str]) -> int:
-    """Print the table of a config file that has PAPER, its published numbers by row."""
-    if len(argv) != 2 or not argv[1].endswith(".py"):
-        print("error: usage: python -m condiff_jax.report configs/tableA1.py", file=sys.stderr)
+def text(table: Table) -> str:
+    """The table in aligned columns, the first to the left."""
+    groups = [group if group != before else "" for group, before in _with_previous(table)]
+    names = [name for _, name in table.columns]
+    lines = [names, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    for i, group in enumerate(groups):  # a group's name may reach over its other columns
+        span = next((j for j in range(i + 1, len(groups)) if groups[j]), len(groups))
+        missing = len(group) - sum(widths[i:span]) - 2 * (span - i - 1)
+        widths[i] += max(missing, 0)
+    head = ""
+    for i, group in enumerate(groups):
+        if group:
+            head = head.ljust(sum(widths[:i]) + 2 * i) + group
+    body = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    notes = [textwrap.fill(f"- {note}", 100, subsequent_indent="  ") for note in table.notes]
+    head = [head] if head.strip() else []
+    return "\n".join([table.title, "", *head, body[0], rule, *body[1:], "", *notes])
+
+
+def _with_previous(table: Table) -> Iterable[tuple[str, str]]:
+    groups = [group for group, _ in table.columns]
+    return zip(groups, ["", *groups], strict=False)
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, with the group in each heading."""
+    heads = [f"{group}: {name}" if group else name for group, name in table.columns]
+    lines = [heads, ["---"] + ["--:"] * (len(heads) - 1), *table.rows]
+    cells = [" | ".join(cell.replace("|", r"\|") for cell in line) for line in lines]
+    return "\n".join([*(f"| {line} |" for line in cells), "", *(f"- {n}" for n in table.notes)])
+
+
+def recorded(records: Iterable[dict[str, Any]]) -> str:
+    """Results as JSON for --save: sorted, without the paths of the machine."""
+    kept = []
+    for record in records:
+        record = {name: value for name, value in record.items() if name != "root"}
+        record["overrides"] = {
+            field: Path(value).name if field.endswith("path") else value
+            for field, value in record["overrides"].items()
+        }
+        kept.append(record)
+    kept.sort(key=lambda record: [str(part) for part in results.identify(record)])
+    return json.dumps(kept, indent=1, sort_keys=True) + "\n"
+
+
+def parse(argv: Sequence[str]):
+    """The command line; `format` follows the end of --out's name if it is not given."""
+    parser = results.Parser("python -m condiff_jax.report", description=__doc__)
+    parser.add_argument("table", help="config file with PAPER, such as configs/tableA1.py")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        action="extend",
+        metavar="PLACE",
+        help="work directories of sweeps, .jsonl or saved .json files",
+    )
+    parser.add_argument("--format", choices=("text", "markdown", "html"))
+    parser.add_argument("--out", default="", help="file to write; default: print")
+    parser.add_argument("--save", default="", help="file to record the results that are used")
+    args = parser.parse_args(argv)
+    ends = {".md": "markdown", ".html": "html", ".htm": "html"}
+    args.format = args.format or ends.get(Path(args.out).suffix, "text")
+    return args
+
+
+def run(argv: Sequence[str]) -> None:
+    """Make the report that the arguments ask for; ConfigError if they are bad."""
+    args = parse(argv)
+    module, name = results.load_table(args.table), results.table_name(args.table)
+    if "PAPER" not in module:
+        raise ConfigError(f"{args.table} has no PAPER, the published values of its rows")
+    if name in COMPUTED:
+        if args.results or args.save:
+            raise ConfigError(f"{name} is computed: it takes no --results and no --save")
+        table, lines = compute(name, module), []
+    else:
+        saved = Path(args.table).parent.parent / "benchmarks" / "results" / f"{name}.json"
+        places = args.results or ([str(saved)] if saved.exists() else [])
+        records = [
+            record
+            for record in results.read(places)
+            if record["table"] == name and record["row"] in module["ROWS"]
+        ]
+        lines = aggregate(module["ROWS"], records)
+        table = tabulate(title(name, module), module, lines)
+        if args.save:
+            write(args.save, recorded(records))
+    render = {"text": text, "markdown": markdown, "html": lambda table: page.html(table, lines)}
+    content = render[args.format](table).rstrip("\n") + "\n"
+    if args.out:
+        write(args.out, content)
+    else:
+        print(content, end="")
+
+
+def write(path: str, content: str) -> None:
+    """Write a file, with its folder; ConfigError where that fails."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """`run`, with errors in one line and exit code 2."""
+    try:
+        run(argv)
+    except ConfigError as error:
+        print(f"error: {results.one_line(error)}", file=sys.stderr)
         return 2
-    name = argv[1].rsplit("/", 1)[-1].removesuffix(".py")
-    if name not in TABLES:
-        print(f"error: no report for {name}; choose from {', '.join(TABLES)}", file=sys.stderr)
-        return 2
-    measure, headings = TABLES[name]
-    module = runpy.run_path(argv[1])
-    print(markdown(rows(module, measure, module["ROWS"]), headings, module.get("NOTES", ())))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main(sys.argv[1:]))

@@ -3,10 +3,10 @@
 --config=configs/tableA1.py:arch=pixart,data=cc12m,resolution=512
 """
 
-from configs import base
+from configs import base, recipes
 
-# Row: (parameters in millions, forward GFLOP) in the paper; it gives parameters once a model.
-PAPER = {
+HEADINGS = ("parameters (M)", "forward GFLOP")
+_CELLS = {  # the paper gives parameters once a model
     "arch=unet,data=imagenet1k,resolution=256": (401.75, 95.38),
     "arch=unet,data=imagenet1k,resolution=512": (401.75, 390),
     "arch=pixart,data=imagenet1k,resolution=256": (611.7, 275.14),
@@ -28,6 +28,7 @@ PAPER = {
     "arch=dit_att,data=cc12m,resolution=256": (940.49, 407.88),
     "arch=dit_att,data=cc12m,resolution=512": (940.49, 1500),
 }
+PAPER = {row: dict(zip(HEADINGS, cells, strict=True)) for row, cells in _CELLS.items()}
 ROWS = tuple(PAPER)
 NOTES = (
     "GFLOP count a multiply-add as 2, as the paper's figure for DiT-XL/2 does; one image once.",
@@ -47,6 +48,7 @@ NOTES = (
 
 
 def get_config(args: str | None = None):
-    """Arguments: arch, data (imagenet1k | cc12m), resolution (256 | 512)."""
-    row = base.arguments(args, arch="ours", data="imagenet1k", resolution=256)
-    return base.paper(row.arch, row.data, row.resolution)
+    """Arguments: arch, data (imagenet1k | cc12m), resolution (256 | 512), scale."""
+    row = base.arguments(args, arch="ours", data="imagenet1k", resolution=256, scale="paper")
+    init = "low_res" if row.resolution == 512 else "none"
+    return recipes.scaled(recipes.paper(row.arch, row.data, row.resolution, init), row.scale)

@@ -1,0 +1,177 @@
+"""Tables of the paper and their measured results: what `sweep` writes and `report` reads.
+
+A table is a config module with ROWS (argument strings), PAPER (row -> published values) and NOTES.
+A result is one JSON line: a row with a seed, what was measured, and how it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import runpy
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from etils import epath
+
+from condiff_jax.config import ConfigError
+from condiff_jax.workdir import append_json, write
+
+# A row that was finished; a diverged one is a result too (the paper marks such runs).
+FINISHED = ("done", "diverged")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table to print: columns are (group, name), cells are text; the first column has names."""
+
+    title: str
+    columns: list[tuple[str, str]]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A row of a table and its results (by seed), all made in the same way."""
+
+    row: str
+    records: list[dict[str, Any]]
+
+    @property
+    def title(self) -> str:
+        """The row, and what the command line changed in its config."""
+        changed = self.records[0]["overrides"] if self.records else {}
+        values = ", ".join(f"{field}={value}" for field, value in changed.items())
+        return (self.row or "the only row") + (f" [{values}]" if values else "")
+
+    @property
+    def done(self) -> list[dict[str, Any]]:
+        """The results with measurements."""
+        return [record for record in self.records if record["status"] == "done"]
+
+    def values(self, name: str) -> list[float]:
+        """A metric's values, one for each seed that has it."""
+        return [one["metrics"][name] for one in self.done if name in one["metrics"]]
+
+
+def load_table(path: str) -> dict[str, Any]:
+    """The names of a table's config file; ConfigError where it has no rows or does not load."""
+    if not path.endswith(".py"):
+        raise ConfigError(f"{path!r} is not a config file; try configs/table3.py")
+    try:
+        module = runpy.run_path(path)
+    except (OSError, ImportError, SyntaxError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not module.get("ROWS"):
+        raise ConfigError(f"{path} is not a table: it has no ROWS")
+    return module
+
+
+def table_name(path: str) -> str:
+    """configs/table3.py -> table3."""
+    return Path(path).stem
+
+
+def identify(record: dict[str, Any]) -> tuple:
+    """What two results must share for the later one to replace the earlier one."""
+    overrides = json.dumps(record.get("overrides", {}), sort_keys=True)
+    return tuple(record[name] for name in ("table", "row", "seed", "scale")) + (overrides,)
+
+
+def read_file(path: epath.Path) -> list[dict[str, Any]]:
+    """The results in a JSON-lines file or a JSON list; a torn last line is left out.
+
+    Raises ConfigError for a file that is something else.
+    """
+    text = path.read_text()
+    try:
+        if path.suffix == ".json":
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in _whole_lines(text)]
+        for record in records:
+            identify(record)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a file of results ({error!r})") from error
+    return records
+
+
+def read(places: Iterable[str]) -> list[dict[str, Any]]:
+    """The results of folders (their results*.jsonl) and files, one for each `identify`.
+
+    Each gets "root", the folder that its run's folder is in. Of several results of the same row
+    the last counts, but none that failed replaces one that was finished.
+    """
+    latest: dict[tuple, dict] = {}
+    for place in map(epath.Path, places):
+        if not place.exists():
+            raise ConfigError(f"{place}: no such file or folder of results")
+        for path in sorted(place.glob("results*.jsonl")) if place.is_dir() else [place]:
+            for record in read_file(path):
+                key = identify(record)
+                if record["status"] in FINISHED or key not in latest:
+                    latest[key] = {**record, "root": str(path.parent)}
+    return list(latest.values())
+
+
+def append(path: epath.Path, record: dict[str, Any]) -> None:
+    """Add a result to a JSON-lines file; what a killed process left of a line is dropped first."""
+    if path.exists():
+        text = path.read_text()
+        if text and not text.endswith("\n"):
+            write(path, "".join(f"{line}\n" for line in _whole_lines(text)))
+    append_json(path, record)
+
+
+def commit() -> str:
+    """The git commit of this package's checkout, with -dirty if it is changed; "" without one."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        # An installed package may lie in some other project's checkout, which does not track it.
+        for arguments in (
+            ["ls-files", "--error-unmatch", here.name],
+            ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        ):
+            done = subprocess.run(
+                git + arguments, env=environment, capture_output=True, text=True, check=True
+            )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def provenance() -> dict[str, Any]:
+    """Device, versions and commit that results come from."""
+    devices = jax.devices()
+    return {
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "versions": {name: metadata.version(name) for name in ("jax", "flax", "numpy")},
+        "commit": commit(),
+    }
+
+
+def one_line(error: BaseException | str) -> str:
+    """A message without line breaks."""
+    return " ".join(str(error).split())
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of printing the usage."""
+        raise ConfigError(f"{one_line(message)}; see --help")
+
+
+def _whole_lines(text: str) -> list[str]:
+    return text.splitlines()[: text.count("\n")]

@@ -1,0 +1,442 @@
+"""All rows of a table: `python -m condiff_jax.sweep configs/table3.py --workdir=runs/table3`.
+
+Every row is trained and evaluated with every seed; WORKDIR/results.jsonl gets a line for each, and
+`python -m condiff_jax.report` shows them beside the paper's numbers. Rows that differ only in
+sampling share a training, rows that start from the same earlier stage share that stage, and a
+training goes on from a shorter one of the same kind. The same command goes on after an interrupt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import fnmatch
+import gc
+import hashlib
+import json
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags, logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from condiff_jax import config as config_lib
+from condiff_jax import evaluate, results, train
+from condiff_jax.config import Config, ConfigError
+from condiff_jax.workdir import Workdir
+
+DATA_PATH = re.compile(r"(init\.pretrain\.)*(data|autoencoder)\.path")
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived while nothing was being trained; not an Exception, so no row fails of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row of a table with one seed; `config` knows where its earlier stages are."""
+
+    row: str
+    seed: int
+    config: Config
+    folder: str  # within the sweep's work directory
+
+
+def override(values: ConfigDict, field: str, text: str) -> Any:
+    """Set a dotted field from the command line, read as the type it has; the value.
+
+    ConfigError for an unknown field or a value of another type.
+    """
+    *parents, name = field.split(".")
+    node = values
+    for part in parents:
+        node = node.get(part) if isinstance(node, ConfigDict) else None
+    if not isinstance(node, ConfigDict) or isinstance(node.get(name), ConfigDict | None):
+        raise ConfigError(
+            f"config: no field {field} to set here; configs/base.py lists all fields, and "
+            "init.pretrain has those of the earlier stage, if there is one"
+        )
+    kind = type(node[name])
+    try:
+        value = (
+            text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
+        )
+        value = float(value) if kind is float and type(value) is int else value
+    except (ValueError, SyntaxError):
+        value = None
+    if type(value) is not kind:
+        raise ConfigError(f"config: {field} must be of type {kind.__name__}, got {text!r}")
+    node[name] = value
+    return value
+
+
+def create(
+    module: dict, row: str, scale: str, seed: int | None, overrides: dict[str, str]
+) -> tuple[Config, dict[str, Any]]:
+    """A row's config (its stages all with `seed`, if given) and the overrides' values.
+
+    Overrides of init.pretrain pass by the rows without an earlier stage.
+    """
+    arguments = ",".join(filter(None, (row, scale and f"scale={scale}")))
+    try:
+        values = module["get_config"](arguments)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    found = {}
+    for field, text in overrides.items():
+        if field.startswith("init.pretrain.") and values.init.pretrain is None:
+            continue
+        found[field] = override(values, field, text)
+    stage = values
+    while seed is not None and stage is not None:
+        stage.seed = seed
+        stage = stage.init.pretrain
+    return config_lib.create(values), found
+
+
+def kinship(config: Config) -> str:
+    """8 hex digits that two configs share if their trainings differ in the number of steps only."""
+    fields = config_lib.identity(config)
+    # A stage that starts from a folder of the user's: which one makes the parameters.
+    fields["init.path"] = config_lib.stages(config)[0].init.path
+    text = json.dumps(fields, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def family(config: Config) -> str:
+    """Readable begin of a run's folder and its kinship, such as ours-S2-32px-seed0-0a1b2c3d."""
+    model = config.model
+    size = re.sub(r"\W", "", model.size)
+    return f"{model.name}-{size}-{config.data.resolution}px-seed{config.seed}-{kinship(config)}"
+
+
+def folder_name(config: Config) -> str:
+    """Folder of a training within the sweep's: equal for configs that can share the training."""
+    return f"{family(config)}-{config.steps}"
+
+
+def place(config: Config, workdir: epath.Path) -> Config:
+    """The config with every earlier stage in its own folder of the sweep, for all rows to share."""
+    earlier = config.init.pretrain
+    if earlier is None:
+        return config
+    path = str(workdir / folder_name(earlier))
+    init = dataclasses.replace(config.init, pretrain=place(earlier, workdir), path=path)
+    return dataclasses.replace(config, init=init)
+
+
+def select(rows: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The rows that match one of the patterns, all without any; ConfigError for idle patterns."""
+    for pattern in patterns:
+        if not fnmatch.filter(rows, pattern):
+            raise ConfigError(f"--rows={pattern} matches none of: {'; '.join(rows)}")
+    return [
+        row
+        for row in rows
+        if not patterns or any(fnmatch.fnmatchcase(row, pattern) for pattern in patterns)
+    ]
+
+
+def plan(
+    module: dict,
+    rows: Sequence[str],
+    seeds: Sequence[int | None],
+    workdir: epath.Path,
+    *,
+    scale: str = "",
+    overrides: dict[str, str] | None = None,
+) -> tuple[list[list[Run]], dict[str, Any]]:
+    """Groups of runs that share a stage, shorter trainings first, and the overrides' values."""
+    used: dict[str, Any] = {}
+    groups: list[tuple[set[str], list[Run]]] = []
+    for seed in seeds:
+        for row in rows:
+            config, found = create(module, row, scale, seed, overrides or {})
+            used |= found
+            run = Run(row, config.seed, place(config, workdir), folder_name(config))
+            kin = {kinship(stage) for stage in config_lib.stages(config)}
+            # Merge all groups that the new run is related to.
+            related = [group for group in groups if group[0] & kin]
+            groups = [group for group in groups if not group[0] & kin]
+            runs = [one for group in related for one in group[1]] + [run]
+            groups.append((kin.union(*(group[0] for group in related)), runs))
+    for field in overrides or {}:
+        if field not in used:
+            raise ConfigError(f"config: no row has an earlier stage to set {field} of")
+    order = lambda run: (len(config_lib.stages(run.config)), run.config.steps)  # noqa: E731
+    return [sorted(runs, key=order) for _, runs in groups], used
+
+
+def finished(path: epath.Path, steps: int) -> bool:
+    """Whether the training in a folder has reached its last step."""
+    return (Workdir(path).checkpoints / str(steps)).exists()
+
+
+def start_from_shorter(config: Config, workdir: epath.Path) -> str:
+    """Give a training that has not begun the longest finished shorter one's state; its folder.
+
+    The copy resumes exactly where the shorter one ended, and that one stays as it is, to be
+    evaluated or started from. "" where there is none, or nothing to do.
+    """
+    path = workdir / folder_name(config)
+    shorter = [
+        int(found.name.rsplit("-", 1)[1])
+        for found in workdir.glob(f"{family(config)}-*")
+        if re.search(r"-\d+$", found.name)
+    ]
+    shorter = [n for n in shorter if n < config.steps and finished(workdir / _of(config, n), n)]
+    if path.exists() or not shorter:
+        return ""
+    steps = max(shorter)
+    source, part = Workdir(workdir / _of(config, steps)), Workdir(workdir / f"{path.name}.part")
+    if part.path.exists():
+        part.path.rmtree()
+    for old, new in (
+        (source.checkpoints / str(steps), part.checkpoints / str(steps)),
+        (source.vocabulary, part.vocabulary),
+        (source.control, part.control),
+        (source.metrics, part.metrics),
+        (source.config, part.config),
+    ):
+        _copy(old, new)
+    part.path.rename(path)  # complete or not there
+    return source.path.name
+
+
+def _of(config: Config, steps: int) -> str:
+    return folder_name(dataclasses.replace(config, steps=steps))
+
+
+def _copy(old: epath.Path, new: epath.Path) -> None:
+    if old.is_dir():
+        new.mkdir(parents=True, exist_ok=True)
+        for child in old.iterdir():
+            _copy(child, new / child.name)
+    elif old.exists():
+        new.parent.mkdir(parents=True, exist_ok=True)
+        old.copy(new)
+
+
+def training_seconds(config: Config, path: epath.Path) -> float:
+    """Seconds that the steps of all stages took, interrupts or not; without compiling."""
+    total, before = 0.0, 0
+    if config.init.pretrain is not None:
+        total = training_seconds(config.init.pretrain, epath.Path(config.init.path))
+    metrics = Workdir(path).metrics
+    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+        values = json.loads(line)
+        total += values["step_time"] * (values["step"] - before)
+        before = values["step"]
+    return total
+
+
+def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
+    """Train and evaluate one run; its result, or None if SIGTERM stopped the training."""
+    path = workdir / run.folder
+    if jax.process_index() == 0:
+        for stage in config_lib.stages(run.config):
+            if source := start_from_shorter(stage, workdir):
+                print(f"{folder_name(stage)} goes on from {source}")
+    if not train.run(run.config, str(path)):
+        return None
+    names = ("metrics", "sampling", "evaluation", "features", "pictures")
+    if run.config.evaluation.metrics:
+        found = evaluate.run(run.config, str(path))
+    else:  # as on the paper's data: training leaves a grid to look at
+        grid = {"grid": f"samples/{run.config.steps}.png"}
+        found = dict.fromkeys(names) | {"metrics": {}, "pictures": grid, "seconds": 0.0}
+    return {
+        "status": "done",
+        **{name: found[name] for name in names},
+        "seconds": {
+            "training": round(training_seconds(run.config, path), 1),
+            "evaluation": found["seconds"],
+        },
+    }
+
+
+def attempt(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
+    """`measure`, with what went wrong as a result: the other rows shall run."""
+    try:
+        return measure(run, workdir)
+    except FloatingPointError as error:
+        return {"status": "diverged", "reason": results.one_line(error)}
+    except ConfigError as error:
+        return {"status": "failed", "reason": results.one_line(error)}
+    except Exception as error:  # such as too little memory; later rows may need less
+        traceback.print_exc()
+        return {"status": "failed", "reason": f"{type(error).__name__}: {results.one_line(error)}"}
+    finally:
+        release()
+
+
+def release() -> None:
+    """Free what a row leaves on the device: arrays in reference cycles, compiled programs."""
+    gc.collect()
+    jax.clear_caches()
+
+
+def execute(runs: Sequence[Run], done: dict[tuple, str], workdir: epath.Path, output: str, common):
+    """Run what is not done; one line each. Exit code 1 if rows failed, else 0.
+
+    done: status by `results.identify`; common: fields of all results (table, scale, overrides).
+    """
+    same, begin, tried, failed = results.provenance(), time.monotonic(), 0, 0
+    left = sum(_status(run, done, common) not in results.FINISHED for run in runs)
+    for number, run in enumerate(runs, 1):
+        head = f"[{number}/{len(runs)}] {run.row or 'the only row'}, seed {run.seed}:"
+        if (status := _status(run, done, common)) in results.FINISHED:
+            print(f"{head} {status} before", flush=True)
+            continue
+        print(f"{head} {run.folder}", flush=True)
+        found = attempt(run, workdir)
+        if found is None:
+            print(f"{head} stopped; the same command goes on from there", flush=True)
+            return 0
+        record = common | {"row": run.row, "seed": run.seed, "steps": run.config.steps}
+        record |= {"folder": run.folder, **found, **same}
+        if jax.process_index() == 0:
+            results.append(workdir / output, record)
+        tried, failed = tried + 1, failed + (found["status"] == "failed")
+        elapsed = time.monotonic() - begin
+        reason = f" ({found['reason']})" if "reason" in found else ""
+        print(
+            f"{head} {found['status']}{reason}, elapsed {_clock(elapsed)}, "
+            f"about {_clock(elapsed / tried * (left - tried))} to go",
+            flush=True,
+        )
+    return 1 if failed else 0
+
+
+def describe(groups: Sequence[Sequence[Run]], done: dict[tuple, str], common: dict) -> str:
+    """What a sweep would do: a line for each run, with the training and stages it shares."""
+    lines, first_user = [], {}
+    for number, runs in enumerate(groups):
+        lines.append(f"group {number}")
+        for run in runs:
+            status = _status(run, done, common) or "to do"
+            lines.append(f"  {run.row or 'the only row'}, seed {run.seed}: {status}")
+            for stage in config_lib.stages(run.config)[::-1]:
+                name = folder_name(stage)
+                what = "training" if stage is run.config else "starts from"
+                user = first_user.setdefault(name, run)
+                shared = "" if user is run else f", shared with {user.row}, seed {user.seed}"
+                lines.append(f"    {what} {name}{shared}")
+    runs = sum(map(len, groups))
+    return "\n".join([*lines, f"{runs} runs, {len(first_user)} trainings, {len(groups)} groups"])
+
+
+def _status(run: Run, done: dict[tuple, str], common: dict) -> str:
+    return done.get(results.identify(common | {"row": run.row, "seed": run.seed}), "")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def seeds(text: str) -> list[int]:
+    """0,1 -> [0, 1]."""
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0,1") from None
+
+
+def shard(text: str) -> tuple[int, int]:
+    """1/4 -> (1, 4)."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of 0/N, ..., N-1/N")
+    return int(match[1]), int(match[2])
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; `overrides` maps the fields of --config.FIELD=VALUE to their text."""
+    parser = results.Parser("python -m condiff_jax.sweep", description=__doc__, allow_abbrev=False)
+    parser.add_argument("table", help="config file with ROWS, such as configs/table3.py")
+    parser.add_argument("--workdir", required=True, help="folder of all runs and results")
+    parser.add_argument("--scale", default="", help="paper (default) | small | tiny")
+    parser.add_argument(
+        "--rows", action="append", default=[], help="patterns of rows, separated by ; or repeated"
+    )
+    parser.add_argument("--seeds", type=seeds, help="such as 0,1; default: the config's")
+    parser.add_argument(
+        "--shard", type=shard, metavar="I/N", help="run every N-th group of runs from the I-th"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be run")
+    parser.epilog = "--config.FIELD=VALUE sets a field of every row, as for condiff_jax.main"
+    known, rest = parser.parse_known_args(argv)
+    known.overrides = {}
+    for argument in rest:
+        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
+        if not match:
+            parser.error(f"unexpected argument {argument!r}")
+        known.overrides[match[1]] = match[2]
+    if "seed" in known.overrides:
+        parser.error("--config.seed: use --seeds")
+    known.rows = [one for patterns in known.rows for one in patterns.split(";") if one]
+    return known
+
+
+def run(argv: Sequence[str]) -> int:
+    """Exit code of a sweep; ConfigError for bad arguments."""
+    args = parse(argv)
+    module, workdir = results.load_table(args.table), epath.Path(args.workdir)
+    rows = select(module["ROWS"], args.rows)
+    groups, overrides = plan(
+        module, rows, args.seeds or [None], workdir, scale=args.scale, overrides=args.overrides
+    )
+    common = {
+        "table": results.table_name(args.table),
+        "scale": args.scale or "paper",
+        # Where data lies makes no other result.
+        "overrides": {
+            field: value for field, value in overrides.items() if not DATA_PATH.fullmatch(field)
+        },
+    }
+    output = "results.jsonl"
+    if args.shard:
+        index, count = args.shard
+        groups, output = groups[index::count], f"results-{index}.jsonl"
+    known = results.read([args.workdir]) if workdir.exists() else []
+    done = {results.identify(record): record["status"] for record in known}
+    if args.dry_run:
+        print(describe(groups, done, common))
+        return 0
+    workdir.mkdir(parents=True, exist_ok=True)
+    return execute([run for group in groups for run in group], done, workdir, output, common)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`run` with bad arguments as one line and exit code 2, and SIGTERM as an end in order."""
+
+    def stop(*_):
+        raise Stopped
+
+    # The training loop puts its own handler in place, which saves; this one is for the rest.
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        return run(argv)
+    except ConfigError as error:
+        print(f"error: {results.one_line(error)}", file=sys.stderr)
+        return 2
+    except Stopped:
+        print("Stopped; the same command goes on from there.")
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes read flags
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,44 @@
+"""Beyond the paper: do cosine weights and Eq. 3 help with other noise schedules as well?
+
+--config=configs/beyond_schedules.py:schedule=linear,weighting=cos8,scale=small
+--config=configs/beyond_schedules.py:schedule=cosine,rescale=true,scale=small
+
+With `weighting`: Table 2a's model at 256 pixels. With `rescale`: Fig. 8b's, at 512 after 256.
+"""
+
+from configs import base, recipes
+
+SCHEDULES = {  # the paper's, that of DDPM, and that of arXiv:2102.09672 (which has no betas)
+    "scaled_linear": {},
+    "linear": {"beta_start": 1e-4, "beta_end": 0.02},
+    "cosine": {},
+}
+PAPER = {
+    f"schedule={schedule},{choice}": {}  # the paper has one schedule
+    for choice in ("weighting=unif", "weighting=cos8", "rescale=true", "rescale=false")
+    for schedule in SCHEDULES
+}
+ROWS = tuple(PAPER)
+NOTES = ("Both stages of `rescale` have the same schedule; Eq. 3 changes that of the second.",)
+
+
+def get_config(args: str | None = None):
+    """Arguments: schedule (scaled_linear | linear | cosine), weighting (as in Table A6) or else
+    rescale (true | false), scale.
+    """
+    row = base.arguments(
+        args, schedule="scaled_linear", weighting="cos8", rescale="", scale="paper"
+    )
+    recipes.choose("schedule", row.schedule, SCHEDULES)
+    recipes.choose("rescale", row.rescale, ("", "true", "false"))
+    if row.rescale:
+        config = recipes.resolution_shift()
+        config.steps = 40_000  # as Fig. 8b
+        config.diffusion.base_resolution = 256 if row.rescale == "true" else 0
+        recipes.weigh(config, row.weighting)
+    else:
+        config = recipes.weighted(row.weighting)
+    for stage in recipes.all_stages(config):
+        stage.diffusion.schedule = row.schedule
+        stage.diffusion.update(SCHEDULES[row.schedule])
+    return recipes.scaled(config, row.scale)

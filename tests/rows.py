@@ -1,0 +1,150 @@
+"""The rows of all config files at scale=tiny, and the process that trains them.
+
+`python -m tests.rows FOLDER` reads lines of JSON, one list of configs with the same training each;
+it trains them once, samples each, and answers with a line: empty, or the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from unittest import mock
+
+from condiff_jax import config as config_lib
+from condiff_jax.config import Config
+from configs.__main__ import tables
+
+ROOT = Path(__file__).parents[1]
+# Programs run for a moment, so all that counts is the time to compile them.
+FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
+
+
+def build(module: dict, name: str, row: str, *arguments: str) -> Config:
+    """The validated config of a row; emoji, where a row needs them, are in the folder `emoji`."""
+    emoji = ("path=emoji",) if name == "beyond_domains" else ()
+    return config_lib.create(module["get_config"](",".join([row, *emoji, *arguments])))
+
+
+def key(config: Config) -> str:
+    """Short and the same for configs with the same training, though not as long."""
+    fields = json.dumps(config_lib.identity(config), sort_keys=True)
+    return hashlib.sha256(fields.encode()).hexdigest()[:12]
+
+
+def groups(wanted) -> dict[str, list[Config]]:
+    """Rows of the files whose names are `wanted`, by training: "table2a:ROW", the first: all."""
+    found: dict[str, dict[str, Config]] = {}
+    for name, module in tables().items():
+        for row in module["ROWS"] if wanted(name) else ():
+            config = build(module, name, row, "scale=tiny")
+            found.setdefault(key(config), {})[f"{name}:{row}"] = config
+    return {next(iter(rows)): list(rows.values()) for rows in found.values()}
+
+
+class Trainer:
+    """A process of `python -m tests.rows`: one device, and XLA set to compile fast."""
+
+    def __init__(self, folder: Path):
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
+        # Rows have programs in common, such as the first parameters of one architecture.
+        env["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        self.log = (folder / "log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.rows", str(folder)],
+            cwd=ROOT, env=env, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+        )  # fmt: skip
+
+    def __call__(self, configs: list[Config]) -> str:
+        """Trains and samples; what went wrong, or nothing."""
+        line = json.dumps([dataclasses.asdict(config) for config in configs])
+        print(line, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        return json.loads(answer) if answer else f"the process has died, see {self.log.name}"
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+def run(configs: list[Config], folder: Path) -> None:
+    """Train the longest of the configs, which shares its earlier stage, and sample the others."""
+    from condiff_jax import sample, train
+    from condiff_jax.workdir import Workdir
+
+    longest = max(configs, key=lambda config: config.steps)
+    earlier = longest.init.pretrain
+    if earlier is not None:
+        path = str(folder / f"{key(earlier)}-{earlier.steps}")
+        init = dataclasses.replace(longest.init, path=path)
+        longest = dataclasses.replace(longest, init=init)
+    workdir = folder / f"{key(longest)}-{longest.steps}"
+    assert train.run(longest, str(workdir))  # its sampling included
+    for number, config in enumerate(configs):
+        if config.sampling != longest.sampling:
+            prompts = "" if config.data.semantics == "class" else "red circle; blue ring"
+            settings = dataclasses.replace(config.sampling, prompts=prompts, seed=number)
+            config = dataclasses.replace(config, sampling=settings, init=longest.init)
+            out = sample.run(config, str(workdir))
+            assert len(list(out.glob("0*.png"))) == config.sampling.n
+    assert (Workdir(str(workdir)).samples / f"{longest.steps}.png").exists()
+
+
+def write_pictures(folder: Path) -> None:
+    """A webdataset of eight plain pictures with captions."""
+    from PIL import Image
+
+    folder.mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(folder / f"{split}-00000.tar", "w") as tar:
+            for i in range(8):
+                png = io.BytesIO()
+                Image.new("RGB", (20 + i, 24), (30 * i, 100, 200)).save(png, "PNG")
+                for kind, data in (("png", png.getvalue()), ("txt", b"a plain picture")):
+                    member = tarfile.TarInfo(f"{i:04d}.{kind}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+def main(folder: Path) -> None:
+    """Answer requests until the input ends, with models that are quick to compile."""
+    from absl import flags
+
+    from condiff_jax.models import transformer, unet
+
+    flags.FLAGS.mark_as_parsed()
+    write_pictures(folder / "emoji")
+    os.chdir(folder)
+    answers = sys.stdout
+    # Compiling takes time by the number of parameter arrays, of which a UNet has many.
+    small = unet.Size((8, 16), (False, True), 16, head_size=8, resnets=0)
+    with (
+        mock.patch.dict(transformer.SIZES, {"tiny": (2, 32, 2)}),
+        mock.patch.dict(unet.SIZES, {"tiny": small}),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        for line in sys.stdin:
+            error = ""
+            try:
+                run([config_lib.create(values) for values in json.loads(line)], folder)
+            except Exception as problem:  # the row's, not this loop's
+                error = f"{type(problem).__name__}: {problem}"
+            print(json.dumps(error), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,22 @@
+"""Every row of the paper's figures and beyond it, at scale=tiny; see test_rows.py.
+
+A file of its own, so that tests in parallel take both at once.
+"""
+
+import pytest
+
+from tests import rows
+
+GROUPS = rows.groups(lambda name: not name.startswith("table"))
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    process = rows.Trainer(tmp_path_factory.mktemp("rows"))
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_rows_train_and_sample(name, trainer):
+    assert not trainer(GROUPS[name])

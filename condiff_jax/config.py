@@ -62,6 +62,7 @@ class Data:
     crop: tuple[float, ...]
     flip: bool
     sizes: tuple[int, ...]
+    entangled: float
     workers: int
 
 
@@ -304,6 +305,7 @@ BOUNDS = {
     "data.resolution": (1, None),
     "data.classes": (0, None),
     "data.workers": (0, None),
+    "data.entangled": (0, 1),
     "conditioning.alpha": (0, None),
     "conditioning.k": (0, None),
     "conditioning.beta_txt": (0, None),

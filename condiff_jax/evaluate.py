@@ -20,6 +20,7 @@ from condiff_jax import sharding
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.data import augment, shapes
+from condiff_jax.data.pipeline import create_source
 from condiff_jax.grid import caption_grid
 from condiff_jax.metrics import lpips, prompt, response, shapes_features
 from condiff_jax.metrics.frechet import Moments, frechet_distance
@@ -159,7 +160,7 @@ def frechet_shapes(sampler: Sampler, params: dict, folder: Workdir) -> tuple[dic
     """Frechet distance on shapes features between a split's pictures and ones asked alike."""
     system, config = sampler.system, sampler.system.config
     settings, first = config.evaluation, FIRST_INDEX["frechet_shapes"]
-    source = shapes.Shapes(settings.reference, config.data.sizes, config.data.classes)
+    source = create_source(config, settings.reference)
     start = FIRST_RECORD[settings.reference]
     reference, asked, parts = Moments(), [], range(0, settings.samples, shapes_features.BATCH)
     for low in tqdm(parts, desc="reference pictures", leave=False, disable=len(parts) < 2):

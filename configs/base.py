@@ -66,6 +66,7 @@ def get_config() -> ConfigDict:
     data.crop = (0.9, 1.0)  # range of the crop's side, as a fraction of the short side (Fig. 8c)
     data.flip = True  # random horizontal flips
     data.sizes = (24, 96)  # shapes only: range of the originals' short sides, pixels
+    data.entangled = 0.0  # shapes only: share of pictures whose size tells the background's tone
     data.workers = 0  # worker processes; 0 reads in threads of this one
 
     config.conditioning = conditioning = ConfigDict()

@@ -29,5 +29,6 @@ def get_config(args: str | None = None):
     config.steps = 120_000
     config.conditioning.control = ("crop", "size")
     config.sampling.control_guidance = 1.0
+    config.data.entangled = 0.9  # see recipes.weighted
     recipes.weigh(config, row.weighting)
     return recipes.scaled(config, row.scale)

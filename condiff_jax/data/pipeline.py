@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 # Each source is a random-access sequence of {"image": uint8 (H, W, 3), "caption": str,
 # "label": int}, with `vocabulary()` (words of the captions) and `classes` (names of the labels).
 SOURCES = {
-    "shapes": lambda config, split: Shapes(split, config.data.sizes, config.data.classes),
+    "shapes": lambda config, split: Shapes(
+        split, config.data.sizes, config.data.classes, config.data.entangled
+    ),
     "webdataset": lambda config, split: Webdataset(config.data.path, split),
 }
 

@@ -174,7 +174,8 @@ class _Dice:
 
     def __init__(self, split: str, index: int):
         rng = np.random.default_rng([SPLITS.index(split), index])
-        self.roll: Callable[[], float] = iter(rng.random(48).tolist()).__next__
+        *rolls, self.spare = rng.random(48).tolist()
+        self.roll: Callable[[], float] = iter(rolls).__next__
 
     def pick(self, options):
         return options[int(self.roll() * len(options))]
@@ -200,8 +201,10 @@ def _object(dice: _Dice, triple: tuple[str, str, str], count: int) -> Object:
     return Object(shape, colour, SIZES[size], position, x, y, diameter, rgb)
 
 
-def _background(dice: _Dice) -> Background:
-    tone = int(dice.roll() * 3)
+def _background(dice: _Dice, tone: int | None) -> Background:
+    """A background of a tone, or of any if None."""
+    drawn = int(dice.roll() * 3)
+    tone = drawn if tone is None else tone
     value = (0.22, 0.46, 0.74)[tone] + dice.between(-0.06, 0.06)
     rgb = colorsys.hsv_to_rgb(dice.roll(), dice.between(0, 0.12), value)
     return Background(
@@ -236,15 +239,28 @@ def _caption(
     return template.format_map(fields)
 
 
-def make_scene(split: str, index: int, sizes: tuple[int, int] = (24, 96)) -> Scene:
-    """Scene number index of a split; sizes bound the short side in pixels. ValueError if bad."""
+def _size_third(short: int, sizes: tuple[int, int]) -> int:
+    """0, 1 or 2: the third of sizes, on a logarithmic scale, that a short side lies in."""
+    low, high = map(math.log, sizes)
+    return min(int(3 * (math.log(short) - low) / max(high - low, 1e-9)), 2)
+
+
+def make_scene(
+    split: str, index: int, sizes: tuple[int, int] = (24, 96), entangled: float = 0.0
+) -> Scene:
+    """Scene number index of a split; sizes bound the short side in pixels. ValueError if bad.
+
+    entangled: share of scenes in which the size decides the background's tone, small ones being
+    dark and large ones pale: as sizes tell something of the content in pictures from the web.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if not 8 <= sizes[0] <= sizes[1]:
         raise ValueError(f"sizes must be (least, greatest) short side of 8 or more, got {sizes}")
     dice = _Dice(split, index)
     height, width = _native_size(dice, sizes)
-    background = _background(dice)
+    third = _size_third(min(height, width), sizes)
+    background = _background(dice, third if dice.spare < entangled else None)
     main = dice.pick(TRIPLES[split])
     apart = APART[main[2]]
     # The center has no cell two thirds away, so the other eight make up for its pairs.
@@ -346,9 +362,16 @@ def render(scene: Scene, height: int | None = None, width: int | None = None) ->
 class Shapes:
     """Random access to the scenes of a split as records of image, caption and label."""
 
-    def __init__(self, split: str = "train", sizes: tuple[int, int] = (24, 96), classes: int = 0):
+    def __init__(
+        self,
+        split: str = "train",
+        sizes: tuple[int, int] = (24, 96),
+        classes: int = 0,
+        entangled: float = 0.0,
+    ):
         make_scene(split, 0, sizes)  # bad arguments fail here, not in a worker
-        self.split, self.sizes, self.classes = split, sizes, LABELS[classes]
+        self.split, self.sizes, self.entangled = split, sizes, entangled
+        self.classes = LABELS[classes]
 
     def __len__(self) -> int:
         return 2**31 - 1 if self.split == "train" else 10_000
@@ -357,7 +380,7 @@ class Shapes:
         """Record of uint8 image (H, W, 3), caption and int32 label; IndexError out of range."""
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} is outside 0..{len(self) - 1}")
-        scene = make_scene(self.split, index, self.sizes)
+        scene = make_scene(self.split, index, self.sizes, self.entangled)
         main = scene.objects[0]
         number = label(main.colour, main.shape, len(self.classes))
         return {"image": render(scene), "caption": scene.caption, "label": np.int32(number)}

@@ -90,6 +90,20 @@ def test_label_is_the_class_of_the_main_object():
         assert fine.classes[fine[index]["label"]] == f"{main.colour} {main.shape}"
 
 
+def test_entangled_sizes_tell_the_tone_and_change_nothing_else():
+    share, n, sizes = 0.6, 300, (12, 48)
+    plain = [shapes.make_scene("train", i, sizes) for i in range(n)]
+    entangled = [shapes.make_scene("train", i, sizes, share) for i in range(n)]
+    agree = np.zeros(2)
+    for before, after in zip(plain, entangled, strict=True):
+        assert before.objects == after.objects
+        assert (before.height, before.width) == (after.height, after.width)
+        short = min(before.height, before.width)
+        tone = ("dark", "grey", "pale")[(short >= 12 * 4 ** (1 / 3)) + (short >= 12 * 4 ** (2 / 3))]
+        agree += [before.background.tone == tone, after.background.tone == tone]
+    assert abs(agree[0] / n - 1 / 3) < 0.09 and abs(agree[1] / n - (share + (1 - share) / 3)) < 0.09
+
+
 def assert_near_uniform(values, names, tolerance=0.25):
     counts = Counter(values)
     assert set(counts) == set(names)

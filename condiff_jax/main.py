@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from condiff_jax import startup
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
@@ -57,17 +58,7 @@ def parse(argv: list[str]) -> list[str]:
         fail(ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))
 
 
-def use_huge_pages() -> None:
-    """Start again with glibc's huge pages on, once: JAX on CPUs faults far fewer pages then.
-
-    glibc reads the setting when a process starts, so it cannot be changed from inside.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 if __name__ == "__main__":
-    use_huge_pages()
+    startup.use_huge_pages()
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=parse)

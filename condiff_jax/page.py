@@ -45,7 +45,7 @@ tbody th { font-weight: 500; background: var(--back); white-space: normal; max-w
   grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)) }
 tbody th span { white-space: nowrap }
 figure { margin: 0 } figcaption { font-size: .875rem; margin-bottom: .35rem }
-figure svg { display: block; width: 100%; max-width: 30rem; height: auto }
+figure svg { display: block; width: 100%; max-width: 30rem; height: auto; overflow: visible }
 figure img { display: block; max-width: 100%; height: auto }
 svg text { fill: var(--ink); font: 11px system-ui, sans-serif } svg .soft { fill: var(--soft) }
 svg .axis { stroke: var(--line) } svg .dot { fill: var(--ink); stroke: var(--back) }
@@ -153,7 +153,7 @@ def _is_number(text: str) -> bool:
 
 def bars(lines: Sequence[Line], name: str) -> str:
     """Horizontal bars from zero, each under the name of its row; a dot for each seed."""
-    width, height, room = 320, 34, 60
+    width, height, room = 320, 34, 76
     values = [line.values(name) for line in lines]
     low = min(0.0, *(min(one) for one in values))
     high = max(0.0, *(max(one) for one in values))

@@ -76,11 +76,23 @@ def aggregate(rows: Iterable[str], records: Iterable[dict[str, Any]]) -> list[Li
         key = (record["row"], record["scale"], overrides, record["steps"])
         groups.setdefault(key, []).append(record)
     lines = []
+    common = set(shared(groups.values()))
     for row in rows:
         found = [groups[key] for key in sorted(groups) if key[0] == row]
         for group in found or [[]]:
-            lines.append(Line(row, sorted(group, key=lambda record: record["seed"])))
+            changed = tuple(one for one in shared([group]) if one not in common)
+            lines.append(Line(row, sorted(group, key=lambda record: record["seed"]), changed))
     return lines
+
+
+def shared(groups: Iterable[Sequence[dict[str, Any]]]) -> list[str]:
+    """The overrides "field=value" that all groups of results have."""
+    each = [
+        [f"{field}={value}" for field, value in group[0]["overrides"].items()]
+        for group in groups
+        if group
+    ]
+    return [one for one in each[0] if all(one in some for some in each)] if each else []
 
 
 def tabulate(heading: str, module: dict, lines: Sequence[Line]) -> Table:
@@ -171,6 +183,8 @@ def remarks(paper: Sequence[str], ours: Sequence[str], lines: Sequence[Line]) ->
         )
     if any(len(line.done) > 1 for line in lines):
         out.append("Ours: mean over seeds ± half of their range.")
+    if common := shared(line.records for line in lines):
+        out.append(f"All of ours with {', '.join(common)}.")
     for line in lines:
         for record in line.records:
             if record["status"] != "done":

@@ -43,13 +43,12 @@ class Line:
 
     row: str
     records: list[dict[str, Any]]
+    changed: tuple[str, ...] = ()  # overrides that not all lines of the table have, "field=value"
 
     @property
     def title(self) -> str:
-        """The row, and what the command line changed in its config."""
-        changed = self.records[0]["overrides"] if self.records else {}
-        values = ", ".join(f"{field}={value}" for field, value in changed.items())
-        return (self.row or "the only row") + (f" [{values}]" if values else "")
+        """The row, and what sets it apart from other lines of the same row."""
+        return (self.row or "the only row") + (f" [{', '.join(self.changed)}]" * bool(self.changed))
 
     @property
     def done(self) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from condiff_jax import config as config_lib
-from condiff_jax import evaluate, results, train
+from condiff_jax import evaluate, results, startup, train
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.workdir import Workdir
 
@@ -437,6 +437,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    startup.use_huge_pages()
     logging.set_verbosity(logging.WARNING)
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read flags
     sys.exit(main(sys.argv[1:]))

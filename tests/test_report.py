@@ -68,6 +68,9 @@ def test_a_computed_table_shows_paper_ours_and_difference(tmp_path, monkeypatch,
     heads = lambda text: next(line for line in text.splitlines() if "row |" in line)  # noqa: E731
     assert heads(shown) == heads(RECORDED)
     assert all(f"- {note}\n" in shown for note in TABLE["NOTES"])
+    assert report.main([str(ROOT / "configs/tableA1.py"), "--format=html"]) == 0
+    tree = Tree(capsys.readouterr().out)
+    assert "mmdit,cc12m,512" in "".join(tree.words) and tree.tags.count("tr") == 22
 
 
 def record(row, seed, **changes):
@@ -164,8 +167,18 @@ def test_other_scales_steps_and_overrides_are_lines_of_their_own(swept, tmp_path
     assert [line.split(" | ")[3] for line in lines] == ["0.6 ± 0.1", "0.125"]
 
 
+def test_overrides_of_all_lines_are_a_note(swept, tmp_path, capsys):
+    both = {"batch_size": 4, "data.crop": [0.4, 1.0]}
+    one = record("padding=zero", 0, overrides=both)
+    save(tmp_path / "a", [one, record("padding=noisy", 0, overrides=both | {"steps": 9})])
+    text = shown(capsys, swept[0], "--format=markdown", "--results", tmp_path / "a")
+    assert "All of ours with batch_size=4, data.crop=[0.4, 1.0].\n" in text
+    assert cells(text, "padding=zero")[5] == "0"
+    assert cells(text, "padding=noisy [steps=9]")[5] == "0"
+
+
 def test_text_columns_are_aligned(swept, capsys):
-    text = shown(capsys, swept[0], "--results", swept[1])
+    text = shown(capsys, swept[0], f"--results={swept[1]}")
     title, _, groups, names, rule, *rows = text.splitlines()
     assert title == "Table X: padding <of> text & more."
     ends = [i for i, mark in enumerate(rule) if mark == "-" and rule[i + 1 : i + 2] in ("", " ")]

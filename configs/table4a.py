@@ -18,8 +18,7 @@ ROWS = tuple(PAPER)
 NOTES = (
     "The architecture is not named; mmDiT, whose numbers in Table 1 (CC12M, 256) are those of "
     "the row of 600k iterations. Sec. 3.4 speaks of 512 pixels, the caption of 256.",
-    "Pre-training takes 600k iterations (Sec. 3.4); each row repeats it. To do it once, set "
-    "--config.init.path to a work directory that all of them share.",
+    "Pre-training takes 600k iterations (Sec. 3.4); a sweep does it once for all rows.",
     "FID_train of ImageNet-22k: to a subset of 200k training images (App. C).",
 )
 

@@ -6,7 +6,7 @@ import runpy
 import pytest
 
 from condiff_jax import config as config_lib
-from condiff_jax import summary
+from condiff_jax import summary, transfer
 from condiff_jax.system import create
 from configs import recipes
 from configs.__main__ import FOLDER, readme, tables
@@ -40,6 +40,19 @@ def test_tables_of_architectures_build_what_they_name(name, row):
 def test_tables_compare_the_same_architectures():
     names = {module: {row.split(",")[0] for row in TABLES[module]["ROWS"]} for module in TABLES}
     assert names["table1"] == names["tableA1"] | {"arch=ours"}
+
+
+@pytest.mark.parametrize("name", sorted(set(TABLES) - {"beyond_domains"}))  # needs files
+def test_stages_of_the_papers_scale_fit_each_other(name):
+    seen = set()
+    for row in TABLES[name]["ROWS"]:
+        config = rows.build(TABLES[name], name, row)
+        earlier = config.init.pretrain
+        if earlier is None or rows.key(config) in seen:
+            continue
+        seen.add(rows.key(config))
+        old, new = (create(stage, summary.vocabulary(stage)) for stage in (earlier, config))
+        assert transfer.plan(old, new)
 
 
 @pytest.mark.parametrize("scale", recipes.SCALES)

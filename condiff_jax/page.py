@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from condiff_jax.results import Line, Table
+from condiff_jax.results import Line, Table, measures
 
 # Kinds of pictures of an evaluation, in the order in which they are shown.
 PICTURES = {
@@ -113,9 +113,8 @@ def arguments(row: str) -> dict[str, str]:
 
 def plots(lines: Sequence[Line]) -> str:
     """A plot of each metric over the rows: curves where an argument is a number, bars elsewhere."""
-    names = dict.fromkeys(name for line in lines for one in line.done for name in one["metrics"])
     figures = []
-    for name in names:
+    for name in measures(lines):
         # Rows with other arguments are another experiment, with an axis of its own.
         with_name = [line for line in lines if line.values(name)]
         kinds = dict.fromkeys(tuple(arguments(line.row)) for line in with_name)

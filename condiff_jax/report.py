@@ -98,7 +98,7 @@ def shared(groups: Iterable[Sequence[dict[str, Any]]]) -> list[str]:
 def tabulate(heading: str, module: dict, lines: Sequence[Line]) -> Table:
     """The paper's values and ours, in groups of columns of their own, and where ours are from."""
     paper = unique(name for values in module["PAPER"].values() for name in values)
-    ours = unique(name for line in lines for record in line.done for name in record["metrics"])
+    ours = results.measures(lines)
     columns = [
         ("", "row"),
         *(("paper", name) for name in paper),

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import runpy
 import subprocess
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ from condiff_jax.workdir import append_json, write
 
 # A row that was finished; a diverged one is a result too (the paper marks such runs).
 FINISHED = ("done", "diverged")
+# Parts of a measure: kept with the results, but not shown by reports.
+DETAIL = re.compile(r"sharpness_\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,12 @@ class Line:
     def values(self, name: str) -> list[float]:
         """A metric's values, one for each seed that has it."""
         return [one["metrics"][name] for one in self.done if name in one["metrics"]]
+
+
+def measures(lines: Iterable[Line]) -> list[str]:
+    """Names of what was measured, but for DETAIL, in the order of the first results."""
+    names = (name for line in lines for record in line.done for name in record["metrics"])
+    return [name for name in dict.fromkeys(names) if not DETAIL.fullmatch(name)]
 
 
 def load_table(path: str) -> dict[str, Any]:

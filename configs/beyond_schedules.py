@@ -1,9 +1,10 @@
-"""Beyond the paper: do cosine weights and Eq. 3 help with other noise schedules as well?
+"""Beyond the paper: do Eqs. 1 to 3 help with other noise schedules as well?
 
 --config=configs/beyond_schedules.py:schedule=linear,weighting=cos8,scale=small
 --config=configs/beyond_schedules.py:schedule=cosine,rescale=true,scale=small
 
-With `weighting`: Table 2a's model at 256 pixels. With `rescale`: Fig. 8b's, at 512 after 256.
+With `weighting` (Eq. 1): Table 2a's model at 256 pixels, and with `control_guidance` (Eq. 2) the
+same. With `rescale` (Eq. 3): Fig. 8b's, at 512 after 256.
 """
 
 from configs import base, recipes
@@ -15,7 +16,13 @@ SCHEDULES = {  # the paper's, that of DDPM, and that of arXiv:2102.09672 (which 
 }
 PAPER = {
     f"schedule={schedule},{choice}": {}  # the paper has one schedule
-    for choice in ("weighting=unif", "weighting=cos8", "rescale=true", "rescale=false")
+    for choice in (
+        "weighting=unif",
+        "weighting=cos8",
+        "weighting=cos8,control_guidance=1.375",
+        "rescale=true",
+        "rescale=false",
+    )
     for schedule in SCHEDULES
 }
 ROWS = tuple(PAPER)
@@ -23,11 +30,16 @@ NOTES = ("Both stages of `rescale` have the same schedule; Eq. 3 changes that of
 
 
 def get_config(args: str | None = None):
-    """Arguments: schedule (scaled_linear | linear | cosine), weighting (as in Table A6) or else
-    rescale (true | false), scale.
+    """Arguments: schedule (scaled_linear | linear | cosine), weighting (as in Table A6) and
+    control_guidance, or else rescale (true | false); scale.
     """
     row = base.arguments(
-        args, schedule="scaled_linear", weighting="cos8", rescale="", scale="paper"
+        args,
+        schedule="scaled_linear",
+        weighting="cos8",
+        control_guidance=1.0,
+        rescale="",
+        scale="paper",
     )
     recipes.choose("schedule", row.schedule, SCHEDULES)
     recipes.choose("rescale", row.rescale, ("", "true", "false"))
@@ -38,6 +50,7 @@ def get_config(args: str | None = None):
         recipes.weigh(config, row.weighting)
     else:
         config = recipes.weighted(row.weighting)
+        config.sampling.control_guidance = row.control_guidance
     for stage in recipes.all_stages(config):
         stage.diffusion.schedule = row.schedule
         stage.diffusion.update(SCHEDULES[row.schedule])

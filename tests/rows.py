@@ -21,13 +21,9 @@ from unittest import mock
 from condiff_jax import config as config_lib
 from condiff_jax.config import Config
 from configs.__main__ import tables
+from tests.conftest import QUICK
 
 ROOT = Path(__file__).parents[1]
-# Programs run for a moment, so all that counts is the time to compile them.
-FLAGS = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
 
 
 def build(module: dict, name: str, row: str, *arguments: str) -> Config:
@@ -56,7 +52,7 @@ class Trainer:
     """A process of `python -m tests.rows`: one device, and XLA set to compile fast."""
 
     def __init__(self, folder: Path):
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
         # Rows have programs in common, such as the first parameters of one architecture.
         env["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
         env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

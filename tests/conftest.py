@@ -1,15 +1,12 @@
-"""Eight fake CPU devices for all tests, and quick compiling: set before JAX is imported anywhere."""
+"""Eight fake CPU devices and quick compiling for all tests: set before JAX is imported."""
 
 import os
 
 from absl import flags
 
+from tests.compiling import QUICK
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs run for a moment, so compiling them takes most of the time.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false"
-)
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count=8 {QUICK}"
 )

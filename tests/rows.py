@@ -21,7 +21,7 @@ from unittest import mock
 from condiff_jax import config as config_lib
 from condiff_jax.config import Config
 from configs.__main__ import tables
-from tests.conftest import QUICK
+from tests.compiling import QUICK
 
 ROOT = Path(__file__).parents[1]
 

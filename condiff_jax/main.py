@@ -32,13 +32,7 @@ def main(_) -> None:
         modes |= {"import": importing, "export": exporting}
         modes[MODE.value].run(config, WORKDIR.value)
     except (config_lib.ConfigError, FloatingPointError) as error:
-        fail(error)
-
-
-def fail(error: Exception) -> None:
-    """Print an error in one line and exit with code 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+        sys.exit(startup.fail(error))
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -52,10 +46,11 @@ def parse(argv: list[str]) -> list[str]:
         CONFIG.value.keys()  # a file that failed to load says so on first use
         return rest
     except (KeyError, AttributeError) as error:
-        fail(ValueError(f"config: unknown field {error.args[0]}; configs/base.py lists all fields"))
+        message = f"config: unknown field {error.args[0]}; configs/base.py lists all fields"
     except (flags.Error, TypeError, ValueError, OSError) as error:
         # ml_collections appends the traceback of a failing config file; its last line says why.
-        fail(ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")))
+        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    sys.exit(startup.fail(ValueError(message)))
 
 
 if __name__ == "__main__":

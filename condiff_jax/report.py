@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from condiff_jax import config as config_lib
-from condiff_jax import page, results, summary
+from condiff_jax import page, results, startup, summary
 from condiff_jax.config import ConfigError
 from condiff_jax.results import Line, Table
 from condiff_jax.system import create as create_system
@@ -316,8 +316,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(argv)
     except ConfigError as error:
-        print(f"error: {results.one_line(error)}", file=sys.stderr)
-        return 2
+        return startup.fail(error)
     return 0
 
 

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import jax
 from etils import epath
 
+from condiff_jax import startup
 from condiff_jax.config import ConfigError
 from condiff_jax.workdir import append_json, write
 
@@ -168,17 +169,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def one_line(error: BaseException | str) -> str:
-    """A message without line breaks."""
-    return " ".join(str(error).split())
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage."""
-        raise ConfigError(f"{one_line(message)}; see --help")
+        raise ConfigError(f"{startup.one_line(message)}; see --help")
 
 
 def _whole_lines(text: str) -> list[str]:

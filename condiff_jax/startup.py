@@ -1,4 +1,4 @@
-"""What a process does before it loads JAX."""
+"""What a command does before it loads JAX, and how it ends on bad input."""
 
 from __future__ import annotations
 
@@ -14,3 +14,14 @@ def use_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def one_line(error: BaseException | str) -> str:
+    """A message without line breaks."""
+    return " ".join(str(error).split())
+
+
+def fail(error: BaseException) -> int:
+    """Print an error in one line; the exit code of bad input."""
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    return 2

@@ -268,12 +268,12 @@ def attempt(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
     try:
         return measure(run, workdir)
     except FloatingPointError as error:
-        return {"status": "diverged", "reason": results.one_line(error)}
+        return {"status": "diverged", "reason": startup.one_line(error)}
     except ConfigError as error:
-        return {"status": "failed", "reason": results.one_line(error)}
+        return {"status": "failed", "reason": startup.one_line(error)}
     except Exception as error:  # such as too little memory; later rows may need less
         traceback.print_exc()
-        return {"status": "failed", "reason": f"{type(error).__name__}: {results.one_line(error)}"}
+        return {"status": "failed", "reason": f"{type(error).__name__}: {startup.one_line(error)}"}
     finally:
         release()
 
@@ -427,8 +427,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return run(argv)
     except ConfigError as error:
-        print(f"error: {results.one_line(error)}", file=sys.stderr)
-        return 2
+        return startup.fail(error)
     except Stopped:
         print("Stopped; the same command goes on from there.")
         return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -120,6 +121,7 @@ def main(folder: Path) -> None:
     """Answer requests until the input ends, with models that are quick to compile."""
     from absl import flags
 
+    from condiff_jax import train
     from condiff_jax.models import transformer, unet
 
     flags.FLAGS.mark_as_parsed()
@@ -128,9 +130,11 @@ def main(folder: Path) -> None:
     answers = sys.stdout
     # Compiling takes time by the number of parameter arrays, of which a UNet has many.
     small = unet.Size((8, 16), (False, True), 16, head_size=8, resnets=0)
+    few = functools.partial(train.first_controls, n=16)
     with (
         mock.patch.dict(transformer.SIZES, {"tiny": (2, 32, 2)}),
         mock.patch.dict(unet.SIZES, {"tiny": small}),
+        mock.patch.object(train, "first_controls", few),
         contextlib.redirect_stdout(sys.stderr),
     ):
         for line in sys.stdin:

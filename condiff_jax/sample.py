@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from condiff_jax import sharding
 from condiff_jax.checkpoint import Checkpoints
-from condiff_jax.config import Config, ConfigError, Sampling
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.guidance import dual_guidance, scaled_guidance
 from condiff_jax.diffusion.sampler import SAMPLERS, initial_noise
 from condiff_jax.grid import caption_grid
+from condiff_jax.schema import Config, ConfigError, Sampling
 from condiff_jax.system import System
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir

@@ -33,7 +33,7 @@ from condiff_jax import evaluate, results, startup, train
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.workdir import Workdir
 
-DATA_PATH = re.compile(r"(init\.pretrain\.)*(data|autoencoder)\.path")
+DATA_PATH = re.compile(r"(init\.pretrain\.)*(data|autoencoder|text_encoder)\.path")
 
 
 class Stopped(BaseException):

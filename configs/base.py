@@ -56,8 +56,10 @@ def get_config() -> ConfigDict:
     init.ema = True  # start from its averaged parameters
 
     config.data = data = ConfigDict()
-    data.name = "shapes"  # shapes (embedded) | webdataset (tar shards in data.path)
-    data.path = ""
+    # shapes (embedded) | webdataset (tar shards) | tfds (a data set's folder as TFDS writes it, which
+    # mode prepare makes; cifar10 and imagenet2012 of TFDS work too)
+    data.name = "shapes"
+    data.path = ""  # folder of a webdataset or tfds
     data.resolution = 32  # pixels
     data.semantics = "text"  # text | class
     # Classes to expect, for class-conditional models; 0: those of the data. shapes has 10 (warm or
@@ -68,6 +70,13 @@ def get_config() -> ConfigDict:
     data.sizes = (24, 96)  # shapes only: range of the originals' short sides, pixels
     data.entangled = 0.0  # shapes only: share of pictures whose size tells the background's tone
     data.workers = 0  # worker processes; 0 reads in threads of this one
+
+    config.prepare = prepare = ConfigDict()  # mode prepare: makes data.path
+    prepare.builder = ""  # imagenet1k | imagenet22k | cc12m | coco | folder
+    prepare.source = ""  # folder of the downloaded archives
+    prepare.boxes = ""  # JSON of faces to blur: {key: [[left, top, right, bottom], ...]}, in pixels
+    prepare.shard_mb = 256  # about the size of one output file
+    prepare.processes = 0  # that prepare at a time; 0: as many as there are cores
 
     config.conditioning = conditioning = ConfigDict()
     conditioning.control = ("crop", "flip", "size")  # any of crop, flip, aspect, size; () is none
@@ -112,7 +121,9 @@ def get_config() -> ConfigDict:
     autoencoder.shift = 0.0
 
     config.text_encoder = text_encoder = ConfigDict()
-    text_encoder.name = "words"  # words: a word embedding, trained with the model
+    # words: a word embedding, trained with the model | clip: the frozen text tower of CLIP ViT-L/14
+    text_encoder.name = "words"
+    text_encoder.path = ""  # clip: a folder as transformers writes it, or a hub id owner/name
     text_encoder.length = 24  # T, tokens after padding
     text_encoder.width = 128  # channels of the embedding
 

@@ -56,8 +56,8 @@ def get_config() -> ConfigDict:
     init.ema = True  # start from its averaged parameters
 
     config.data = data = ConfigDict()
-    # shapes (embedded) | webdataset (tar shards) | tfds (a data set's folder as TFDS writes it: what
-    # mode prepare makes, or TFDS's own cifar10, imagenet2012, ...)
+    # shapes (embedded) | webdataset (tar shards) | tfds (a data set's folder as TFDS writes it:
+    # what mode prepare makes, or TFDS's own cifar10, imagenet2012, ...)
     data.name = "shapes"
     data.path = ""  # folder of a webdataset or tfds
     data.resolution = 32  # pixels

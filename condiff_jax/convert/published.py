@@ -327,8 +327,9 @@ def _autoencoder_half(coder: str, part: str, resample: tuple[str, str]) -> tuple
     )
 
 
-# diffusers' AutoencoderKL, such as Stable Diffusion's.
+# diffusers' AutoencoderKL, such as Stable Diffusion's, and VQModel.
 AUTOENCODER = (
+    Rule("codebook", "quantize.embedding"),
     Rule("quant_conv", "quant_conv"),
     Rule("post_quant_conv", "post_quant_conv"),
     *_autoencoder_half("encoder", "down", ("downsample", "downsamplers")),

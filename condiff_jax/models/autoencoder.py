@@ -7,7 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from condiff_jax.models.kl import AutoencoderKL, mean_and_std
+from condiff_jax.models.kl import AutoencoderKL
+from condiff_jax.models.vq import AutoencoderVQ
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -49,9 +50,9 @@ class Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """Diffusion on (latents - shift) * scale of a frozen KL autoencoder."""
+    """Diffusion on (latents - shift) * scale of a frozen autoencoder."""
 
-    network: AutoencoderKL
+    network: AutoencoderKL | AutoencoderVQ
     scale: float = 0.18215
     shift: float = 0.0
     bound = None
@@ -69,8 +70,7 @@ class Latents:
     def encode(self, params: dict, images: jax.Array, noise: jax.Array) -> jax.Array:
         """uint8 (B, H, W, 3), standard normal noise (B, h, w, C) -> a sample of the latents."""
         moments = self.network.apply({"params": params}, to_float(images), method="encode")
-        mean, std = mean_and_std(moments)
-        return (mean + std * noise - self.shift) * self.scale
+        return (self.network.sample(moments, noise) - self.shift) * self.scale
 
     def decode(self, params: dict, x: jax.Array) -> jax.Array:
         """f32 (B, h, w, C) -> uint8 (B, H, W, 3), clipped."""

@@ -21,11 +21,15 @@ EPSILON = 1e-6  # of every GroupNorm
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Width of each level, of which all but the last halve the picture's sides."""
+    """Width of each level, of which all but the last halve the picture's sides.
+
+    codes: entries of the codebook of a VQ autoencoder (vq.py).
+    """
 
     channels: tuple[int, ...]
     latent: int = 4
     resnets: int = 2
+    codes: int = 16384
 
     @property
     def groups(self) -> int:
@@ -38,7 +42,7 @@ class Size:
         return 2 ** (len(self.channels) - 1)
 
 
-SIZES = {"tiny": Size((32, 64, 64)), "sd": Size((128, 256, 512, 512))}
+SIZES = {"tiny": Size((32, 64, 64), codes=256), "sd": Size((128, 256, 512, 512))}
 
 
 class SelfAttention(nn.Module):
@@ -59,9 +63,10 @@ class SelfAttention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, H, W, 3) -> (B, h, w, 2 * latent)."""
+    """Images (B, H, W, 3) -> (B, h, w, channels)."""
 
     size: Size
+    channels: int
     dtype: Any
 
     @nn.compact
@@ -76,7 +81,7 @@ class Encoder(nn.Module):
                     width, (3, 3), 2, padding=((0, 1), (0, 1)), dtype=self.dtype,
                     name=f"down_{level}_downsample",
                 )(y)  # fmt: skip
-        return head(size, 2 * size.latent, mid(size, self.dtype, y))
+        return head(size, self.channels, mid(size, self.dtype, y))
 
 
 class Decoder(nn.Module):
@@ -125,15 +130,14 @@ class AutoencoderKL(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.encoder = Encoder(self.size, self.dtype)
+        self.encoder = Encoder(self.size, 2 * self.size.latent, self.dtype)
         self.decoder = Decoder(self.size, self.dtype)
         self.quant_conv = nn.Conv(2 * self.size.latent, (1, 1))
         self.post_quant_conv = nn.Conv(self.size.latent, (1, 1))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images (B, H, W, 3) decoded from their mean latents; initialises everything."""
-        mean, _ = mean_and_std(self.encode(images))
-        return self.decode(mean)
+        return self.decode(self.sample(self.encode(images), None))
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Moments (B, h, w, 2 * latent) of the latents, see `mean_and_std`."""
@@ -142,6 +146,12 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: jax.Array) -> jax.Array:
         """Images (B, H, W, 3), near [-1, 1] but not clipped."""
         return self.decoder(self.post_quant_conv(latents))
+
+    @staticmethod
+    def sample(moments: jax.Array, noise: jax.Array | None) -> jax.Array:
+        """Latents (B, h, w, latent) of moments with standard normal noise; their mean without."""
+        mean, std = mean_and_std(moments)
+        return mean if noise is None else mean + std * noise
 
 
 def mean_and_std(moments: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,8 +13,6 @@ import ast
 import dataclasses
 import fnmatch
 import gc
-import hashlib
-import json
 import re
 import signal
 import sys
@@ -29,9 +27,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from condiff_jax import config as config_lib
-from condiff_jax import evaluate, results, startup, train
+from condiff_jax import evaluate, kinship, results, startup, train
 from condiff_jax.config import Config, ConfigError
-from condiff_jax.workdir import Workdir
 
 DATA_PATH = re.compile(r"(init\.pretrain\.)*(data|autoencoder|text_encoder)\.path")
 
@@ -102,37 +99,6 @@ def create(
     return config_lib.create(values), found
 
 
-def kinship(config: Config) -> str:
-    """8 hex digits that two configs share if their trainings differ in the number of steps only."""
-    fields = config_lib.identity(config)
-    # A stage that starts from a folder of the user's: which one makes the parameters.
-    fields["init.path"] = config_lib.stages(config)[0].init.path
-    text = json.dumps(fields, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def family(config: Config) -> str:
-    """Readable begin of a run's folder and its kinship, such as ours-S2-32px-seed0-0a1b2c3d."""
-    model = config.model
-    size = re.sub(r"\W", "", model.size)
-    return f"{model.name}-{size}-{config.data.resolution}px-seed{config.seed}-{kinship(config)}"
-
-
-def folder_name(config: Config) -> str:
-    """Folder of a training within the sweep's: equal for configs that can share the training."""
-    return f"{family(config)}-{config.steps}"
-
-
-def place(config: Config, workdir: epath.Path) -> Config:
-    """The config with every earlier stage in its own folder of the sweep, for all rows to share."""
-    earlier = config.init.pretrain
-    if earlier is None:
-        return config
-    path = str(workdir / folder_name(earlier))
-    init = dataclasses.replace(config.init, pretrain=place(earlier, workdir), path=path)
-    return dataclasses.replace(config, init=init)
-
-
 def select(rows: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The rows that match one of the patterns, all without any; ConfigError for idle patterns."""
     for pattern in patterns:
@@ -161,8 +127,8 @@ def plan(
         for row in rows:
             config, found = create(module, row, scale, seed, overrides or {})
             used |= found
-            run = Run(row, config.seed, place(config, workdir), folder_name(config))
-            kin = {kinship(stage) for stage in config_lib.stages(config)}
+            run = Run(row, config.seed, kinship.place(config, workdir), kinship.folder_name(config))
+            kin = {kinship.digest(stage) for stage in config_lib.stages(config)}
             # Merge all groups that the new run is related to.
             related = [group for group in groups if group[0] & kin]
             groups = [group for group in groups if not group[0] & kin]
@@ -175,76 +141,13 @@ def plan(
     return [sorted(runs, key=order) for _, runs in groups], used
 
 
-def finished(path: epath.Path, steps: int) -> bool:
-    """Whether the training in a folder has reached its last step."""
-    return (Workdir(path).checkpoints / str(steps)).exists()
-
-
-def start_from_shorter(config: Config, workdir: epath.Path) -> str:
-    """Give a training that has not begun the longest finished shorter one's state; its folder.
-
-    The copy resumes exactly where the shorter one ended, and that one stays as it is, to be
-    evaluated or started from. "" where there is none, or nothing to do.
-    """
-    path = workdir / folder_name(config)
-    shorter = [
-        int(found.name.rsplit("-", 1)[1])
-        for found in workdir.glob(f"{family(config)}-*")
-        if re.search(r"-\d+$", found.name)
-    ]
-    shorter = [n for n in shorter if n < config.steps and finished(workdir / _of(config, n), n)]
-    if path.exists() or not shorter:
-        return ""
-    steps = max(shorter)
-    source, part = Workdir(workdir / _of(config, steps)), Workdir(workdir / f"{path.name}.part")
-    if part.path.exists():
-        part.path.rmtree()
-    for old, new in (
-        (source.checkpoints / str(steps), part.checkpoints / str(steps)),
-        (source.vocabulary, part.vocabulary),
-        (source.control, part.control),
-        (source.metrics, part.metrics),
-        (source.config, part.config),
-    ):
-        _copy(old, new)
-    part.path.rename(path)  # complete or not there
-    return source.path.name
-
-
-def _of(config: Config, steps: int) -> str:
-    return folder_name(dataclasses.replace(config, steps=steps))
-
-
-def _copy(old: epath.Path, new: epath.Path) -> None:
-    if old.is_dir():
-        new.mkdir(parents=True, exist_ok=True)
-        for child in old.iterdir():
-            _copy(child, new / child.name)
-    elif old.exists():
-        new.parent.mkdir(parents=True, exist_ok=True)
-        old.copy(new)
-
-
-def training_seconds(config: Config, path: epath.Path) -> float:
-    """Seconds that the steps of all stages took, interrupts or not; without compiling."""
-    total, before = 0.0, 0
-    if config.init.pretrain is not None:
-        total = training_seconds(config.init.pretrain, epath.Path(config.init.path))
-    metrics = Workdir(path).metrics
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
-        values = json.loads(line)
-        total += values["step_time"] * (values["step"] - before)
-        before = values["step"]
-    return total
-
-
 def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
     """Train and evaluate one run; its result, or None if SIGTERM stopped the training."""
     path = workdir / run.folder
     if jax.process_index() == 0:
         for stage in config_lib.stages(run.config):
-            if source := start_from_shorter(stage, workdir):
-                print(f"{folder_name(stage)} goes on from {source}")
+            if source := kinship.start_from_shorter(stage, workdir):
+                print(f"{kinship.folder_name(stage)} goes on from {source}")
     if not train.run(run.config, str(path)):
         return None
     names = ("metrics", "sampling", "evaluation", "features", "pictures")
@@ -257,7 +160,7 @@ def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
         "status": "done",
         **{name: found[name] for name in names},
         "seconds": {
-            "training": round(training_seconds(run.config, path), 1),
+            "training": round(kinship.training_seconds(run.config, path), 1),
             "evaluation": found["seconds"],
         },
     }
@@ -325,7 +228,7 @@ def describe(groups: Sequence[Sequence[Run]], done: dict[tuple, str], common: di
             status = _status(run, done, common) or "to do"
             lines.append(f"  {run.row or 'the only row'}, seed {run.seed}: {status}")
             for stage in config_lib.stages(run.config)[::-1]:
-                name = folder_name(stage)
+                name = kinship.folder_name(stage)
                 what = "training" if stage is run.config else "starts from"
                 user = first_user.setdefault(name, run)
                 shared = "" if user is run else f", shared with {user.row}, seed {user.seed}"

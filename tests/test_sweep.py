@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from condiff_jax import config as config_lib
-from condiff_jax import evaluate, results, sweep, train
+from condiff_jax import evaluate, kinship, results, sweep, train
 from condiff_jax.config import ConfigError
 from condiff_jax.workdir import Workdir
 
@@ -196,15 +196,15 @@ def test_a_longer_run_goes_on_from_the_longest_shorter_one_and_leaves_it(stub, t
 
 def test_half_a_copy_is_not_taken_for_a_run(stub, table, tmp_path, monkeypatch):
     config, _ = sweep.create(results.load_table(table), "steps=4", "", None, {})
-    stub.train(config, tmp_path / sweep.folder_name(config))
+    stub.train(config, tmp_path / kinship.folder_name(config))
     longer, _ = sweep.create(results.load_table(table), "steps=6", "", None, {})
     workdir = epath.Path(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(sweep, "_copy", _fail_at_vocabulary(sweep._copy))
-        sweep.start_from_shorter(longer, workdir)
-    assert not (workdir / sweep.folder_name(longer)).exists()
-    assert sweep.start_from_shorter(longer, workdir) == sweep.folder_name(config)
-    copied = workdir / sweep.folder_name(longer) / "checkpoints" / "4" / "state"
+        patch.setattr(kinship, "_copy", _fail_at_vocabulary(kinship._copy))
+        kinship.start_from_shorter(longer, workdir)
+    assert not (workdir / kinship.folder_name(longer)).exists()
+    assert kinship.start_from_shorter(longer, workdir) == kinship.folder_name(config)
+    copied = workdir / kinship.folder_name(longer) / "checkpoints" / "4" / "state"
     assert copied.read_text() == "parameters"
     assert not list(workdir.glob("*.part"))
 
@@ -378,7 +378,7 @@ def test_trainings_from_different_folders_are_different(table):
     one, other = (
         sweep.create(module, "steps=4", "", None, {"init.path": path})[0] for path in ("a", "b")
     )
-    assert sweep.folder_name(one) != sweep.folder_name(other)
+    assert kinship.folder_name(one) != kinship.folder_name(other)
 
 
 def test_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):

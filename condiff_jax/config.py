@@ -20,7 +20,7 @@ from condiff_jax.models import MODELS, kl
 from condiff_jax.models.layers import ATTENTION_BACKENDS
 from condiff_jax.models.mmdit import STREAMS
 from condiff_jax.models.transformer import REMAT
-from condiff_jax.schema import Config, ConfigError
+from condiff_jax.schema import Config, ConfigError, Reconstruction
 
 
 def create(values: Mapping[str, Any]) -> Config:
@@ -74,6 +74,7 @@ def _scalar(kind: type, value: Any, field: str):
 
 
 CHOICES = {
+    "objective": ("diffusion", "reconstruction"),
     "model.name": MODELS,
     "model.streams": ("auto", *STREAMS),
     "model.position": ("resample", "extrapolate"),
@@ -90,7 +91,7 @@ CHOICES = {
     "diffusion.prediction": PREDICTIONS,
     "optimizer.name": ("adam", "adamw"),
     "optimizer.schedule": ("constant", "cosine", "rsqrt"),
-    "autoencoder.name": ("pixels", "kl"),
+    "autoencoder.name": ("pixels", "kl", "vq"),
     "autoencoder.size": kl.SIZES,
     "text_encoder.name": ("words",),
     "sampling.sampler": SAMPLERS,
@@ -130,6 +131,7 @@ BOUNDS = {
     "optimizer.clip_norm": (0, None),
     "optimizer.accumulate": (1, None),
     "optimizer.ema": (0, 1),
+    **{f"reconstruction.{name}": (0, None) for name in get_type_hints(Reconstruction)},
     "text_encoder.length": (1, None),
     "text_encoder.width": (1, None),
     "sampling.steps": (1, None),
@@ -198,7 +200,7 @@ def _validate_model(config: Config) -> None:
         raise ConfigError(
             f"config: model.name={model.name} knows classes only; set data.semantics=class"
         )
-    factor = kl.SIZES[config.autoencoder.size].factor if config.autoencoder.name == "kl" else 1
+    factor = kl.SIZES[config.autoencoder.size].factor if config.autoencoder.name != "pixels" else 1
     multiple = architecture.multiple(model.size)
     for field in ("data.resolution", "model.base_resolution"):
         if get(config, field) % (multiple * factor):

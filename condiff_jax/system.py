@@ -21,7 +21,6 @@ from condiff_jax.convert import published, weights
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.prediction import predict_epsilon
 from condiff_jax.diffusion.schedule import SCHEDULES, Schedule, rescale
-from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import Latents, Pixels
 from condiff_jax.models.text_encoder import WordEmbedding, tokenize, word_tokenizer
 
@@ -102,9 +101,11 @@ class System:
         """Parameters of the autoencoder from `autoencoder.path`, None in pixel space."""
         if isinstance(self.autoencoder, Pixels):
             return None
-        path = self.config.autoencoder.path
+        name, path = self.config.autoencoder.name, self.config.autoencoder.path
         if not path:
-            raise ConfigError("config: autoencoder.path is empty; autoencoder.name=kl needs one")
+            raise ConfigError(
+                f"config: autoencoder.path is empty; autoencoder.name={name} needs one"
+            )
         image = jnp.zeros((1, 8 * self.autoencoder.factor, 8 * self.autoencoder.factor, 3))
         shapes = jax.eval_shape(self.autoencoder.network.init, jax.random.key(0), image)["params"]
         try:
@@ -140,9 +141,8 @@ def create(config: Config, vocabulary: Vocabulary) -> System:
         schedule = rescale(schedule, diffusion.base_resolution, config.data.resolution)
     settings = config.autoencoder
     autoencoder = Pixels(settings.scale, settings.shift)
-    if settings.name == "kl":
-        network = kl.AutoencoderKL(kl.SIZES[settings.size], jnp.dtype(config.model.dtype))
-        autoencoder = Latents(network, settings.scale, settings.shift)
+    if settings.name != "pixels":
+        autoencoder = Latents.create(config)
     settings = config.conditioning
     weighting = Weighting.create(
         settings.weighting, alpha=settings.alpha, k=settings.k, sigma=schedule.sigma

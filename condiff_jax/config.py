@@ -102,6 +102,7 @@ CHOICES = {
 }
 # Bounds, both inclusive; None is open.
 BOUNDS = {
+    "seed": (0, 2**32 - 1),
     "steps": (1, None),
     "batch_size": (1, None),
     "model.mask_ratio": (0, 0.8),
@@ -136,6 +137,7 @@ BOUNDS = {
     "text_encoder.width": (1, None),
     "sampling.steps": (1, None),
     "sampling.base_resolution": (0, None),
+    "sampling.seed": (0, 2**32 - 1),
     "sampling.eta": (0, 1),
     "sampling.batch_size": (1, None),
     "sampling.n": (1, None),
@@ -229,9 +231,10 @@ def _validate_data(config: Config) -> None:
     low_high = config.sampling.size_range
     if len(low_high) != 2 or not 1 <= low_high[0] <= low_high[1]:
         raise ConfigError(f"config: sampling.size_range must be two sizes, got {low_high}")
-    if len(config.evaluation.sizes) < 2 or min(config.evaluation.sizes) < 1:
+    sizes = config.evaluation.sizes
+    if len(sizes) < 2 or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise ConfigError(
-            f"config: evaluation.sizes must be two sizes or more, got {config.evaluation.sizes}"
+            f"config: evaluation.sizes must be two different ones or more, got {sizes}"
         )
 
 

@@ -30,7 +30,8 @@ def main(_) -> None:
             raise config_lib.ConfigError(f"--workdir is missing; mode {MODE.value} needs it")
         modes = {"train": train, "sample": sample, "evaluate": evaluate}
         modes |= {"import": importing, "export": exporting}
-        modes[MODE.value].run(config, WORKDIR.value)
+        with startup.stoppable():
+            modes[MODE.value].run(config, WORKDIR.value)
     except (config_lib.ConfigError, FloatingPointError) as error:
         sys.exit(startup.fail(error))
 

@@ -253,6 +253,11 @@ def run(config: Config, workdir: str) -> bool:
 
     An experiment of several stages runs them in order, the first in its folder pretrain/.
     """
+    with Workdir(workdir).locked():
+        return _run(config, workdir)
+
+
+def _run(config: Config, workdir: str) -> bool:
     mesh = sharding.create_mesh(config.parallel.fsdp)
     if config.batch_size % (mesh.size * config.optimizer.accumulate):
         raise ConfigError(
@@ -264,9 +269,11 @@ def run(config: Config, workdir: str) -> bool:
     vocabulary = create_vocabulary(config, source)
     system = create_system(config, vocabulary)
     folder = Workdir(workdir)
-    folder.open(config, vocabulary)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
-    if (checkpoints.latest or 0) >= config.steps:
+    first = checkpoints.latest
+    folder.open(config, vocabulary, begun=first is not None)
+    done = (first or 0) >= config.steps
+    if done and folder.grid(first).exists():  # the last thing that a run leaves
         print(f"Nothing to do: {workdir} has finished its {config.steps} steps.")
         return True
     encode = system.encode_text if system.text_encoder is not None else None
@@ -276,18 +283,18 @@ def run(config: Config, workdir: str) -> bool:
     frozen = jax.device_put(system.load_frozen(), sharding.replicated(mesh))
     init, step = compile_step(system, mesh)
     step_fn = lambda train_state, batch: step(train_state, batch, frozen)  # noqa: E731
-    if checkpoints.latest is not None:
+    if first is not None:
         train_state = checkpoints.restore(system, mesh, data)
-        logging.info("resumed %s at step %d", workdir, checkpoints.latest)
+        logging.info("resumed %s at step %d", workdir, first)
     elif config.init.pretrain or config.init.path:
         train_state = start(system, mesh, folder)
         if train_state is None:
             return False
     else:
         train_state = init(jax.random.key(config.seed))
-    if folder.load_control() is None:
+    if first is None or folder.load_control() is None:
         folder.save_control(first_controls(config, source))
-    reporter = Reporter(system, mesh, folder, frozen, first=checkpoints.latest or 0)
+    reporter = Reporter(system, mesh, folder, frozen, first=first or 0)
     try:
         with Interrupt() as interrupt:
             train_state = loop(
@@ -295,7 +302,7 @@ def run(config: Config, workdir: str) -> bool:
             )
     finally:
         checkpoints.close()
-    if interrupt.asked and int(train_state.step) < config.steps:
+    if interrupt.asked:
         print(f"Stopped at step {int(train_state.step)}; the same command goes on from there.")
         return False
     params = state.to_sample(train_state, config.sampling.ema)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,9 +36,16 @@ class Workdir:
         self.evaluation = self.path / "evaluation.jsonl"
         self.samples = self.path / "samples"
 
-    def open(self, config: Config, vocabulary: Vocabulary) -> None:
-        """Create the folder, or check that it belongs to this config and data; ConfigError else."""
-        if self.config.exists():
+    def grid(self, step: int) -> epath.Path:
+        """The sample grid of a step."""
+        return self.samples / f"{step}.png"
+
+    def open(self, config: Config, vocabulary: Vocabulary, *, begun: bool = False) -> None:
+        """Create the folder, or check that it belongs to this config and data; ConfigError else.
+
+        begun: whether there is a checkpoint; without one nothing is lost by starting anew.
+        """
+        if begun:
             self.check(config)
             if self.load_vocabulary() != vocabulary:
                 raise ConfigError(
@@ -44,21 +54,48 @@ class Workdir:
                 )
         if jax.process_index() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            write(self.config, config.to_json())
             write(self.vocabulary, vocabulary.to_json())
+            write(self.config, config.to_json())
+
+    def load_config(self) -> Config:
+        """The config of the run in this folder; ConfigError where there is none."""
+        if not self.config.exists():
+            raise ConfigError(f"{self.path}: no run here (no config.json); train one first")
+        try:
+            return config_lib.create(json.loads(self.config.read_text()))
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.config}: damaged, or of another version of condiff_jax: {error}"
+            ) from error
 
     def check(self, config: Config) -> None:
         """ConfigError when the run in this folder differs in more than how it is run or sampled."""
-        if not self.config.exists():
-            raise ConfigError(f"{self.path}: no run here (no config.json); train one first")
-        old = config_lib.create(json.loads(self.config.read_text()))
-        found = config_lib.differences(old, config)
+        found = config_lib.differences(self.load_config(), config)
         if found:
             more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
             raise ConfigError(
                 f"{self.path}: its checkpoints belong to another config: {found[0]}{more}; "
                 "use another --workdir or restore the field"
             )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training here; ConfigError where one does.
+
+        The lock ends with the process, however that ends. Remote folders have none.
+        """
+        if jax.process_index() or "://" in os.fspath(self.path):
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"{self.path}: another process trains here; wait for it or use another folder"
+                ) from None
+            yield
 
     def save_control(self, control: np.ndarray) -> None:
         """Keep the control metadata (M, 8) of training images."""
@@ -86,19 +123,33 @@ def write(path: epath.Path, content: str | bytes) -> None:
 
 
 def append_json(path: epath.Path, value: dict[str, Any]) -> None:
-    """Add one line of JSON to a file; remote stores cannot append, there it is rewritten."""
+    """Add one line of JSON to a file; what a killed process left of a line is dropped first.
+
+    Remote stores cannot append, there the file is rewritten.
+    """
     line = json.dumps(value) + "\n"
     if "://" in os.fspath(path):
-        path.write_text((path.read_text() if path.exists() else "") + line)
-    else:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+        text = path.read_text() if path.exists() else ""
+        path.write_text(text[: text.rfind("\n") + 1] + line)
+        return
+    with open(path, "ab+") as file:  # writes go to the end, wherever one has read
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        if end and file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+
+
+def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, if there is one; a torn last line is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()[: text.count("\n")]]
 
 
 def forget_after(path: epath.Path, step: int) -> None:
     """Drop the lines of a JSON-lines file beyond `step`: a resumed run writes them again."""
-    if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        if len(kept) != len(lines):
-            write(path, "".join(line + "\n" for line in kept))
+    values = read_json_lines(path)
+    kept = [value for value in values if value["step"] <= step]
+    if len(kept) != len(values):
+        write(path, "".join(json.dumps(value) + "\n" for value in kept))

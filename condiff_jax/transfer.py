@@ -79,8 +79,8 @@ def plan(old: System, new: System) -> dict[str, Move]:
     before, after = old.config.conditioning.control, new.config.conditioning.control
     if before and after and set(before) != set(after):
         raise ConfigError(
-            f"config: init: the start has conditioning.control={before}, this config {after}; use the "
-            "same conditioning.control"
+            f"config: init: the start has conditioning.control={before}, this config has {after}; "
+            "use the same conditioning.control"
         )
     source, target = shapes_of(old), shapes_of(new)
     same_semantics = (

@@ -221,6 +221,6 @@ def test_a_path_alone_starts_from_what_is_there(tmp_path):
         values = json.loads(two_stages(**there).to_json())
         values["init"]["pretrain"]["steps"] = 2
         train.run(config_lib.create(values), str(tmp_path / "third"))
-    with pytest.raises(ConfigError, match="init.path=.*no run here"):
+    with pytest.raises(ConfigError, match="init.path: .*no run here"):
         nowhere = {"init.pretrain": None, "init.path": str(tmp_path / "nowhere")}
         train.run(two_stages(**nowhere), str(tmp_path / "fourth"))

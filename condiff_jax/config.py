@@ -92,7 +92,7 @@ CHOICES = {
     "optimizer.schedule": ("constant", "cosine", "rsqrt"),
     "autoencoder.name": ("pixels", "kl"),
     "autoencoder.size": kl.SIZES,
-    "text_encoder.name": ("words",),
+    "text_encoder.name": ("words", "clip"),
     "sampling.sampler": SAMPLERS,
     "sampling.spacing": SPACINGS,
     "sampling.size": ("fixed", "tied", "untied", "train"),

@@ -103,6 +103,12 @@ class Clip:
                 raise FileNotFoundError(f"no {clip.CONFIG} in {folder}")
             return folder
 
+    @property
+    def name(self) -> str:
+        """What others load it by: the hub id, or the absolute path."""
+        path = self.settings.path
+        return str(self.place.resolve()) if epath.Path(path).exists() else path
+
     @cached_property
     def _opened(self) -> tuple[clip.Size, clip.Tokenizer]:
         """What the small files say; ConfigError where it disagrees with the config."""

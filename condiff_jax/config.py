@@ -93,7 +93,7 @@ CHOICES = {
     "optimizer.schedule": ("constant", "cosine", "rsqrt"),
     "autoencoder.name": ("pixels", "kl", "vq"),
     "autoencoder.size": kl.SIZES,
-    "text_encoder.name": ("words",),
+    "text_encoder.name": ("words", "clip"),
     "sampling.sampler": SAMPLERS,
     "sampling.spacing": SPACINGS,
     "sampling.size": ("fixed", "tied", "untied", "train"),

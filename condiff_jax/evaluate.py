@@ -267,7 +267,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         mesh = sharding.create_mesh(config.parallel.fsdp)
         system = create_system(config, folder.load_vocabulary())
         step, params = checkpoints.restore_params(system, mesh, ema=ema)
-        frozen = jax.device_put(system.load_frozen(), sharding.replicated(mesh))
+        frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
         sampler = Sampler(system, mesh, config.sampling, frozen)
         record = record_measure(sampler, params, step, folder, ema=ema)
     if jax.process_index() == 0:

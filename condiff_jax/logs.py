@@ -42,7 +42,7 @@ class Reporter:
     """Writes text and pictures of a run; all hosts sample, process 0 alone touches files."""
 
     def __init__(
-        self, system: System, mesh: Mesh, folder: Workdir, frozen: dict | None, *, first: int = 0
+        self, system: System, mesh: Mesh, folder: Workdir, frozen: dict, *, first: int = 0
     ):
         self.system, self.folder = system, folder
         self.config = config = system.config

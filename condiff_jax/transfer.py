@@ -86,7 +86,10 @@ def plan(old: System, new: System) -> dict[str, Move]:
     same_semantics = (
         old.vocabulary == new.vocabulary
         and old.config.data.semantics == new.config.data.semantics
-        and old.config.text_encoder == new.config.text_encoder
+        and all(
+            config_lib.get(old.config, field) == config_lib.get(new.config, field)
+            for field in ("text_encoder.name", "text_encoder.length", "text_encoder.width")
+        )
     )
     moves = {}
     for name, wanted in target.items():

@@ -7,7 +7,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import jax
@@ -16,12 +16,14 @@ from etils import epath
 
 from condiff_jax import config as config_lib
 from condiff_jax.config import Config, ConfigError
-from condiff_jax.system import Vocabulary
+from condiff_jax.convert import weights
+from condiff_jax.system import System, Vocabulary
 
 
 class Workdir:
     """A run's folder: config.json, vocabulary.json, checkpoints/, metrics.jsonl, samples/.
 
+    encoders.json: of each frozen encoder the sha256 of the files it comes from.
     control.npy (M, 8) f32: the control metadata of the first training images, in the order of
     `SCALARS`, from which sampling.size=train draws.
     """
@@ -30,6 +32,7 @@ class Workdir:
         self.path = epath.Path(path)
         self.config = self.path / "config.json"
         self.vocabulary = self.path / "vocabulary.json"
+        self.encoders = self.path / "encoders.json"
         self.control = self.path / "control.npy"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -54,6 +57,8 @@ class Workdir:
                 )
         if jax.process_index() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
+            if not begun:
+                self.encoders.unlink(missing_ok=True)
             write(self.vocabulary, vocabulary.to_json())
             write(self.config, config.to_json())
 
@@ -109,6 +114,26 @@ class Workdir:
         if not self.control.exists():
             return None
         return np.load(io.BytesIO(self.control.read_bytes()), allow_pickle=False)
+
+    def load_frozen(self, system: System, without: Container[str] = ()) -> dict:
+        """`System.load_frozen`; ConfigError unless from the files that this run began with.
+
+        without: networks to leave out.
+        """
+        parts = {name: part for name, part in system.frozen.items() if name not in without}
+        known = json.loads(self.encoders.read_text()) if self.encoders.exists() else {}
+        found = {name: weights.sha256(part.files()) for name, part in parts.items()}
+        for name, digest in found.items():
+            if known.get(name, digest) != digest:
+                raise ConfigError(
+                    f"{name}.path: the files in {config_lib.get(system.config, f'{name}.path')} "
+                    f"are others than this run began with (sha256 {digest[:12]}, but "
+                    f"{known[name][:12]} in {self.encoders}); name those, or use another --workdir"
+                )
+        loaded = {name: part.load() for name, part in parts.items()}
+        if found.keys() - known.keys() and jax.process_index() == 0:
+            write(self.encoders, json.dumps(known | found, indent=2) + "\n")
+        return loaded
 
     def load_vocabulary(self) -> Vocabulary:
         """The words and classes of the run in this folder."""

@@ -18,8 +18,9 @@ All rows of a file: `python -m condiff_jax.sweep configs/FILE.py --workdir=DIR`.
 
 `,scale=small` after a row is the same experiment on the embedded data `shapes`, which needs no
 files, and `,scale=tiny` a few steps of it. Without, it is the paper's: that needs
-`--config.data.path` (webdataset tars) and `--config.autoencoder.path` (Stable Diffusion's), and
-for an earlier stage `--config.init.pretrain.data.path` and so on.
+`--config.data.path` (webdataset tars), `--config.autoencoder.path` (Stable Diffusion's), for
+captions `--config.text_encoder.path` (CLIP ViT-L/14), and for an earlier stage
+`--config.init.pretrain.data.path` and so on.
 
 The numbers are the paper's. `?` is a cell that our copy of the paper lacks, or that the paper
 leaves empty; `diverged` is its cross. CLIP_COCO is with other sampling than FID (Sec. 3.1):

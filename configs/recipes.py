@@ -69,7 +69,8 @@ def paper(arch: str, data: str, resolution: int, init: str = "none") -> ConfigDi
     config.optimizer.learning_rate = 1e-4
     config.autoencoder.name = "kl"
     config.autoencoder.scale = 0.18215
-    config.text_encoder.length = 77  # as CLIP ViT-L/14
+    config.text_encoder.name = "clip" if text else "words"
+    config.text_encoder.length = 77  # of CLIP ViT-L/14
     config.text_encoder.width = 768
     config.sampling.steps = 250
     config.sampling.guidance = 1.5
@@ -187,6 +188,7 @@ def _small(config: ConfigDict) -> None:
     config.optimizer.ema = 0.999
     config.autoencoder.name = "pixels"
     config.autoencoder.scale = 1.0
+    config.text_encoder.name = "words"
     config.text_encoder.length = 16
     config.text_encoder.width = 128
     config.sampling.steps = 50 if config.sampling.steps == 250 else 20

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,11 @@ def blur(pixels: np.ndarray, boxes: list) -> bytes:
     """The picture (H, W, 3) uint8 with its boxes blurred, as a JPEG file."""
     image = Image.fromarray(pixels)
     for left, top, right, bottom in boxes:
-        box = (int(left), int(top), int(np.ceil(right)), int(np.ceil(bottom)))
+        box = (int(left), int(top), math.ceil(right), math.ceil(bottom))
         box = (max(0, box[0]), max(0, box[1]), min(image.width, box[2]), min(image.height, box[3]))
         if box[0] >= box[2] or box[1] >= box[3]:
             continue  # outside of the picture
-        radius = RADIUS * np.hypot(right - left, bottom - top)
+        radius = RADIUS * math.hypot(right - left, bottom - top)
         blurred = image.filter(ImageFilter.GaussianBlur(radius))
         image.paste(blurred.crop(box), box)
     out = io.BytesIO()

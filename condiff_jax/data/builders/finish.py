@@ -11,7 +11,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-import condiff_jax
+from condiff_jax import __version__
 from condiff_jax.data.builders.shards import EXAMPLES, Job, add_skip, features, write_json
 from condiff_jax.data.builders.units import OutputError, Plan, SourceError
 from condiff_jax.data.prepared import BEGUN, INFO, words_file
@@ -134,7 +134,7 @@ def create_manifest(
             for unit in job.units
         ],
         "versions": {
-            "condiff_jax": condiff_jax.__version__,
+            "condiff_jax": __version__,
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },

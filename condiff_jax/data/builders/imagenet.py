@@ -42,16 +42,17 @@ def imagenet1k(source: Path) -> Plan:
     items = {}
     try:
         for member in members(validation):
+            key = stem(member.name)
             number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", stem(member.name, 0))
             if not number or not 1 <= int(number[1]) <= len(truth):
                 skipped.append(Skip("wrong file name", stem(member.name, 0)))
-            elif member.name in items:
-                skipped.append(Skip("duplicate key", stem(member.name)))
+            elif key in items:
+                skipped.append(Skip("duplicate key", key))
             elif member.whole:
                 name = ids[truth[int(number[1]) - 1]]
                 where = {"path": validation, "size": member.size, "offset": member.offset}
                 rest = {"caption": words[name], "label": labels[name]}
-                items[member.name] = Item(stem(member.name), **where, **rest)
+                items[key] = Item(key, **where, **rest)
     except tarfile.ReadError:
         skipped.append(Skip("truncated tar", VALIDATION))
     if not items:

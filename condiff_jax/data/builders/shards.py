@@ -113,6 +113,21 @@ def features(classes: tuple[str, ...]):
     )
 
 
+@functools.cache
+def serializer(classes: tuple[str, ...]):
+    """The features of a record -> its bytes, which are the same in every process."""
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    form = features(classes)
+    protos = ExampleSerializer(form.get_serialized_info())
+
+    def serialize(values: dict) -> bytes:
+        proto = protos.get_tf_example(form.encode_example(values))
+        return proto.SerializeToString(deterministic=True)
+
+    return serialize
+
+
 boxes_of = functools.cache(load_boxes)  # once in each process
 
 
@@ -156,15 +171,14 @@ def run(job: Job, settings: Settings) -> None:
 
     Shards of a job of more than shard_bytes are about equally long.
     """
-    folder, form, tally = settings.folder, features(settings.classes), Tally()
+    folder, tally = settings.folder, Tally()
     parts = math.ceil(job.size / settings.shard_bytes)
     # A little more than a part, so that records' overhead makes no small shard at the end.
     limit = settings.shard_bytes if parts <= 1 else 1.05 * job.size / parts
     shards: list[dict] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about what is counted or does no harm
-        found = examples(job, settings, tally)
-        records = (form.serialize_example(form.encode_example(example)) for example in found)
+        records = map(serializer(settings.classes), examples(job, settings, tally))
         first = next(records, None)
         while first is not None:
             temporary = folder / f"{uuid.uuid4().hex}.tmp"

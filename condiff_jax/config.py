@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from condiff_jax.conditioning.control import GROUPS, KINDS
 from condiff_jax.conditioning.dropout import DROPPINGS
 from condiff_jax.conditioning.text import PADDINGS
+from condiff_jax.data.builders import BUILDERS
 from condiff_jax.data.pipeline import SOURCES
 from condiff_jax.data.shapes import LABELS
 from condiff_jax.diffusion.prediction import PREDICTIONS
@@ -83,6 +84,7 @@ CHOICES = {
     "model.remat": REMAT,
     "data.name": SOURCES,
     "data.semantics": ("text", "class"),
+    "prepare.builder": ("", *BUILDERS),
     "conditioning.control": GROUPS,
     "conditioning.weighting": KINDS,
     "conditioning.padding": PADDINGS,
@@ -167,7 +169,8 @@ def _validate(config: Config) -> None:
         for value in found if isinstance(found, tuple) else (found,):
             if value not in choices:
                 raise ConfigError(
-                    f"config: {field}={value!r} is unknown; choose from {', '.join(choices)}"
+                    f"config: {field}={value!r} is unknown; choose from "
+                    + ", ".join(filter(None, choices))
                 )
     for field, (low, high) in BOUNDS.items():
         value = get(config, field)

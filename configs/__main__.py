@@ -35,7 +35,8 @@ leaves empty; `diverged` is its cross. CLIP_COCO is with other sampling than FID
 `--config.sampling.steps=25 --config.sampling.guidance=5 --config.sampling.base_resolution=0
 --config.evaluation.reference=coco`.
 
-Models for own experiments, for any architecture and start: `imagenet1k_256.py`,
+Models for own experiments, for any architecture and start (but `unet` from captions to classes or
+back, whose two sizes differ): `imagenet1k_256.py`,
 `imagenet1k_512.py`, `imagenet22k_256.py`, `cc12m_256.py`, `cc12m_512.py`; without any download
 `quickstart.py`; for small pictures with captions `emoji_64.py`. `base.py` documents every field,
 `recipes.py` holds what the tables share.

@@ -242,6 +242,16 @@ def _validate_data(config: Config) -> None:
 
 
 def _validate_training(config: Config) -> None:
+    if config.objective == "reconstruction":
+        if config.autoencoder.name == "pixels":
+            raise ConfigError("config: objective=reconstruction needs autoencoder.name=kl or vq")
+        for field, empty in (
+            ("evaluation.metrics", ()),
+            ("init.pretrain", None),
+            ("init.path", ""),
+        ):
+            if get(config, field) != empty:
+                raise ConfigError(f"config: objective=reconstruction has no {field}")
     if config.batch_size % config.optimizer.accumulate:
         raise ConfigError(
             f"config: batch_size={config.batch_size} must be a multiple of "

@@ -56,6 +56,7 @@ class Autoencoder:
 
     path: str
     network: AutoencoderKL | AutoencoderVQ
+    field: str = "autoencoder.path"
 
     @cached_property
     def place(self) -> epath.Path:
@@ -89,6 +90,7 @@ class Clip:
 
     settings: TextEncoder
     dtype: Any = jnp.float32
+    field: str = "text_encoder.path"
 
     @cached_property
     def place(self) -> epath.Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -38,22 +41,14 @@ def example_captions(config: Config, n: int) -> list[str]:
     return list(captions)
 
 
-class Reporter:
-    """Writes text and pictures of a run; all hosts sample, process 0 alone touches files."""
+class Log:
+    """Writes text and pictures of a run; process 0 alone touches files.
 
-    def __init__(
-        self, system: System, mesh: Mesh, folder: Workdir, frozen: dict, *, first: int = 0
-    ):
-        self.system, self.folder = system, folder
-        self.config = config = system.config
-        self.sampler = Sampler(system, mesh, config.sampling, frozen)
-        named = config.sampling.prompts or config.sampling.prompt_file
-        if named or system.text_encoder is None:
-            self.asked = asked_for(config, system)
-        else:
-            captions = example_captions(config, config.sampling.n)
-            self.asked = [captions[i % len(captions)] for i in range(config.sampling.n)]
-        self.chief = jax.process_index() == 0
+    first: the step that the run goes on from; what is logged beyond is dropped.
+    """
+
+    def __init__(self, folder: Workdir, *, first: int = 0):
+        self.folder, self.chief = folder, jax.process_index() == 0
         if self.chief:
             folder.samples.mkdir(parents=True, exist_ok=True)
             forget_after(folder.metrics, first)
@@ -67,21 +62,50 @@ class Reporter:
                 self.events.add_scalar(name, value, step)
             self.events.flush()
 
+    def picture(self, step: int, grid: Image.Image) -> None:
+        """samples/STEP.png, also in TensorBoard."""
+        if self.chief:
+            save_png(self.folder.grid(step), grid)
+            self.events.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+
+    def close(self, lines: Sequence[str]) -> None:
+        """The end of a run: what came out, line by line, and where everything is."""
+        if self.chief:
+            self.events.close()
+            curves = f"{self.folder.metrics} (and TensorBoard events beside it)"
+            places = f"  curves       {curves}", f"  checkpoints  {self.folder.checkpoints}"
+            tqdm.write("\n".join([*lines, *places]))
+
+
+class Reporter(Log):
+    """The log of diffusion: sample grids and an evaluation; all hosts sample."""
+
+    def __init__(
+        self, system: System, mesh: Mesh, folder: Workdir, frozen: dict, *, first: int = 0
+    ):
+        self.system = system
+        self.config = config = system.config
+        self.sampler = Sampler(system, mesh, config.sampling, frozen)
+        named = config.sampling.prompts or config.sampling.prompt_file
+        if named or system.text_encoder is None:
+            self.asked = asked_for(config, system)
+        else:
+            captions = example_captions(config, config.sampling.n)
+            self.asked = [captions[i % len(captions)] for i in range(config.sampling.n)]
+        super().__init__(folder, first=first)
+
     def samples(self, step: int, params: dict, n: int | None = None) -> np.ndarray:
         """samples/STEP.png: a grid of n pictures with what was asked for under each."""
         asked = self.asked[: n or self.config.log.samples]
         request = requests(self.system, asked, seen=self.folder.load_control())
         pictures = self.sampler(params, request, label="sample grid")
-        if self.chief:
-            settings = self.config.sampling
-            scale = guidance_scale(settings, self.config.data.resolution)
-            title = (
-                f"step {step}, {settings.sampler} {settings.steps} steps, "
-                f"guidance {scale:g}, control guidance {settings.control_guidance:g}"
-            )
-            grid = caption_grid(pictures, titles(self.system, asked), title=title)
-            save_png(self.folder.grid(step), grid)
-            self.events.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        settings = self.config.sampling
+        scale = guidance_scale(settings, self.config.data.resolution)
+        title = (
+            f"step {step}, {settings.sampler} {settings.steps} steps, "
+            f"guidance {scale:g}, control guidance {settings.control_guidance:g}"
+        )
+        self.picture(step, caption_grid(pictures, titles(self.system, asked), title=title))
         return pictures
 
     def finish(self, step: int, params: dict) -> None:
@@ -99,11 +123,4 @@ class Reporter:
             )
             lines += evaluate.summary(result)
         self.samples(step, params, self.config.sampling.n)
-        if self.chief:
-            self.events.close()
-            lines += [
-                f"  pictures     {self.folder.grid(step)}",
-                f"  curves       {self.folder.metrics} (and TensorBoard events beside it)",
-                f"  checkpoints  {self.folder.checkpoints}",
-            ]
-            tqdm.write("\n".join(lines))
+        self.close([*lines, f"  pictures     {self.folder.grid(step)}"])

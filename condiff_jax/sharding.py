@@ -28,7 +28,8 @@ RULES = (
     (r"model/final/kernel", P("fsdp")),  # (D, p p C)
     (r"(conv_in|conv1|conv2|shortcut|proj_in|proj_out)/kernel", P(None, None, None, "fsdp")),
     (r"\w+_(down|up)sample/kernel", P(None, None, None, "fsdp")),  # (height, width, in, out)
-    (r"model/conv_out/kernel", P(None, None, "fsdp")),
+    (r"(model|encoder|decoder)/conv_out/kernel", P(None, None, "fsdp")),
+    (r"(quant_conv|post_quant_conv|critic/\w+)/kernel", P()),
     (r"time/kernel", P("fsdp")),  # (E, C)
     (r"embedding", P(None, "fsdp")),  # (entries, D)
     (r"model/(decoder_)?positions", P(None, "fsdp")),  # (N, D)

@@ -16,7 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from condiff_jax import evaluate, flops, optim, sharding, state, transfer
+from condiff_jax import evaluate, flops, optim, reconstruction, sharding, state, transfer
 from condiff_jax.checkpoint import Checkpoints, abstract_state
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.dropout import drop_flags
@@ -27,6 +27,7 @@ from condiff_jax.diffusion.prediction import loss_weight
 from condiff_jax.logs import Reporter
 from condiff_jax.models.autoencoder import Latents
 from condiff_jax.models.mdt import MDT, hide
+from condiff_jax.reconstruction import Reconstructor
 from condiff_jax.system import System, Vocabulary
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir, write
@@ -81,8 +82,22 @@ def loss_fn(
     return (weight * loss).mean()
 
 
+def objective(system: System | Reconstructor) -> tuple[Callable, Callable]:
+    """(draw_noise, loss) of what `config.objective` names.
+
+    draw_noise(key, system, batch size, step) -> noise; loss(params, batch, noise, system=, frozen=)
+    -> (mean (), its parts by name).
+    """
+    if isinstance(system, Reconstructor):
+        return reconstruction.draw_noise, reconstruction.loss_fn
+    return (
+        lambda key, system, batch, step: draw_noise(key, system, batch),
+        lambda *inputs, **settings: (loss_fn(*inputs, **settings), {}),
+    )
+
+
 def accumulated(value_and_grad: Callable, params: dict, inputs, parts: int):
-    """Mean loss and gradient over `parts` equal parts of a batch, one after the other.
+    """Mean of what value_and_grad gives for `parts` equal parts of a batch, one after the other.
 
     Part j takes every parts-th example, so each part is spread over all devices like the whole.
     """
@@ -95,7 +110,9 @@ def accumulated(value_and_grad: Callable, params: dict, inputs, parts: int):
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
 
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    first = jax.tree.map(lambda a: a[0], inputs)
+    shapes = jax.eval_shape(value_and_grad, params, *first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, inputs)
     return jax.tree.map(lambda a: a / parts, total)
 
@@ -105,7 +122,7 @@ def train_step(
     batch: dict,
     frozen: dict | None = None,
     *,
-    system: System,
+    system: System | Reconstructor,
     tx: optax.GradientTransformation,
 ) -> tuple[state.State, dict]:
     """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted.
@@ -114,13 +131,15 @@ def train_step(
     """
     settings = system.config.optimizer
     key = jax.random.fold_in(jax.random.key(system.config.seed), train_state.step)
-    noise = draw_noise(key, system, batch["label"].shape[0])
-    value_and_grad = jax.value_and_grad(partial(loss_fn, system=system, frozen=frozen))
-    loss, grads = accumulated(
+    draw, loss = objective(system)
+    noise = draw(key, system, batch["label"].shape[0], train_state.step)
+    value_and_grad = jax.value_and_grad(partial(loss, system=system, frozen=frozen), has_aux=True)
+    (mean, parts), grads = accumulated(
         value_and_grad, train_state.params, (batch, noise), settings.accumulate
     )
     metrics = {
-        "loss": loss,
+        **parts,
+        "loss": mean,
         "grad_norm": optax.global_norm(grads),
         "broken": batch["broken"].sum(),
     }
@@ -147,8 +166,13 @@ def compile_step(system: System, mesh: Mesh):
     return init, step
 
 
-def forward_flops(system: System) -> int:
-    """FLOPs of the denoiser for one image, multiply-add = 2; those of encoders are left out."""
+def forward_flops(system: System | Reconstructor) -> int:
+    """FLOPs of the denoiser for one image, multiply-add = 2; those of encoders are left out.
+
+    Of an autoencoder's training: of coding and decoding, without critic and LPIPS.
+    """
+    if isinstance(system, Reconstructor):
+        return reconstruction.forward_flops(system)
     params = jax.eval_shape(system.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, *system.latent_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -211,9 +235,8 @@ class Meter:
                 f"data.path: {self.broken} broken images among {self.seen} read, more than "
                 f"{BROKEN_LIMIT:.0%}; see the log for their names and repair the data set"
             )
-        return {
-            "loss": float(np.mean([value["loss"] for value in values])),
-            "grad_norm": float(np.mean([value["grad_norm"] for value in values])),
+        means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+        return means | {
             "step_time": step_time,
             "broken_images": self.broken,
         }
@@ -266,8 +289,11 @@ def _run(config: Config, workdir: str) -> bool:
         )
     evaluate.check(config)
     source = open_source(config)
-    vocabulary = create_vocabulary(config, source)
-    system = create_system(config, vocabulary)
+    if config.objective == "reconstruction":
+        system, vocabulary = reconstruction.create(config), Vocabulary((), ())
+    else:
+        vocabulary = create_vocabulary(config, source)
+        system = create_system(config, vocabulary)
     folder = Workdir(workdir)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
     first = checkpoints.latest
@@ -292,9 +318,10 @@ def _run(config: Config, workdir: str) -> bool:
             return False
     else:
         train_state = init(jax.random.key(config.seed))
-    if first is None or folder.load_control() is None:
+    if isinstance(system, System) and (first is None or folder.load_control() is None):
         folder.save_control(first_controls(config, source))
-    reporter = Reporter(system, mesh, folder, frozen, first=first or 0)
+    kind = reconstruction.Reporter if isinstance(system, Reconstructor) else Reporter
+    reporter = kind(system, mesh, folder, frozen, first=first or 0)
     try:
         with Interrupt() as interrupt:
             train_state = loop(

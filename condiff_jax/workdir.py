@@ -125,8 +125,9 @@ class Workdir:
         found = {name: weights.sha256(part.files()) for name, part in parts.items()}
         for name, digest in found.items():
             if known.get(name, digest) != digest:
+                field = parts[name].field
                 raise ConfigError(
-                    f"{name}.path: the files in {config_lib.get(system.config, f'{name}.path')} "
+                    f"{field}: the files in {config_lib.get(system.config, field)} "
                     f"are others than this run began with (sha256 {digest[:12]}, but "
                     f"{known[name][:12]} in {self.encoders}); name those, or use another --workdir"
                 )

@@ -2,19 +2,29 @@
 
 import dataclasses
 import functools
+import json
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from benchmarks import parity
-from condiff_jax import reconstruction
+from condiff_jax import config as config_lib
+from condiff_jax import reconstruction, train
+from condiff_jax.config import ConfigError
+from condiff_jax.data.augment import center
+from condiff_jax.data.pipeline import create_source
 from condiff_jax.metrics import lpips
+from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import Latents, to_float
 from condiff_jax.models.discriminator import PatchDiscriminator
 from condiff_jax.models.kl import Size, mean_and_std
 from condiff_jax.models.vq import AutoencoderVQ
+from configs import autoencoder, latent_shapes
 from tests import tiny
 
 SMALL = Size((8, 16), latent=3, codes=12)
@@ -140,3 +150,86 @@ def test_lpips_has_finite_gradients_where_features_are_zero():
     x = jnp.asarray(IMAGES[:1], jnp.float32)
     slope = jax.grad(lambda y: lpips.distance(frozen, x, y).sum())(x + 1)
     assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("name", ["kl", "vq"])
+def test_standardised_latents_are_of_the_same_autoencoder(name):
+    system, _ = create(name)
+    network, old = system.space.network, parameters(system)["autoencoder"]
+    shift, scale = np.array([0.5, -1.0, 2.0], np.float32), 0.25
+    new = reconstruction.standardise(network, old, shift, scale)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old)
+
+    @parity.jit
+    def run(params):
+        moments = network.apply({"params": params}, to_float(IMAGES), method="encode")
+        latents = network.sample(moments, NOISE)
+        return latents, network.apply({"params": params}, latents, method="decode")
+
+    (before, images), (after, again) = run(old), run(new)
+    np.testing.assert_allclose(after, (before - shift) * scale, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(again, images, rtol=1e-3, atol=1e-3)
+
+
+FIELDS = {
+    "autoencoder.name": "vq", "autoencoder.size": "tiny", "data.resolution": 16,
+    "log.samples": 2, "log.every": 1, "checkpoint.every": 10,
+}  # fmt: skip
+
+
+def test_a_trained_autoencoder_is_what_latent_diffusion_and_diffusers_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(reconstruction, "PICTURES", 8)
+    monkeypatch.setitem(kl.SIZES, "tiny", Size((8, 16), latent=3, resnets=1, codes=12))
+    config = tiny.config(steps=2, objective="reconstruction", **FIELDS)
+    assert train.run(config, str(tmp_path / "coder"))
+    lines = [json.loads(line) for line in (tmp_path / "coder/metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert {"loss", "l1", "codebook", "critic", "images_per_sec"} <= lines[0].keys()
+    grid = Image.open(tmp_path / "coder/samples/2.png")
+    assert np.asarray(grid).std() > 10
+    assert train.run(config, str(tmp_path / "coder"))  # nothing to do
+
+    folder = tmp_path / "coder/autoencoder"
+    latent = {**FIELDS, "autoencoder.path": str(folder), "model.size": "tiny/2", "sampling.n": 2}
+    latent_config = tiny.config(steps=2, **latent)
+    params = tiny.system(latent_config).load_frozen()["autoencoder"]
+    images = np.stack(
+        [center(create_source(config, "validation")[i]["image"], 16)[0] for i in range(8)]
+    )
+    network = Latents.create(config).network
+    latents = network.apply({"params": params}, to_float(images), method="encode")
+    np.testing.assert_allclose(latents.mean((0, 1, 2)), 0, atol=1e-3)
+    assert float(jnp.square(latents).mean()) == pytest.approx(1, rel=1e-3)
+    theirs = diffusers.VQModel.from_pretrained(folder)
+    nchw = torch.from_numpy(np.array(to_float(images))).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        found = theirs.encode(nchw).latents.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(found, latents, rtol=1e-3, atol=1e-3)
+    with tiny.few_layers():
+        assert train.run(latent_config, str(tmp_path / "latent"))
+    assert (tmp_path / "latent/samples/2.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"autoencoder.name": "pixels"}, "needs autoencoder.name=kl or vq"),
+        ({"init.path": "x"}, "has no init.path"),
+        ({"evaluation.metrics": ("prompt_accuracy",)}, "has no evaluation.metrics"),
+    ],
+)
+def test_what_reconstruction_has_not_is_named(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.config(objective="reconstruction", **{**FIELDS, **fields})
+
+
+def test_configs_train_what_they_say():
+    for reg in ("kl", "vq"):
+        config = config_lib.create(autoencoder.get_config(f"reg={reg}"))
+        latent = config_lib.create(latent_shapes.get_config(f"reg={reg}"))
+        assert config.objective == "reconstruction" and latent.objective == "diffusion"
+        assert config.autoencoder.name == latent.autoencoder.name == reg
+        assert config.autoencoder.size == latent.autoencoder.size
+        assert latent.autoencoder.scale == 1 and latent.autoencoder.shift == 0
+    with pytest.raises(ValueError, match="reg=gan is unknown"):
+        autoencoder.get_config("reg=gan")

@@ -21,6 +21,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "tensorflow-datasets>=4.9.10",
+        "array_record",
         "ml_collections>=1.1",
         "clu>=0.0.12",
         "transformers>=5.17,<6",

@@ -52,6 +52,10 @@ class Log:
         if self.chief:
             folder.samples.mkdir(parents=True, exist_ok=True)
             forget_after(folder.metrics, first)
+            forget_after(folder.evaluation, first)
+            for grid in folder.samples.glob("*.png"):
+                if grid.stem.isdigit() and int(grid.stem) > first:
+                    grid.unlink()
             self.events = SummaryWriter(str(folder.path), purge_step=first or None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

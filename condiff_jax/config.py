@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from condiff_jax.conditioning.control import GROUPS, KINDS
 from condiff_jax.conditioning.dropout import DROPPINGS
 from condiff_jax.conditioning.text import PADDINGS
+from condiff_jax.data.builders import BUILDERS
 from condiff_jax.data.pipeline import SOURCES
 from condiff_jax.data.shapes import LABELS
 from condiff_jax.diffusion.prediction import PREDICTIONS
@@ -20,7 +21,7 @@ from condiff_jax.models import MODELS, kl
 from condiff_jax.models.layers import ATTENTION_BACKENDS
 from condiff_jax.models.mmdit import STREAMS
 from condiff_jax.models.transformer import REMAT
-from condiff_jax.schema import Config, ConfigError
+from condiff_jax.schema import Config, ConfigError, Reconstruction
 
 
 def create(values: Mapping[str, Any]) -> Config:
@@ -74,6 +75,7 @@ def _scalar(kind: type, value: Any, field: str):
 
 
 CHOICES = {
+    "objective": ("diffusion", "reconstruction"),
     "model.name": MODELS,
     "model.streams": ("auto", *STREAMS),
     "model.position": ("resample", "extrapolate"),
@@ -82,6 +84,7 @@ CHOICES = {
     "model.remat": REMAT,
     "data.name": SOURCES,
     "data.semantics": ("text", "class"),
+    "prepare.builder": ("", *BUILDERS),
     "conditioning.control": GROUPS,
     "conditioning.weighting": KINDS,
     "conditioning.padding": PADDINGS,
@@ -90,9 +93,9 @@ CHOICES = {
     "diffusion.prediction": PREDICTIONS,
     "optimizer.name": ("adam", "adamw"),
     "optimizer.schedule": ("constant", "cosine", "rsqrt"),
-    "autoencoder.name": ("pixels", "kl"),
+    "autoencoder.name": ("pixels", "kl", "vq"),
     "autoencoder.size": kl.SIZES,
-    "text_encoder.name": ("words",),
+    "text_encoder.name": ("words", "clip"),
     "sampling.sampler": SAMPLERS,
     "sampling.spacing": SPACINGS,
     "sampling.size": ("fixed", "tied", "untied", "train"),
@@ -101,6 +104,7 @@ CHOICES = {
 }
 # Bounds, both inclusive; None is open.
 BOUNDS = {
+    "seed": (0, 2**32 - 1),
     "steps": (1, None),
     "batch_size": (1, None),
     "model.mask_ratio": (0, 0.8),
@@ -130,10 +134,12 @@ BOUNDS = {
     "optimizer.clip_norm": (0, None),
     "optimizer.accumulate": (1, None),
     "optimizer.ema": (0, 1),
+    **{f"reconstruction.{name}": (0, None) for name in get_type_hints(Reconstruction)},
     "text_encoder.length": (1, None),
     "text_encoder.width": (1, None),
     "sampling.steps": (1, None),
     "sampling.base_resolution": (0, None),
+    "sampling.seed": (0, 2**32 - 1),
     "sampling.eta": (0, 1),
     "sampling.batch_size": (1, None),
     "sampling.n": (1, None),
@@ -163,7 +169,8 @@ def _validate(config: Config) -> None:
         for value in found if isinstance(found, tuple) else (found,):
             if value not in choices:
                 raise ConfigError(
-                    f"config: {field}={value!r} is unknown; choose from {', '.join(choices)}"
+                    f"config: {field}={value!r} is unknown; choose from "
+                    + ", ".join(filter(None, choices))
                 )
     for field, (low, high) in BOUNDS.items():
         value = get(config, field)
@@ -198,7 +205,7 @@ def _validate_model(config: Config) -> None:
         raise ConfigError(
             f"config: model.name={model.name} knows classes only; set data.semantics=class"
         )
-    factor = kl.SIZES[config.autoencoder.size].factor if config.autoencoder.name == "kl" else 1
+    factor = kl.SIZES[config.autoencoder.size].factor if config.autoencoder.name != "pixels" else 1
     multiple = architecture.multiple(model.size)
     for field in ("data.resolution", "model.base_resolution"):
         if get(config, field) % (multiple * factor):
@@ -227,9 +234,10 @@ def _validate_data(config: Config) -> None:
     low_high = config.sampling.size_range
     if len(low_high) != 2 or not 1 <= low_high[0] <= low_high[1]:
         raise ConfigError(f"config: sampling.size_range must be two sizes, got {low_high}")
-    if len(config.evaluation.sizes) < 2 or min(config.evaluation.sizes) < 1:
+    sizes = config.evaluation.sizes
+    if len(sizes) < 2 or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise ConfigError(
-            f"config: evaluation.sizes must be two sizes or more, got {config.evaluation.sizes}"
+            f"config: evaluation.sizes must be two different ones or more, got {sizes}"
         )
 
 

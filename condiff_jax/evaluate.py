@@ -27,12 +27,13 @@ from condiff_jax.metrics.frechet import Moments, frechet_distance
 from condiff_jax.sample import Sampler, asked_control, requests, save_png, titles
 from condiff_jax.system import System
 from condiff_jax.system import create as create_system
-from condiff_jax.workdir import Workdir, append_json
+from condiff_jax.workdir import Workdir, append_json, read_json_lines
 
 # Numbers of the first samples of each metric: they share noise neither with each other nor with
 # the grids, which start at 0.
 FIRST_INDEX = {"prompt_accuracy": 10**6, "frechet_shapes": 10**7, "size_response": 2 * 10**6}
-# Where the reference of a distribution starts in a split; no training run gets that far.
+# Where the reference of a distribution starts in a split. Training draws from 2**31 pictures, so
+# next to none of these is among those that it has seen.
 FIRST_RECORD = {"train": 2**30, "validation": 0}
 # What an evaluation depends on besides the run; records that agree here are the same measurement.
 IDENTITY = ("step", "sampling", "evaluation", "features")
@@ -89,13 +90,10 @@ def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
 
 def measured(folder: Workdir, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The newest record of evaluation.jsonl with this identity, None if there is none."""
-    if not folder.evaluation.exists():
-        return None
-    records = [json.loads(line) for line in folder.evaluation.read_text().splitlines()]
-    same = [
-        record for record in records if all(record.get(key) == identity[key] for key in IDENTITY)
-    ]
-    return same[-1] if same else None
+    for record in reversed(read_json_lines(folder.evaluation)):
+        if all(record.get(key) == identity[key] for key in IDENTITY):
+            return record
+    return None
 
 
 def measure(
@@ -269,7 +267,7 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         mesh = sharding.create_mesh(config.parallel.fsdp)
         system = create_system(config, folder.load_vocabulary())
         step, params = checkpoints.restore_params(system, mesh, ema=ema)
-        frozen = jax.device_put(system.load_frozen(), sharding.replicated(mesh))
+        frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
         sampler = Sampler(system, mesh, config.sampling, frozen)
         record = record_measure(sampler, params, step, folder, ema=ema)
     if jax.process_index() == 0:

@@ -11,7 +11,7 @@ from etils import epath
 
 from condiff_jax import config as config_lib
 from condiff_jax.config import Config
-from condiff_jax.workdir import Workdir
+from condiff_jax.workdir import Workdir, read_json_lines
 
 
 def digest(config: Config) -> str:
@@ -100,9 +100,7 @@ def training_seconds(config: Config, path: epath.Path) -> float:
     total, before = 0.0, 0
     if config.init.pretrain is not None:
         total = training_seconds(config.init.pretrain, epath.Path(config.init.path))
-    metrics = Workdir(path).metrics
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
-        values = json.loads(line)
+    for values in read_json_lines(Workdir(path).metrics):
         total += values["step_time"] * (values["step"] - before)
         before = values["step"]
     return total

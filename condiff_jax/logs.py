@@ -42,7 +42,7 @@ class Reporter:
     """Writes text and pictures of a run; all hosts sample, process 0 alone touches files."""
 
     def __init__(
-        self, system: System, mesh: Mesh, folder: Workdir, frozen: dict | None, *, first: int = 0
+        self, system: System, mesh: Mesh, folder: Workdir, frozen: dict, *, first: int = 0
     ):
         self.system, self.folder = system, folder
         self.config = config = system.config
@@ -80,23 +80,29 @@ class Reporter:
                 f"guidance {scale:g}, control guidance {settings.control_guidance:g}"
             )
             grid = caption_grid(pictures, titles(self.system, asked), title=title)
-            save_png(self.folder.samples / f"{step}.png", grid)
+            save_png(self.folder.grid(step), grid)
             self.events.add_image("samples", np.asarray(grid), step, dataformats="HWC")
         return pictures
 
     def finish(self, step: int, params: dict) -> None:
-        """The final grid, the evaluation the config asks for, and where everything is."""
-        self.samples(step, params, self.config.sampling.n)
+        """The evaluation the config asks for, the final grid, and where everything is.
+
+        The grid comes last: where it is there, nothing is left to do.
+        """
         lines = [f"Finished {step} steps."]
         if self.config.evaluation.metrics:
             ema = self.config.sampling.ema
-            result = evaluate.record_measure(self.sampler, params, step, self.folder, ema=ema)
+            identity = evaluate.describe(self.config, step, ema=ema)
+            result = evaluate.measured(self.folder, identity)
+            result = result or evaluate.record_measure(
+                self.sampler, params, step, self.folder, ema=ema
+            )
             lines += evaluate.summary(result)
+        self.samples(step, params, self.config.sampling.n)
         if self.chief:
             self.events.close()
-            grid = self.folder.samples / f"{step}.png"
             lines += [
-                f"  pictures     {grid}",
+                f"  pictures     {self.folder.grid(step)}",
                 f"  curves       {self.folder.metrics} (and TensorBoard events beside it)",
                 f"  checkpoints  {self.folder.checkpoints}",
             ]

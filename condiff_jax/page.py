@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -271,7 +272,10 @@ def picture(record: dict[str, Any], kind: str) -> str:
     """A picture of a result in base64, "" where it is not there (as for recorded results)."""
     if kind not in record["pictures"]:
         return ""
-    path = epath.Path(record["root"]) / record["folder"] / record["pictures"][kind]
+    inside = Path(record["folder"], record["pictures"][kind])
+    if inside.is_absolute() or ".." in inside.parts or inside.suffix != ".png":
+        return ""  # results may come from others: no file of this machine for them
+    path = epath.Path(record["root"]) / inside
     return base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
 
 

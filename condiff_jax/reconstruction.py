@@ -22,7 +22,7 @@ from condiff_jax.schema import Config
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruction:
+class Reconstructor:
     """Modules of an autoencoder's training; parameters are {"autoencoder": ..., "critic": ...}."""
 
     config: Config
@@ -41,7 +41,7 @@ class Reconstruction:
 
 
 def draw_noise(
-    key: jax.Array, system: Reconstruction, batch: int, step: jax.Array
+    key: jax.Array, system: Reconstructor, batch: int, step: jax.Array
 ) -> dict[str, jax.Array]:
     """The latents' noise, and the weight of the critic's verdict, which begins late; B first."""
     side, settings = (
@@ -66,7 +66,7 @@ def loss_fn(
     batch: dict,
     noise: dict,
     *,
-    system: Reconstruction,
+    system: Reconstructor,
     frozen: dict | None = None,
 ) -> tuple[jax.Array, dict]:
     """The sum of autoencoder's and critic's losses (), each with gradients for its own parameters

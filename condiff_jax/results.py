@@ -23,7 +23,7 @@ from etils import epath
 
 from condiff_jax import startup
 from condiff_jax.config import ConfigError
-from condiff_jax.workdir import append_json, write
+from condiff_jax.workdir import read_json_lines
 
 # A row that was finished; a diverged one is a result too (the paper marks such runs).
 FINISHED = ("done", "diverged")
@@ -61,7 +61,8 @@ class Line:
 
     def values(self, name: str) -> list[float]:
         """A metric's values, one for each seed that has it."""
-        return [one["metrics"][name] for one in self.done if name in one["metrics"]]
+        values = (one["metrics"].get(name) for one in self.done)
+        return [value for value in values if value is not None]
 
 
 def measures(lines: Iterable[Line]) -> list[str]:
@@ -76,8 +77,8 @@ def load_table(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path!r} is not a config file; try configs/table3.py")
     try:
         module = runpy.run_path(path)
-    except (OSError, ImportError, SyntaxError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:  # whatever the file does
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
     if not module.get("ROWS"):
         raise ConfigError(f"{path} is not a table: it has no ROWS")
     return module
@@ -99,14 +100,12 @@ def read_file(path: epath.Path) -> list[dict[str, Any]]:
 
     Raises ConfigError for a file that is something else.
     """
-    text = path.read_text()
     try:
-        if path.suffix == ".json":
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in _whole_lines(text)]
+        whole = path.suffix == ".json"
+        records = json.loads(path.read_text()) if whole else read_json_lines(path)
         for record in records:
             identify(record)
+            record["status"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a file of results ({error!r})") from error
     return records
@@ -125,18 +124,10 @@ def read(places: Iterable[str]) -> list[dict[str, Any]]:
         for path in sorted(place.glob("results*.jsonl")) if place.is_dir() else [place]:
             for record in read_file(path):
                 key = identify(record)
-                if record["status"] in FINISHED or key not in latest:
+                kept = latest.get(key)
+                if record["status"] in FINISHED or not kept or kept["status"] not in FINISHED:
                     latest[key] = {**record, "root": str(path.parent)}
     return list(latest.values())
-
-
-def append(path: epath.Path, record: dict[str, Any]) -> None:
-    """Add a result to a JSON-lines file; what a killed process left of a line is dropped first."""
-    if path.exists():
-        text = path.read_text()
-        if text and not text.endswith("\n"):
-            write(path, "".join(f"{line}\n" for line in _whole_lines(text)))
-    append_json(path, record)
 
 
 def commit() -> str:
@@ -175,7 +166,3 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage."""
         raise ConfigError(f"{startup.one_line(message)}; see --help")
-
-
-def _whole_lines(text: str) -> list[str]:
-    return text.splitlines()[: text.count("\n")]

@@ -97,7 +97,7 @@ def requests(
 
 def generate(
     params: dict,
-    frozen: dict | None,
+    frozen: dict,
     batch: dict,
     index: jax.Array,
     *,
@@ -106,9 +106,10 @@ def generate(
 ) -> jax.Array:
     """Pictures uint8 (B, R, R, 3) for the requests in `batch`; pure, to be jitted.
 
-    frozen: parameters of the autoencoder, see `System.load_frozen`. index (B,) int32: the number
-    of each sample; its noise comes from (settings.seed, index).
+    params, frozen: see `System.init` and `System.load_frozen`. index (B,) int32: the number of each
+    sample; its noise comes from (settings.seed, index).
     """
+    params = {**params, **frozen}
     key = jax.random.key(settings.seed)
     keys = jax.vmap(partial(jax.random.fold_in, key))(index)
     keys = jax.vmap(partial(jax.random.split, num=2))(keys)  # (B, 2): text padding, sampler
@@ -130,14 +131,14 @@ def generate(
         eta=settings.eta,
         clip=system.autoencoder.bound if settings.clip else None,
     )
-    return system.autoencoder.decode(frozen, x)
+    return system.autoencoder.decode(params.get("autoencoder"), x)
 
 
 class Sampler:
     """`generate`, compiled once for batches of one size spread over a mesh."""
 
     def __init__(self, system: System, mesh: Mesh, settings: Sampling, frozen: dict | None = None):
-        self.system, self.mesh, self.settings, self.frozen = system, mesh, settings, frozen
+        self.system, self.mesh, self.settings, self.frozen = system, mesh, settings, frozen or {}
         self._generate = jax.jit(
             partial(generate, system=system, settings=settings),
             out_shardings=sharding.replicated(mesh),
@@ -221,7 +222,7 @@ def run(config: Config, workdir: str) -> epath.Path:
     step, params = Checkpoints(folder.checkpoints, config).restore_params(
         system, mesh, ema=config.sampling.ema
     )
-    frozen = jax.device_put(system.load_frozen(), sharding.replicated(mesh))
+    frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
     sampler = Sampler(system, mesh, config.sampling, frozen)
     pictures = sampler(params, requests(system, asked, seen=folder.load_control()))
     out = folder.samples / f"{step}-seed{config.sampling.seed}"

@@ -105,6 +105,16 @@ class Autoencoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    lpips: float
+    kl: float
+    codebook: float
+    commitment: float
+    critic: float
+    critic_start: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TextEncoder:
     name: str
     path: str
@@ -189,6 +199,7 @@ class Config:
     seed: int
     steps: int
     batch_size: int
+    objective: str
     model: Model
     init: Init
     data: Data
@@ -197,6 +208,7 @@ class Config:
     diffusion: Diffusion
     optimizer: Optimizer
     autoencoder: Autoencoder
+    reconstruction: Reconstruction
     text_encoder: TextEncoder
     sampling: Sampling
     evaluation: Evaluation

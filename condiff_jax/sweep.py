@@ -14,11 +14,11 @@ import dataclasses
 import fnmatch
 import gc
 import re
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,12 +29,10 @@ from ml_collections import ConfigDict
 from condiff_jax import config as config_lib
 from condiff_jax import evaluate, kinship, results, startup, train
 from condiff_jax.config import Config, ConfigError
+from condiff_jax.workdir import append_json
 
 DATA_PATH = re.compile(r"(init\.pretrain\.)*(data|autoencoder|text_encoder)\.path")
-
-
-class Stopped(BaseException):
-    """SIGTERM arrived while nothing was being trained; not an Exception, so no row fails of it."""
+FILE = re.compile(r"(init\.pretrain\.)*(evaluation\.lpips|sampling\.prompt_file|convert\.source)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ def override(values: ConfigDict, field: str, text: str) -> Any:
             text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
         )
         value = float(value) if kind is float and type(value) is int else value
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = None
     if type(value) is not kind:
         raise ConfigError(f"config: {field} must be of type {kind.__name__}, got {text!r}")
@@ -126,6 +124,13 @@ def plan(
     for seed in seeds:
         for row in rows:
             config, found = create(module, row, scale, seed, overrides or {})
+            starts = [
+                field for field in found if re.fullmatch(r"(init\.pretrain\.)*init\.path", field)
+            ]
+            if starts and len(config_lib.stages(config)) > 1:
+                raise ConfigError(
+                    f"config: {starts[0]} cannot be set here: {row} begins with a stage of its own"
+                )
             used |= found
             run = Run(row, config.seed, kinship.place(config, workdir), kinship.folder_name(config))
             kin = {kinship.digest(stage) for stage in config_lib.stages(config)}
@@ -187,10 +192,13 @@ def release() -> None:
     jax.clear_caches()
 
 
-def execute(runs: Sequence[Run], done: dict[tuple, str], workdir: epath.Path, output: str, common):
+def execute(
+    runs: Sequence[Run], done: dict[tuple, tuple], workdir: epath.Path, output: str, common
+):
     """Run what is not done; one line each. Exit code 1 if rows failed, else 0.
 
-    done: status by `results.identify`; common: fields of all results (table, scale, overrides).
+    done: (folder, status) by `results.identify`; common: what all results share (table, scale,
+    overrides).
     """
     same, begin, tried, failed = results.provenance(), time.monotonic(), 0, 0
     left = sum(_status(run, done, common) not in results.FINISHED for run in runs)
@@ -207,7 +215,7 @@ def execute(runs: Sequence[Run], done: dict[tuple, str], workdir: epath.Path, ou
         record = common | {"row": run.row, "seed": run.seed, "steps": run.config.steps}
         record |= {"folder": run.folder, **found, **same}
         if jax.process_index() == 0:
-            results.append(workdir / output, record)
+            append_json(workdir / output, record)
         tried, failed = tried + 1, failed + (found["status"] == "failed")
         elapsed = time.monotonic() - begin
         reason = f" ({found['reason']})" if "reason" in found else ""
@@ -219,7 +227,7 @@ def execute(runs: Sequence[Run], done: dict[tuple, str], workdir: epath.Path, ou
     return 1 if failed else 0
 
 
-def describe(groups: Sequence[Sequence[Run]], done: dict[tuple, str], common: dict) -> str:
+def describe(groups: Sequence[Sequence[Run]], done: dict[tuple, tuple], common: dict) -> str:
     """What a sweep would do: a line for each run, with the training and stages it shares."""
     lines, first_user = [], {}
     for number, runs in enumerate(groups):
@@ -237,8 +245,11 @@ def describe(groups: Sequence[Sequence[Run]], done: dict[tuple, str], common: di
     return "\n".join([*lines, f"{runs} runs, {len(first_user)} trainings, {len(groups)} groups"])
 
 
-def _status(run: Run, done: dict[tuple, str], common: dict) -> str:
-    return done.get(results.identify(common | {"row": run.row, "seed": run.seed}), "")
+def _status(run: Run, done: dict[tuple, tuple], common: dict) -> str:
+    """ "" where there is no result, or one of another recipe: its folder has another digest."""
+    key = results.identify(common | {"row": run.row, "seed": run.seed})
+    folder, status = done.get(key, ("", ""))
+    return status if folder == run.folder else ""
 
 
 def _clock(seconds: float) -> str:
@@ -284,8 +295,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not match:
             parser.error(f"unexpected argument {argument!r}")
         known.overrides[match[1]] = match[2]
-    if "seed" in known.overrides:
-        parser.error("--config.seed: use --seeds")
+    for field in known.overrides:
+        if re.fullmatch(r"(init\.pretrain\.)*seed", field):
+            parser.error(f"--config.{field}: use --seeds")
     known.rows = [one for patterns in known.rows for one in patterns.split(";") if one]
     return known
 
@@ -294,6 +306,8 @@ def run(argv: Sequence[str]) -> int:
     """Exit code of a sweep; ConfigError for bad arguments."""
     args = parse(argv)
     module, workdir = results.load_table(args.table), epath.Path(args.workdir)
+    if "get_config" not in module:
+        raise ConfigError(f"{args.table} cannot be run: it has no get_config")
     rows = select(module["ROWS"], args.rows)
     groups, overrides = plan(
         module, rows, args.seeds or [None], workdir, scale=args.scale, overrides=args.overrides
@@ -301,9 +315,11 @@ def run(argv: Sequence[str]) -> int:
     common = {
         "table": results.table_name(args.table),
         "scale": args.scale or "paper",
-        # Where data lies makes no other result.
         "overrides": {
-            field: value for field, value in overrides.items() if not DATA_PATH.fullmatch(field)
+            # Where data lies makes no other result; of other files the name tells enough.
+            field: Path(value).name if FILE.fullmatch(field) else value
+            for field, value in overrides.items()
+            if not DATA_PATH.fullmatch(field)
         },
     }
     output = "results.jsonl"
@@ -311,7 +327,7 @@ def run(argv: Sequence[str]) -> int:
         index, count = args.shard
         groups, output = groups[index::count], f"results-{index}.jsonl"
     known = results.read([args.workdir]) if workdir.exists() else []
-    done = {results.identify(record): record["status"] for record in known}
+    done = {results.identify(one): (one["folder"], one["status"]) for one in known}
     if args.dry_run:
         print(describe(groups, done, common))
         return 0
@@ -321,21 +337,12 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """`run` with bad arguments as one line and exit code 2, and SIGTERM as an end in order."""
-
-    def stop(*_):
-        raise Stopped
-
-    # The training loop puts its own handler in place, which saves; this one is for the rest.
-    previous = signal.signal(signal.SIGTERM, stop)
     try:
-        return run(argv)
+        with startup.stoppable():
+            return run(argv)
+        return 0
     except ConfigError as error:
         return startup.fail(error)
-    except Stopped:
-        print("Stopped; the same command goes on from there.")
-        return 0
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

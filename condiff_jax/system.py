@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from condiff_jax import models
-from condiff_jax.conditioning.cond import Cond
+from condiff_jax.conditioning.cond import Cond, Text
 from condiff_jax.conditioning.control import ControlSpec, Weighting
 from condiff_jax.conditioning.text import pad
-from condiff_jax.config import Config, ConfigError
-from condiff_jax.convert import published, weights
+from condiff_jax.config import Config
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.prediction import predict_epsilon
 from condiff_jax.diffusion.schedule import SCHEDULES, Schedule, rescale
-from condiff_jax.models import kl
+from condiff_jax.encoders import Autoencoder, Clip
 from condiff_jax.models.autoencoder import Latents, Pixels
 from condiff_jax.models.text_encoder import WordEmbedding, tokenize, word_tokenizer
 
@@ -50,12 +49,16 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """Modules of one configuration; parameters are {"model": ..., "text_encoder": ...}."""
+    """Networks of one configuration, and the parameters by network that they have.
+
+    Trained: "model" and, unless it is frozen, "text_encoder" (`init`); frozen: that and
+    "autoencoder", as far as they are used (`load_frozen`). Methods take both in one dictionary.
+    """
 
     config: Config
     vocabulary: Vocabulary
     model: nn.Module
-    text_encoder: nn.Module | None
+    text_encoder: WordEmbedding | Clip | None
     autoencoder: Pixels | Latents
     schedule: Schedule
     control: ControlSpec
@@ -68,6 +71,8 @@ class System:
 
     def encode_text(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids (T,) int32 and mask (T,) bool of a caption."""
+        if isinstance(self.text_encoder, Clip):
+            return self.text_encoder.tokenize(caption)
         return tokenize(self.vocabulary.tokenizer, caption, self.config.text_encoder.length)
 
     def example(self, batch: int) -> dict[str, Any]:
@@ -85,32 +90,39 @@ class System:
         return out
 
     def init(self, key: jax.Array) -> dict:
-        """Fresh parameters, f32."""
+        """Fresh parameters of what is trained, f32."""
         keys = jax.random.split(key)
-        batch = self.example(1)
-        params, semantics = {}, batch["label"]
-        if self.text_encoder is not None:
+        batch, params = self.example(1), {}
+        if isinstance(self.text_encoder, WordEmbedding):
             variables = self.text_encoder.init(keys[0], batch["ids"], batch["mask"])
             params["text_encoder"] = variables["params"]
-            semantics = self.text_encoder.apply(variables, batch["ids"], batch["mask"])
-        cond = Cond.of(semantics, self.control.control(batch["control"]))
-        x = jnp.zeros((1, *self.latent_shape))
-        params["model"] = self.model.init(keys[1], x, jnp.zeros((1,), jnp.int32), cond)["params"]
+        x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,), jnp.int32)
+        params["model"] = self.model.init(keys[1], x, t, self.example_cond())["params"]
         return params
 
-    def load_frozen(self) -> dict | None:
-        """Parameters of the autoencoder from `autoencoder.path`, None in pixel space."""
-        if isinstance(self.autoencoder, Pixels):
-            return None
-        path = self.config.autoencoder.path
-        if not path:
-            raise ConfigError("config: autoencoder.path is empty; autoencoder.name=kl needs one")
-        image = jnp.zeros((1, 8 * self.autoencoder.factor, 8 * self.autoencoder.factor, 3))
-        shapes = jax.eval_shape(self.autoencoder.network.init, jax.random.key(0), image)["params"]
-        try:
-            return weights.load_published(path, published.AUTOENCODER, shapes)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"autoencoder.path: {error}") from error
+    def example_cond(self) -> Cond:
+        """What `condition` makes of `example(1)`, but with all features zero."""
+        batch, text = self.example(1), self.config.text_encoder
+        semantics = jnp.asarray(batch["label"])
+        if self.text_encoder is not None:
+            dtype = jnp.dtype(self.config.model.dtype)
+            tokens = jnp.zeros((1, text.length, text.width), dtype)
+            semantics = Text(tokens, jnp.asarray(batch["mask"]), tokens[:, 0])
+        return Cond.of(semantics, self.control.control(batch["control"]))
+
+    @cached_property
+    def frozen(self) -> dict[str, Autoencoder | Clip]:
+        """Where the parameters that are not trained come from, by network; {} if all are."""
+        out = {}
+        if isinstance(self.autoencoder, Latents):
+            out["autoencoder"] = Autoencoder(self.config.autoencoder.path, self.autoencoder.network)
+        if isinstance(self.text_encoder, Clip):
+            out["text_encoder"] = self.text_encoder
+        return out
+
+    def load_frozen(self) -> dict:
+        """The parameters that are not trained, by network; ConfigError where there are none."""
+        return {name: encoder.load() for name, encoder in self.frozen.items()}
 
     def condition(self, params: dict, batch: dict, text_noise: jax.Array | None) -> Cond:
         """The full condition of a batch; text_noise (B, T, C) is eps of Eq. 7, None for classes."""
@@ -131,8 +143,18 @@ class System:
         return predict_epsilon(network, self.schedule, self.config.diffusion.prediction)
 
 
+def _text_encoder(config: Config, vocabulary: Vocabulary) -> WordEmbedding | Clip | None:
+    dtype = jnp.dtype(config.model.dtype)
+    if config.data.semantics != "text":
+        return None
+    if config.text_encoder.name == "clip":
+        return Clip(config.text_encoder, dtype)
+    words = vocabulary.tokenizer.get_vocab_size()
+    return WordEmbedding(words, config.text_encoder.width, dtype)
+
+
 def create(config: Config, vocabulary: Vocabulary) -> System:
-    """Build the modules; nothing is allocated."""
+    """Build the modules; nothing is allocated, and nothing of frozen encoders read."""
     diffusion = config.diffusion
     betas = (diffusion.beta_start, diffusion.beta_end)
     schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps, *betas)
@@ -140,21 +162,13 @@ def create(config: Config, vocabulary: Vocabulary) -> System:
         schedule = rescale(schedule, diffusion.base_resolution, config.data.resolution)
     settings = config.autoencoder
     autoencoder = Pixels(settings.scale, settings.shift)
-    if settings.name == "kl":
-        network = kl.AutoencoderKL(kl.SIZES[settings.size], jnp.dtype(config.model.dtype))
-        autoencoder = Latents(network, settings.scale, settings.shift)
+    if settings.name != "pixels":
+        autoencoder = Latents.create(config)
     settings = config.conditioning
     weighting = Weighting.create(
         settings.weighting, alpha=settings.alpha, k=settings.k, sigma=schedule.sigma
     )
     text = config.data.semantics == "text"
-    encoder = None
-    if text:
-        encoder = WordEmbedding(
-            vocabulary=vocabulary.tokenizer.get_vocab_size(),
-            width=config.text_encoder.width,
-            dtype=jnp.dtype(config.model.dtype),
-        )
     return System(
         config=config,
         vocabulary=vocabulary,
@@ -164,7 +178,7 @@ def create(config: Config, vocabulary: Vocabulary) -> System:
             weighting=weighting,
             factor=autoencoder.factor,
         ),
-        text_encoder=encoder,
+        text_encoder=_text_encoder(config, vocabulary),
         autoencoder=autoencoder,
         schedule=schedule,
         control=ControlSpec(settings.control),

@@ -64,10 +64,15 @@ def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Arra
 def loss_fn(
     params: dict, batch: dict, noise: dict, *, system: System, frozen: dict | None = None
 ) -> jax.Array:
-    """Mean loss of a batch with given noise, (); MDTv2 adds the loss of its masked pass."""
+    """Mean loss of a batch with given noise, (); MDTv2 adds the loss of its masked pass.
+
+    frozen: see `System.load_frozen`.
+    """
+    params = {**params, **(frozen or {})}
     cond: Cond = system.condition(params, batch, noise.get("text"))
     cond = cond.replace(drop_semantics=noise["drop_semantics"], drop_control=noise["drop_control"])
-    x0 = system.autoencoder.encode(frozen, batch["image"], noise.get("latent"))
+    coder = params.get("autoencoder")
+    x0 = system.autoencoder.encode(coder, batch["image"], noise.get("latent"))
     inputs = (system.schedule, x0, noise["t"], noise["eps"], cond)
     loss = denoising_loss(system.denoise(params), *inputs)
     if "hidden" in noise:
@@ -105,7 +110,7 @@ def train_step(
 ) -> tuple[state.State, dict]:
     """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted.
 
-    frozen: parameters of the autoencoder, see `System.load_frozen`.
+    frozen: parameters that are not trained, see `System.load_frozen`.
     """
     settings = system.config.optimizer
     key = jax.random.fold_in(jax.random.key(system.config.seed), train_state.step)
@@ -143,18 +148,12 @@ def compile_step(system: System, mesh: Mesh):
 
 
 def forward_flops(system: System) -> int:
-    """FLOPs of the denoiser for one image (with its text encoder), multiply-add = 2."""
+    """FLOPs of the denoiser for one image, multiply-add = 2; those of encoders are left out."""
     params = jax.eval_shape(system.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, *system.latent_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    text = system.config.text_encoder
-    noise = jax.ShapeDtypeStruct((1, text.length, text.width), jnp.float32)
-    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, system.example(1)))
-
-    def forward(params, x, t, batch, noise):
-        return system.denoise(params)(x, t, system.condition(params, batch, noise))
-
-    return flops.count(forward, params, x, t, batch, noise)
+    cond = jax.eval_shape(system.example_cond)
+    return flops.count(lambda params, *inputs: system.denoise(params)(*inputs), params, x, t, cond)
 
 
 class Interrupt:
@@ -245,7 +244,8 @@ def create_vocabulary(config: Config, source) -> Vocabulary:
         if expected and found != expected:
             raise ConfigError(f"config: data.classes={expected}, but the data has {found} classes")
         return Vocabulary((), tuple(source.classes))
-    return Vocabulary(tuple(source.vocabulary()), ())
+    words = () if config.text_encoder.name == "clip" else source.vocabulary()
+    return Vocabulary(tuple(words), ())
 
 
 def run(config: Config, workdir: str) -> bool:
@@ -253,6 +253,11 @@ def run(config: Config, workdir: str) -> bool:
 
     An experiment of several stages runs them in order, the first in its folder pretrain/.
     """
+    with Workdir(workdir).locked():
+        return _run(config, workdir)
+
+
+def _run(config: Config, workdir: str) -> bool:
     mesh = sharding.create_mesh(config.parallel.fsdp)
     if config.batch_size % (mesh.size * config.optimizer.accumulate):
         raise ConfigError(
@@ -264,30 +269,32 @@ def run(config: Config, workdir: str) -> bool:
     vocabulary = create_vocabulary(config, source)
     system = create_system(config, vocabulary)
     folder = Workdir(workdir)
-    folder.open(config, vocabulary)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
-    if (checkpoints.latest or 0) >= config.steps:
+    first = checkpoints.latest
+    folder.open(config, vocabulary, begun=first is not None)
+    done = (first or 0) >= config.steps
+    if done and folder.grid(first).exists():  # the last thing that a run leaves
         print(f"Nothing to do: {workdir} has finished its {config.steps} steps.")
         return True
+    frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
     encode = system.encode_text if system.text_encoder is not None else None
     data = batches(
         config, source, encode, process=jax.process_index(), processes=jax.process_count()
     )
-    frozen = jax.device_put(system.load_frozen(), sharding.replicated(mesh))
     init, step = compile_step(system, mesh)
     step_fn = lambda train_state, batch: step(train_state, batch, frozen)  # noqa: E731
-    if checkpoints.latest is not None:
+    if first is not None:
         train_state = checkpoints.restore(system, mesh, data)
-        logging.info("resumed %s at step %d", workdir, checkpoints.latest)
+        logging.info("resumed %s at step %d", workdir, first)
     elif config.init.pretrain or config.init.path:
         train_state = start(system, mesh, folder)
         if train_state is None:
             return False
     else:
         train_state = init(jax.random.key(config.seed))
-    if folder.load_control() is None:
+    if first is None or folder.load_control() is None:
         folder.save_control(first_controls(config, source))
-    reporter = Reporter(system, mesh, folder, frozen, first=checkpoints.latest or 0)
+    reporter = Reporter(system, mesh, folder, frozen, first=first or 0)
     try:
         with Interrupt() as interrupt:
             train_state = loop(
@@ -295,7 +302,7 @@ def run(config: Config, workdir: str) -> bool:
             )
     finally:
         checkpoints.close()
-    if interrupt.asked and int(train_state.step) < config.steps:
+    if interrupt.asked:
         print(f"Stopped at step {int(train_state.step)}; the same command goes on from there.")
         return False
     params = state.to_sample(train_state, config.sampling.ema)

@@ -9,7 +9,6 @@ noise levels (Eq. 3) and guidance (Eq. 4) follow from the config: `model.positio
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -77,11 +76,20 @@ def plan(old: System, new: System) -> dict[str, Move]:
             raise ConfigError(
                 f"config: init: {field} is {after}, but that of the start is {before}"
             )
+    before, after = old.config.conditioning.control, new.config.conditioning.control
+    if before and after and set(before) != set(after):
+        raise ConfigError(
+            f"config: init: the start has conditioning.control={before}, this config has {after}; "
+            "use the same conditioning.control"
+        )
     source, target = shapes_of(old), shapes_of(new)
     same_semantics = (
         old.vocabulary == new.vocabulary
         and old.config.data.semantics == new.config.data.semantics
-        and old.config.text_encoder == new.config.text_encoder
+        and all(
+            config_lib.get(old.config, field) == config_lib.get(new.config, field)
+            for field in ("text_encoder.name", "text_encoder.length", "text_encoder.width")
+        )
     )
     moves = {}
     for name, wanted in target.items():
@@ -229,10 +237,10 @@ def report(moves: Mapping[str, Move], source: Mapping, target: Mapping) -> str:
 def origin(path: str) -> System:
     """The system of the run in a work directory; ConfigError if there is none."""
     folder = Workdir(path)
-    if not folder.config.exists():
-        raise ConfigError(f"config: init.path={path}: no run here (no config.json)")
-    old = config_lib.create(json.loads(folder.config.read_text()))
-    return system_lib.create(old, folder.load_vocabulary())
+    try:
+        return system_lib.create(folder.load_config(), folder.load_vocabulary())
+    except ConfigError as error:
+        raise ConfigError(f"config: init.path: {error}") from error
 
 
 def load(path: str, old: System, mesh: Mesh, *, ema: bool, step: int | None = None) -> dict:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
+from collections.abc import Container, Iterator
 from typing import Any
 
 import jax
@@ -13,12 +16,14 @@ from etils import epath
 
 from condiff_jax import config as config_lib
 from condiff_jax.config import Config, ConfigError
-from condiff_jax.system import Vocabulary
+from condiff_jax.convert import weights
+from condiff_jax.system import System, Vocabulary
 
 
 class Workdir:
     """A run's folder: config.json, vocabulary.json, checkpoints/, metrics.jsonl, samples/.
 
+    encoders.json: of each frozen encoder the sha256 of the files it comes from.
     control.npy (M, 8) f32: the control metadata of the first training images, in the order of
     `SCALARS`, from which sampling.size=train draws.
     """
@@ -27,15 +32,23 @@ class Workdir:
         self.path = epath.Path(path)
         self.config = self.path / "config.json"
         self.vocabulary = self.path / "vocabulary.json"
+        self.encoders = self.path / "encoders.json"
         self.control = self.path / "control.npy"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluation = self.path / "evaluation.jsonl"
         self.samples = self.path / "samples"
 
-    def open(self, config: Config, vocabulary: Vocabulary) -> None:
-        """Create the folder, or check that it belongs to this config and data; ConfigError else."""
-        if self.config.exists():
+    def grid(self, step: int) -> epath.Path:
+        """The sample grid of a step."""
+        return self.samples / f"{step}.png"
+
+    def open(self, config: Config, vocabulary: Vocabulary, *, begun: bool = False) -> None:
+        """Create the folder, or check that it belongs to this config and data; ConfigError else.
+
+        begun: whether there is a checkpoint; without one nothing is lost by starting anew.
+        """
+        if begun:
             self.check(config)
             if self.load_vocabulary() != vocabulary:
                 raise ConfigError(
@@ -44,21 +57,50 @@ class Workdir:
                 )
         if jax.process_index() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            write(self.config, config.to_json())
+            if not begun:
+                self.encoders.unlink(missing_ok=True)
             write(self.vocabulary, vocabulary.to_json())
+            write(self.config, config.to_json())
+
+    def load_config(self) -> Config:
+        """The config of the run in this folder; ConfigError where there is none."""
+        if not self.config.exists():
+            raise ConfigError(f"{self.path}: no run here (no config.json); train one first")
+        try:
+            return config_lib.create(json.loads(self.config.read_text()))
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.config}: damaged, or of another version of condiff_jax: {error}"
+            ) from error
 
     def check(self, config: Config) -> None:
         """ConfigError when the run in this folder differs in more than how it is run or sampled."""
-        if not self.config.exists():
-            raise ConfigError(f"{self.path}: no run here (no config.json); train one first")
-        old = config_lib.create(json.loads(self.config.read_text()))
-        found = config_lib.differences(old, config)
+        found = config_lib.differences(self.load_config(), config)
         if found:
             more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
             raise ConfigError(
                 f"{self.path}: its checkpoints belong to another config: {found[0]}{more}; "
                 "use another --workdir or restore the field"
             )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training here; ConfigError where one does.
+
+        The lock ends with the process, however that ends. Remote folders have none.
+        """
+        if jax.process_index() or "://" in os.fspath(self.path):
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"{self.path}: another process trains here; wait for it or use another folder"
+                ) from None
+            yield
 
     def save_control(self, control: np.ndarray) -> None:
         """Keep the control metadata (M, 8) of training images."""
@@ -73,6 +115,26 @@ class Workdir:
             return None
         return np.load(io.BytesIO(self.control.read_bytes()), allow_pickle=False)
 
+    def load_frozen(self, system: System, without: Container[str] = ()) -> dict:
+        """`System.load_frozen`; ConfigError unless from the files that this run began with.
+
+        without: networks to leave out.
+        """
+        parts = {name: part for name, part in system.frozen.items() if name not in without}
+        known = json.loads(self.encoders.read_text()) if self.encoders.exists() else {}
+        found = {name: weights.sha256(part.files()) for name, part in parts.items()}
+        for name, digest in found.items():
+            if known.get(name, digest) != digest:
+                raise ConfigError(
+                    f"{name}.path: the files in {config_lib.get(system.config, f'{name}.path')} "
+                    f"are others than this run began with (sha256 {digest[:12]}, but "
+                    f"{known[name][:12]} in {self.encoders}); name those, or use another --workdir"
+                )
+        loaded = {name: part.load() for name, part in parts.items()}
+        if found.keys() - known.keys() and jax.process_index() == 0:
+            write(self.encoders, json.dumps(known | found, indent=2) + "\n")
+        return loaded
+
     def load_vocabulary(self) -> Vocabulary:
         """The words and classes of the run in this folder."""
         return Vocabulary.from_json(self.vocabulary.read_text())
@@ -86,19 +148,33 @@ def write(path: epath.Path, content: str | bytes) -> None:
 
 
 def append_json(path: epath.Path, value: dict[str, Any]) -> None:
-    """Add one line of JSON to a file; remote stores cannot append, there it is rewritten."""
+    """Add one line of JSON to a file; what a killed process left of a line is dropped first.
+
+    Remote stores cannot append, there the file is rewritten.
+    """
     line = json.dumps(value) + "\n"
     if "://" in os.fspath(path):
-        path.write_text((path.read_text() if path.exists() else "") + line)
-    else:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+        text = path.read_text() if path.exists() else ""
+        path.write_text(text[: text.rfind("\n") + 1] + line)
+        return
+    with open(path, "ab+") as file:  # writes go to the end, wherever one has read
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        if end and file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+
+
+def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, if there is one; a torn last line is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()[: text.count("\n")]]
 
 
 def forget_after(path: epath.Path, step: int) -> None:
     """Drop the lines of a JSON-lines file beyond `step`: a resumed run writes them again."""
-    if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        if len(kept) != len(lines):
-            write(path, "".join(line + "\n" for line in kept))
+    values = read_json_lines(path)
+    kept = [value for value in values if value["step"] <= step]
+    if len(kept) != len(values):
+        write(path, "".join(json.dumps(value) + "\n" for value in kept))

@@ -18,15 +18,25 @@ All rows of a file: `python -m condiff_jax.sweep configs/FILE.py --workdir=DIR`.
 
 `,scale=small` after a row is the same experiment on the embedded data `shapes`, which needs no
 files, and `,scale=tiny` a few steps of it. Without, it is the paper's: that needs
-`--config.data.path` (webdataset tars) and `--config.autoencoder.path` (Stable Diffusion's), and
-for an earlier stage `--config.init.pretrain.data.path` and so on.
+`--config.data.path` (see below), `--config.autoencoder.path` (Stable Diffusion's), for captions
+`--config.text_encoder.path` (CLIP ViT-L/14), and for an earlier stage
+`--config.init.pretrain.data.path` and so on.
+
+The paper's data sets are prepared once, out of the downloaded archives in SRC:
+
+    python -m condiff_jax.main --mode=prepare --config=configs/imagenet1k_256.py \\
+      --config.prepare.source=SRC --config.data.path=OUT
+
+and the same with `imagenet22k_256.py` and `cc12m_256.py`; README.md says which archives. Trained
+from is then `--config.data.path=OUT`, with `--config.data.name=tfds` also at the smaller scales.
 
 The numbers are the paper's. `?` is a cell that our copy of the paper lacks, or that the paper
 leaves empty; `diverged` is its cross. CLIP_COCO is with other sampling than FID (Sec. 3.1):
 `--config.sampling.steps=25 --config.sampling.guidance=5 --config.sampling.base_resolution=0
 --config.evaluation.reference=coco`.
 
-Models for own experiments, for any architecture and start: `imagenet1k_256.py`,
+Models for own experiments, for any architecture and start (but `unet` from captions to classes or
+back, whose two sizes differ): `imagenet1k_256.py`,
 `imagenet1k_512.py`, `imagenet22k_256.py`, `cc12m_256.py`, `cc12m_512.py`; without any download
 `quickstart.py`; for small pictures with captions `emoji_64.py`. `base.py` documents every field,
 `recipes.py` holds what the tables share.

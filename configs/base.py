@@ -30,6 +30,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps = 1000
     config.batch_size = 64  # images a step, over all devices and accumulated parts
+    # What is trained: diffusion | reconstruction (config.autoencoder, see configs/autoencoder.py)
+    config.objective = "diffusion"
 
     config.model = model = ConfigDict()
     model.name = "ours"  # unet | dit_ln | dit_att | mdtv2 | pixart | mmdit | ours
@@ -114,11 +116,21 @@ def get_config() -> ConfigDict:
     optimizer.ema_warmup = True  # start with the decay (1 + step) / (10 + step) where it is lower
 
     config.autoencoder = autoencoder = ConfigDict()
-    autoencoder.name = "pixels"  # pixels: diffusion in pixel space | kl: in a frozen one's latents
-    autoencoder.path = ""  # kl: .safetensors, or a folder with one, of diffusers' AutoencoderKL
-    autoencoder.size = "sd"  # kl: sd (Stable Diffusion's, 8 x smaller, 4 channels) | tiny
+    # pixels: diffusion in pixel space | kl, vq: in the latents of a frozen autoencoder
+    autoencoder.name = "pixels"
+    # kl, vq: .safetensors, or a folder with one, of diffusers' AutoencoderKL or VQModel
+    autoencoder.path = ""
+    autoencoder.size = "sd"  # kl, vq: sd (Stable Diffusion's, 8 x smaller, 4 channels) | tiny
     autoencoder.scale = 1.0  # diffusion sees (x - shift) * scale, pictures being in [-1, 1]
     autoencoder.shift = 0.0
+
+    config.reconstruction = reconstruction = ConfigDict()  # weights of that loss beside L1's 1
+    reconstruction.lpips = 1.0  # of LPIPS, where evaluation.lpips has its weights
+    reconstruction.kl = 1e-6  # autoencoder.name=kl: of the divergence from a standard normal
+    reconstruction.codebook = 1.0  # autoencoder.name=vq: of the codes' distance to the latents
+    reconstruction.commitment = 0.25  # and of the latents' to the codes, times this
+    reconstruction.critic = 0.1  # of the patch critic's verdict
+    reconstruction.critic_start = 10_000  # steps before the critic is heard
 
     config.text_encoder = text_encoder = ConfigDict()
     # words: a word embedding, trained with the model | clip: the frozen text tower of CLIP ViT-L/14

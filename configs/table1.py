@@ -55,6 +55,7 @@ NOTES = (
     "cross in five cells; it likely stands for all.",
     "Iterations are a range in Sec. 3.1, and not given for 512 pixels after 256; see STEPS and "
     "FINETUNE_STEPS in recipes.py.",
+    "Table A3 has dit_ln's 1.95 for a model without control; here it hears what the others do.",
     "All but ours hear crop and size with uniform weights, pad text with zeros, and go to 512 "
     "pixels with extrapolated positions, the same noise levels and no local crops before.",
     "Table A3 has 11.24 (cc12m, 512) for training from scratch, and mmDiT at 1.81 and 1.76 "

@@ -85,7 +85,10 @@ def test_unknown_and_missing_fields_are_errors():
     [
         ({"evaluation.metrics": ("prompt_accuracy",), "data.name": "webdataset"}, "data.name=shap"),
         ({"evaluation.metrics": ("fid50k",)}, "evaluation.metrics='fid50k' is unknown"),
-        ({"evaluation.sizes": (64,)}, "evaluation.sizes must be two sizes"),
+        ({"evaluation.sizes": (64,)}, "evaluation.sizes must be two different"),
+        ({"evaluation.sizes": (24, 24)}, "evaluation.sizes must be two different"),
+        ({"seed": -1}, "seed must be between 0 and"),
+        ({"sampling.seed": -1}, "sampling.seed must be between 0 and"),
         ({"sampling.size": "any"}, "sampling.size='any' is unknown"),
         ({"sampling.size_range": (64, 32)}, "sampling.size_range must be two sizes"),
         ({"conditioning.control": ("crop", "colour")}, "conditioning.control='colour' is unknown"),

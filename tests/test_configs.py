@@ -34,6 +34,7 @@ def test_tables_of_architectures_build_what_they_name(name, row):
     side = int(given["resolution"]) // 8
     assert system.latent_shape == (side, side, 4)
     assert (system.model.classes or 0) == config.data.classes == (given["data"] != "cc12m") * 1000
+    assert (config.text_encoder.name == "clip") == (given["data"] == "cc12m")
     assert (config.conditioning.weighting == "cosine") == (given["arch"] == "ours")
     assert (config.init.pretrain is None) == (given["resolution"] == "256")
 
@@ -84,7 +85,7 @@ def test_smaller_scales_differ_where_the_paper_does(name, scale):
 @pytest.mark.parametrize("name, row", ROWS)
 def test_smaller_scales_need_no_files(name, row):
     for stage in config_lib.stages(rows.build(TABLES[name], name, row, "scale=small")):
-        assert stage.autoencoder.name == "pixels"
+        assert stage.autoencoder.name == "pixels" and stage.text_encoder.name == "words"
         assert not stage.init.path
         if name != "beyond_domains":
             assert stage.data.name == "shapes" and not stage.data.path

@@ -75,6 +75,15 @@ def test_slurm_one_task_again_keeps_the_number_of_shards(stubs, tmp_path):
     assert calls()[0][-1] == "--shard=1/4"
 
 
+def test_slurm_array_that_leaves_out_the_first_shards_is_refused(stubs, tmp_path):
+    env, calls = stubs
+    more = {**TASK, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}
+    done = launch("sweep.sbatch", "t.py", env=env | more, cwd=tmp_path)
+    assert done.returncode == 2 and "SWEEP_SHARDS" in done.stderr and not calls()
+    launch("sweep.sbatch", "t.py", env=env | more | {"SWEEP_SHARDS": "5"}, cwd=tmp_path)
+    assert calls()[0][-1] == "--shard=1/5"
+
+
 def test_slurm_fails_as_the_sweep_does(stubs, tmp_path):
     env, calls = stubs
     done = launch("sweep.sbatch", "t.py", env=env | TASK | {"DO": "exit 2"}, cwd=tmp_path)

@@ -150,6 +150,35 @@ def test_records_tell_how_they_were_made(stub, table, tmp_path):
     assert config["conditioning"]["control"] == ["size"]
 
 
+def test_files_are_recorded_by_name_alone(stub, table, tmp_path):
+    arguments = [table, f"--workdir={tmp_path}/runs", "--rows=steps=4"]
+    assert sweep.main([*arguments, "--config.evaluation.lpips=/home/me/alexnet.npz"]) == 0
+    (record,) = read(tmp_path / "runs")
+    assert record["overrides"] == {"evaluation.lpips": "alexnet.npz"}
+
+
+def test_a_changed_recipe_is_run_again(stub, table, tmp_path):
+    arguments = [table, f"--workdir={tmp_path}/runs", "--rows=steps=4"]
+    assert sweep.main(arguments) == sweep.main(arguments) == 0
+    assert len(stub.trained) == 1
+    path = Path(table)
+    path.write_text(path.read_text().replace("else 1e-3", "else 2e-3"))
+    assert sweep.main(arguments) == 0
+    assert len(stub.trained) == 2
+    old, new = read(tmp_path / "runs")
+    assert old["folder"] != new["folder"]
+    (latest,) = results.read([str(tmp_path / "runs")])
+    assert latest["folder"] == new["folder"]
+
+
+def test_of_several_failures_the_last_counts(tmp_path):
+    record = {"table": "t", "row": "r", "seed": 0, "scale": "small", "status": "failed"}
+    lines = [{**record, "reason": reason} for reason in ("first", "second")]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [one["reason"] for one in results.read([str(tmp_path)])] == ["second"]
+
+
 def test_without_metrics_a_row_is_trained_and_shown(stub, table, tmp_path):
     assert sweep.main([table, f"--workdir={tmp_path}", "--rows=steps=*"]) == 0
     by_row = {record["row"]: record for record in read(tmp_path)}
@@ -341,6 +370,10 @@ def test_an_override_of_the_earlier_stage_passes_by_rows_without_one(stub, table
         (["--config.model=ours"], "no field model "),
         (["--config.model.name=sit"], "choose from"),
         (["--config.seed=1"], "use --seeds"),
+        (["--config.init.pretrain.seed=1"], "use --seeds"),
+        (["--config.init.path=x"], "kind=fine begins with a stage of its own"),
+        (["--config.init.pretrain.init.path=x"], "kind=fine begins with a stage of its own"),
+        (["--config.data.crop={[]:1}"], "data.crop must be of type tuple"),
         (["--rows=steps=4", "--config.init.pretrain.steps=2"], "no row has an earlier stage"),
         (["--scale=huge,x=1"], "unknown config argument 'x'"),
     ],
@@ -360,6 +393,20 @@ def test_only_tables_can_be_swept(name, tmp_path, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and name in err
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("ROWS = ('a',)\nx = undefined", "NameError: name 'undefined' is not defined"),
+        ("ROWS = ('a',)", "cannot be run: it has no get_config"),
+    ],
+)
+def test_tables_that_do_not_load_are_one_line(text, message, tmp_path, capsys):
+    (tmp_path / "t.py").write_text(text)
+    assert sweep.main([str(tmp_path / "t.py"), f"--workdir={tmp_path}/runs"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
 def test_a_torn_line_is_dropped_and_other_files_are_refused(stub, table, tmp_path, capsys):
     arguments = [table, f"--workdir={tmp_path}", "--rows=steps=4"]
     assert sweep.main(arguments) == 0
@@ -368,9 +415,12 @@ def test_a_torn_line_is_dropped_and_other_files_are_refused(stub, table, tmp_pat
     path.write_text(whole + whole[:40])
     assert sweep.main([*arguments, "--seeds=1"]) == 0
     assert [record["seed"] for record in read(tmp_path)] == [0, 1]
-    path.write_text('{"loss": 1}\n')
-    assert sweep.main(arguments) == 2
-    assert "not a file of results" in capsys.readouterr().err
+    (record,) = (line for line in read(tmp_path) if line["seed"] == 1)
+    del record["status"]
+    for wrong in ({"loss": 1}, record):
+        path.write_text(json.dumps(wrong) + "\n")
+        assert sweep.main(arguments) == 2
+        assert "not a file of results" in capsys.readouterr().err
 
 
 def test_trainings_from_different_folders_are_different(table):

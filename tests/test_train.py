@@ -177,7 +177,11 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
     assert "finished its 20 steps" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"conditioning.alpha: 8.0 -> 2.0"):
         train.run(tiny.config(**fields, **{"conditioning.alpha": 2.0}), str(tmp_path / "parts"))
-    assert (tmp_path / "parts" / "samples" / "20.png").exists()
+    grid, metrics = (tmp_path / "parts" / name for name in ("samples/20.png", "metrics.jsonl"))
+    before = metrics.read_text(), grid.read_bytes()
+    grid.unlink()  # as when the run was killed right after its last checkpoint
+    assert train.run(config, str(tmp_path / "parts"))
+    assert (metrics.read_text(), grid.read_bytes()) == before
     assert list((tmp_path / "parts").glob("events*"))
 
 
@@ -216,6 +220,32 @@ def test_sigterm_is_remembered_and_the_handler_restored():
         signal.raise_signal(signal.SIGTERM)
         assert interrupt.asked
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_in_the_last_step_stops_a_run_too(tmp_path, monkeypatch, capsys):
+    """What comes after the last step, such as an evaluation, is left to the next run."""
+    finished = []
+    monkeypatch.setattr(train.Reporter, "finish", lambda *_: finished.append(1))
+
+    def loop(*arguments):
+        arguments[-1].asked = True
+        return arguments[2]
+
+    config = tiny.config(steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loop", loop)
+        assert not train.run(config, str(tmp_path))
+    assert not finished and "goes on from there" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    with (
+        Workdir(tmp_path).locked(),
+        pytest.raises(ConfigError, match="another process trains here"),
+    ):
+        train.run(tiny.config(), str(tmp_path))
+    with Workdir(tmp_path).locked():
+        pass  # it ends with the first one
 
 
 def test_batch_must_divide_over_devices(tmp_path):

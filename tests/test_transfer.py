@@ -74,6 +74,11 @@ def test_control_may_be_added_to_a_model_that_knew_none():
         ({}, {"diffusion.prediction": "v"}, "diffusion.prediction is v"),
         ({}, {"conditioning.control": ()}, "same conditioning.control"),
         ({"conditioning.control": ("crop",)}, {}, "same conditioning.control"),
+        (
+            {"conditioning.control": ("crop", "flip")},
+            {"conditioning.control": ("crop", "aspect")},  # the same shapes
+            "same conditioning.control",
+        ),
         ({}, {"model.qk_norm": False}, "the start has model/blocks/key_norm"),
         ({"model.streams": "full"}, {}, "model/"),
     ],
@@ -247,6 +252,15 @@ def test_stages_run_in_one_command_and_resume_in_the_middle(tmp_path, capsys, mo
     assert "Nothing to do" in capsys.readouterr().out
 
 
+def test_a_start_that_does_not_fit_leaves_the_folder_to_one_that_does(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="diffusion.prediction is v"):
+        train.run(two_stages(**{"diffusion.prediction": "v"}), str(tmp_path))
+    assert not (tmp_path / "pretrain").exists()
+    stopped = []
+    monkeypatch.setattr(train, "start", lambda *_: stopped.append(1))
+    assert not train.run(two_stages(), str(tmp_path)) and stopped
+
+
 def test_a_path_alone_starts_from_what_is_there(tmp_path):
     config = two_stages()
     train.run(config.init.pretrain, str(tmp_path / "first"))
@@ -260,6 +274,6 @@ def test_a_path_alone_starts_from_what_is_there(tmp_path):
         values = json.loads(two_stages(**there).to_json())
         values["init"]["pretrain"]["steps"] = 2
         train.run(config_lib.create(values), str(tmp_path / "third"))
-    with pytest.raises(ConfigError, match="init.path=.*no run here"):
+    with pytest.raises(ConfigError, match="init.path: .*no run here"):
         nowhere = {"init.pretrain": None, "init.path": str(tmp_path / "nowhere")}
         train.run(two_stages(**nowhere), str(tmp_path / "fourth"))

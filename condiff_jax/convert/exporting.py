@@ -29,6 +29,7 @@ from condiff_jax.data.augment import SCALARS
 from condiff_jax.models.autoencoder import Latents
 from condiff_jax.models.mdt import MDT
 from condiff_jax.models.mmdit import MMDiT
+from condiff_jax.models.text_encoder import WordEmbedding
 from condiff_jax.models.transformer import Transformer
 from condiff_jax.models.unet import UNet
 from condiff_jax.sample import asked_control, guidance_scale
@@ -66,20 +67,19 @@ def denoiser_config(system: System) -> dict[str, Any]:
     return out
 
 
-def network_config(system: System, frozen: dict | None) -> dict[str, Any]:
+def network_config(system: System, frozen: dict) -> dict[str, Any]:
     """network/config.json: every module for `twin.create`, and what sampling needs to know."""
     config, space = system.config, system.autoencoder
     height, width, channels = system.latent_shape
     out = {"model": denoiser_config(system)}
-    if system.text_encoder is not None:
-        words = system.vocabulary.tokenizer.get_vocab()
+    if isinstance(system.text_encoder, WordEmbedding):
         out["text_encoder"] = {
             "architecture": "words",
-            "vocabulary": len(words),
+            "vocabulary": system.text_encoder.vocabulary,
             "width": config.text_encoder.width,
             "length": config.text_encoder.length,
         }
-    if frozen is not None:
+    if "autoencoder" in frozen:
         size = dataclasses.asdict(space.network.size)
         out["autoencoder"] = {"architecture": "kl", "size": size}
     out["settings"] = {
@@ -95,9 +95,14 @@ def network_config(system: System, frozen: dict | None) -> dict[str, Any]:
         "control_scale": {name: SCALE.get(name, DEFAULT_SCALE) for name in SCALARS},
         "control": asked_control(config),
     }
+    if isinstance(system.text_encoder, WordEmbedding):
+        words = system.vocabulary.tokenizer.get_vocab()
+        out["settings"]["words"] = sorted(words, key=words.get)
+    elif system.text_encoder is not None:
+        out["settings"]["clip"] = system.text_encoder.name
     if system.text_encoder is not None:
         out["settings"] |= {
-            "words": sorted(words, key=words.get),
+            "text_shape": [config.text_encoder.length, config.text_encoder.width],
             "padding": config.conditioning.padding,
             "beta_txt": config.conditioning.beta_txt,
         }
@@ -237,13 +242,13 @@ def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
     path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
-def export(system: System, params: dict, frozen: dict | None, out: epath.Path) -> list[str]:
+def export(system: System, params: dict, frozen: dict, out: epath.Path) -> list[str]:
     """Write the folder; returns what to tell.
 
-    params: of the model and the text encoder. frozen: of the autoencoder, None for pixels or to
-    leave it out.
+    params: all that is trained. frozen: {"autoencoder": its parameters}, {} for pixels or to leave
+    it out. CLIP's tower is not written but named: the pipeline loads it by transformers.
     """
-    tree = {**params, **({"autoencoder": frozen} if frozen is not None else {})}
+    tree = {**params, **frozen}
     network = out / "network"
     write_json(network / "config.json", network_config(system, frozen))
     write_tensors(network / "model.safetensors", to_torch(tree))
@@ -282,9 +287,11 @@ def run(config: Config, workdir: str) -> epath.Path:
     if jax.process_count() > 1:
         raise ConfigError("mode export runs in one process")
     bare = isinstance(system.autoencoder, Latents) and not config.autoencoder.path
-    frozen = None if bare else system.load_frozen()
+    frozen = folder.load_frozen(system, {"text_encoder", *(("autoencoder",) if bare else ())})
     messages = export(system, jax.device_get(params), frozen, out)
     if bare:
         messages.append("no autoencoder, as autoencoder.path is empty: samples end as latents")
+    if "text_encoder" in system.frozen:
+        messages.append(f"CLIP is not in it: the pipeline loads {system.text_encoder.name}")
     print(f"Step {step} for PyTorch in {out}\n" + "\n".join(f"  {line}" for line in messages))
     return out

@@ -102,7 +102,7 @@ def convert(system: System, tensors: Mapping[str, np.ndarray]) -> tuple[dict, li
         return from_torch(kept, jax.eval_shape(system.init, jax.random.key(0))), ["our own export"]
     model, messages = convert_published(system, tensors)
     params = {"model": model}
-    if system.text_encoder is not None:
+    if "text_encoder" in jax.eval_shape(system.init, jax.random.key(0)):
         fresh = jax.jit(lambda key: system.init(key)["text_encoder"])  # compiles no more than this
         params["text_encoder"] = fresh(jax.random.key(system.config.seed))
         messages.append("the text encoder is new: train it before you sample")

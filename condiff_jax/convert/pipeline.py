@@ -23,6 +23,7 @@ class ConditionedPipeline(DiffusionPipeline):
     def __init__(self, network, scheduler):
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler)
+        self.clip = None  # (tokenizer, text tower) for models that hear CLIP, loaded when needed
 
     @torch.no_grad()
     def __call__(
@@ -65,7 +66,7 @@ class ConditionedPipeline(DiffusionPipeline):
             noise_shape = (batch, *self.network.text_shape)
             if text_noise is None:
                 text_noise = randn_tensor(noise_shape, generator, device, dtype)
-            semantics = self.network.embed(asked, text_noise.to(device, dtype))
+            semantics = self.embed(asked, text_noise.to(device, dtype))
         else:
             semantics = torch.tensor(asked, device=device)
         told = self.network.control(control or {}, batch, device)
@@ -85,6 +86,25 @@ class ConditionedPipeline(DiffusionPipeline):
         pictures = self.network.decode(x)
         processor = VaeImageProcessor(do_normalize=True)
         return ImagePipelineOutput(images=processor.postprocess(pictures, output_type=output_type))
+
+    def embed(self, prompts: list[str], noise: torch.Tensor):
+        """Features of prompts, by the network's own encoder or by CLIP; noise: that of Eq. 7."""
+        source = self.network.settings.get("clip")
+        if source is None:
+            return self.network.embed(prompts, noise)
+        if self.clip is None:
+            from transformers import CLIPTextModel, CLIPTokenizer
+
+            tower = CLIPTextModel.from_pretrained(source)
+            self.clip = CLIPTokenizer.from_pretrained(source), tower.eval()
+        tokenizer, tower = self.clip
+        length = self.network.text_shape[0]
+        found = tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(noise.device)
+        out = tower.to(noise.device, noise.dtype)(found.input_ids)  # the mask would change nothing
+        mask = found.attention_mask.bool()
+        return self.network.pad(out.last_hidden_state, out.pooler_output, mask, noise)
 
     def guided(self, x, t, semantics, control, scale: float, beta: float) -> torch.Tensor:
         """Eq. 2 in one call: eps (or v) of the branches whose weight is not zero, added up."""

@@ -335,3 +335,26 @@ AUTOENCODER = (
     *_autoencoder_half("encoder", "down", ("downsample", "downsamplers")),
     *_autoencoder_half("decoder", "up", ("upsample", "upsamplers")),
 )
+
+
+def _clip(prefix: str) -> tuple[Rule, ...]:
+    layer = f"{prefix}encoder.layers.*"
+    return (
+        Rule("words", f"{prefix}embeddings.token_embedding"),
+        Rule("positions", f"{prefix}embeddings.position_embedding"),
+        Rule("blocks.*.norm1", f"{layer}.layer_norm1"),
+        Rule("blocks.*.attention.query", f"{layer}.self_attn.q_proj"),
+        Rule("blocks.*.attention.key", f"{layer}.self_attn.k_proj"),
+        Rule("blocks.*.attention.value", f"{layer}.self_attn.v_proj"),
+        Rule("blocks.*.attention.out", f"{layer}.self_attn.out_proj"),
+        Rule("blocks.*.norm2", f"{layer}.layer_norm2"),
+        Rule("blocks.*.mlp.fc1", f"{layer}.mlp.fc1"),
+        Rule("blocks.*.mlp.fc2", f"{layer}.mlp.fc2"),
+        Rule("norm_out", f"{prefix}final_layer_norm"),
+    )
+
+
+# transformers' CLIPTextModel, which has the prefix before version 5, and the text tower of its
+# CLIPModel; the second pattern is what the latter's files hold besides.
+CLIP_TEXT = (*_clip("text_model."), *_clip(""))
+CLIP_OTHERS = r"vision_model\..*|(visual|text)_projection\..*|logit_scale|.*\.position_ids"

@@ -973,7 +973,8 @@ def create(config: dict) -> nn.Module:
 class Network(nn.ModuleDict):
     """All modules of an exported folder, and its settings: what a sampler needs besides.
 
-    Modules: "model", the denoiser; "text_encoder" if it hears text; "autoencoder" for latents.
+    Modules: "model", the denoiser; "text_encoder" if it hears text, unless that is CLIP, from where
+    settings["clip"] says; "autoencoder" for latents.
     """
 
     def __init__(self, config: dict):
@@ -989,22 +990,28 @@ class Network(nn.ModuleDict):
     @property
     def hears_text(self) -> bool:
         """Whether semantics are texts; else they are class labels."""
-        return "text_encoder" in self
+        return "text_shape" in self.settings
 
     @property
     def text_shape(self) -> tuple[int, int]:
         """(T, C) of the text features, and of the noise of Eq. 7."""
-        return tuple(self["text_encoder"].positions.shape)
+        return tuple(self.settings["text_shape"])
 
     def embed(self, prompts: list[str], noise: Tensor | None = None) -> Text:
         """Features of prompts; noise (B, T, C) is that of Eq. 7, None draws it."""
-        settings, encoder = self.settings, self["text_encoder"]
+        encoder = self["text_encoder"]
         device = encoder.positions.device
-        ids, mask = tokenize(settings["words"], prompts, self.text_shape[0])
+        ids, mask = tokenize(self.settings["words"], prompts, self.text_shape[0])
         text = encoder(ids.to(device), mask.to(device))
-        noise = torch.randn_like(text.tokens) if noise is None else noise
-        tokens = pad(text.tokens, mask.to(device), settings["padding"], settings["beta_txt"], noise)
-        return text._replace(tokens=tokens)
+        return self.pad(*text, mask.to(device), noise)
+
+    def pad(
+        self, tokens: Tensor, pooled: Tensor, mask: Tensor, noise: Tensor | None = None
+    ) -> Text:
+        """Features with tokens padded as in training; mask (B, T), noise (B, T, C) of Eq. 7."""
+        noise = torch.randn_like(tokens) if noise is None else noise
+        settings = self.settings
+        return Text(pad(tokens, mask, settings["padding"], settings["beta_txt"], noise), pooled)
 
     def control(self, values: dict[str, float], batch: int = 1, device=None) -> Control | None:
         """Control metadata for `batch` pictures; values left out ask for an uncropped square."""

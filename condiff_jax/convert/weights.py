@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,11 @@ PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 PARTS = ("transformer", "unet", "network")
 
 
-def locate(source: str) -> epath.Path:
-    """A local or remote path, or the local copy of a hub id "owner/name", fetched if need be."""
+def locate(source: str, *others: str) -> epath.Path:
+    """A local or remote path, or the local copy of a hub id "owner/name", fetched if need be.
+
+    others: names of files that are fetched with the weights.
+    """
     path = epath.Path(source)
     if path.exists():
         return path
@@ -29,7 +33,8 @@ def locate(source: str) -> epath.Path:
 
     for endings in (".safetensors",), PICKLED:  # the second only where the first are missing
         try:
-            folder = snapshot_download(source, allow_patterns=[f"*{end}" for end in endings])
+            patterns = [f"*{end}" for end in endings]
+            folder = snapshot_download(source, allow_patterns=[*patterns, *others])
         except (OSError, ValueError) as error:  # what the hub's errors derive from
             raise FileNotFoundError(
                 f"{source} is neither a path nor on the hub: {error}"
@@ -62,9 +67,20 @@ def weight_files(path: epath.Path) -> list[epath.Path]:
     raise FileNotFoundError(f"no weights (.safetensors, {', '.join(PICKLED)}) in {path}")
 
 
-def read(source: str) -> dict[str, np.ndarray]:
+def sha256(files: Iterable[epath.Path]) -> str:
+    """Of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while part := file.read(2**24):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def read(source: str, ignore: str = "") -> dict[str, np.ndarray]:
     """The tensors of a weight file, of a folder or of a hub id, as f32.
 
+    ignore: pattern of names to leave out.
     FileNotFoundError where there are none, ValueError for a file that is not what its name says.
     """
     tensors = {}
@@ -75,7 +91,11 @@ def read(source: str) -> dict[str, np.ndarray]:
             raise ValueError(f"{file} needs PyTorch to be read: pip install torch") from None
         except Exception as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
-    return {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+    return {
+        name: np.asarray(tensor, np.float32)
+        for name, tensor in tensors.items()
+        if not re.fullmatch(ignore, name)
+    }
 
 
 def _read_pickled(file: epath.Path) -> dict[str, np.ndarray]:
@@ -88,6 +108,6 @@ def _read_pickled(file: epath.Path) -> dict[str, np.ndarray]:
     return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 
-def load_published(source: str, rules: Sequence[Rule], shapes: Any) -> dict:
+def load_published(source: str, rules: Sequence[Rule], shapes: Any, ignore: str = "") -> dict:
     """Parameters with these shapes from published weights; ValueError where they do not fit."""
-    return from_torch(from_published(read(source), rules), shapes)
+    return from_torch(from_published(read(source, ignore), rules), shapes)

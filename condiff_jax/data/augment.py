@@ -24,9 +24,11 @@ def augment(
     resolution: int,
     crop: tuple[float, float] = CROPS["global"],
     flip: bool = True,
+    original: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.float32]]:
     """A random square crop of uint8 (H, W, 3), maybe mirrored: uint8 (R, R, 3) and its SCALARS.
 
+    original: height and width in pixels before the picture was made smaller, if it was.
     ValueError for a crop range outside 0 < low <= high <= 1, a bad resolution or a bad image.
     """
     low, high = crop
@@ -41,7 +43,11 @@ def augment(
     out = _resize(image, top, left, side, resolution)
     if mirrored:
         out = np.ascontiguousarray(out[:, ::-1])
-    return out, _scalars(top, left, side, mirrored, height, width)
+    scalars = _scalars(top, left, side, mirrored, height, width)
+    if original is not None:
+        known = zip(("aspect", "height", "width"), _frame(*original), strict=True)
+        scalars |= {name: np.float32(value) for name, value in known}
+    return out, scalars
 
 
 def center(image: np.ndarray, resolution: int) -> tuple[np.ndarray, dict[str, np.float32]]:
@@ -90,8 +96,11 @@ def _scalars(
         side / height,
         side / width,
         flip,
-        width / height,
-        height,
-        width,
+        *_frame(height, width),
     )
     return {name: np.float32(value) for name, value in zip(SCALARS, values, strict=True)}
+
+
+def _frame(height: int, width: int) -> tuple[float, int, int]:
+    """aspect, height and width of the SCALARS."""
+    return width / height, height, width

@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from condiff_jax.data.augment import SCALARS, augment
+from condiff_jax.data.prepared import TFDS
 from condiff_jax.data.shapes import Shapes
 from condiff_jax.data.webdataset import Webdataset
 
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
     from condiff_jax.config import Config
 
 # Each source is a random-access sequence of {"image": uint8 (H, W, 3), "caption": str,
-# "label": int}, with `vocabulary()` (words of the captions) and `classes` (names of the labels).
+# "label": int} and, if the original was larger, "size": its (height, width); with
+# `vocabulary()` (words of the captions) and `classes` (names of the labels).
 SOURCES = {
     "shapes": lambda config, split: Shapes(
         split, config.data.sizes, config.data.classes, config.data.entangled
     ),
     "webdataset": lambda config, split: Webdataset(config.data.path, split),
+    "tfds": lambda config, split: TFDS(config.data.path, split),
 }
 
 
@@ -47,8 +50,9 @@ class Preprocess(grain.transforms.RandomMap):
 
     def random_map(self, record: dict, rng: np.random.Generator) -> dict:
         image, control = augment(
-            record["image"], rng, resolution=self.resolution, crop=self.crop, flip=self.flip
-        )
+            record["image"], rng,
+            resolution=self.resolution, crop=self.crop, flip=self.flip, original=record.get("size"),
+        )  # fmt: skip
         example = {
             "image": image,
             "label": np.int32(record["label"]),

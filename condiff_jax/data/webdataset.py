@@ -3,22 +3,21 @@
 import contextlib
 import functools
 import hashlib
-import io
 import json
-import operator
 import os
 import re
 import tarfile
 import uuid
 import zipfile
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps
+
+from condiff_jax.data.images import decode
+from condiff_jax.data.records import Records
+from condiff_jax.data.tars import members
 
 PREFIXES = {"train": ("train-",), "validation": ("val-", "validation-")}
 COLUMNS = {"png": 0, "jpg": 0, "jpeg": 0, "webp": 0, "txt": 1, "json": 2}  # of Index.spans
@@ -36,13 +35,12 @@ class Index:
     labels: np.ndarray
 
 
-class Webdataset:
-    """One split of a folder of tar shards (or of one tar), as a random-access sequence.
+class Webdataset(Records):
+    """One split of a folder of tar shards (or of one tar).
 
     Members that share a key (the path up to the first dot of the file name) within a shard make a
-    sample; a repeated (key, extension) starts a new one. Items are {"image": uint8 (H, W, 3),
-    "caption": str, "label": int32 (0 if none), "broken": int32, the bad records skipped to get
-    there}. `classes` names the labels to the split's largest: "0", "1", ...
+    sample; a repeated (key, extension) starts a new one; without a label it is 0. `classes` names
+    the labels to the split's largest: "0", "1", ...
     """
 
     def __init__(self, path, split: str = "train", cache=None):
@@ -53,76 +51,33 @@ class Webdataset:
         if not len(self._index.keys):
             raise ValueError(f"{self.path} has no {split} samples; are its tar shards empty?")
         self.classes = tuple(str(i) for i in range(int(self._index.labels.max()) + 1))
-        self._reset()
+        super().__init__()
 
     def _reset(self):
+        super()._reset()
         # Bounded, as large sets have more shards than a process may hold open files.
         self._open = functools.lru_cache(maxsize=256)(_Shard)
-        self._broken = set()
-
-    def __getstate__(self):
-        return {k: v for k, v in vars(self).items() if k not in ("_open", "_broken")}
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self._reset()
-
-    def __repr__(self):
-        return f"Webdataset({str(self.path)!r}, split={self.split!r})"
 
     def __len__(self):
         return len(self._index.keys)
-
-    def __getitem__(self, i) -> dict:
-        """The first good record at or after i (mod n); ValueError when there is none."""
-        n, i = len(self), operator.index(i)
-        if not -n <= i < n:
-            raise IndexError(f"sample {i} of {n} in {self.path}")
-        for skipped in range(n):
-            j = (i + skipped) % n
-            image = self._image(j)
-            if image is not None:
-                rest = {"label": self._index.labels[j], "broken": np.int32(skipped)}
-                return {"image": image, "caption": self._caption(j), **rest}
-        raise ValueError(f"{self.path} has no decodable {self.split} image; check its shards")
-
-    def captions(self) -> Iterator[str]:
-        """Every sample's caption in order, broken images' included, reading no image."""
-        return map(self._caption, range(len(self)))
-
-    def vocabulary(self, max_words: int = 8192) -> tuple[str, ...]:
-        """The captions' lower-case words, most frequent first, ties in alphabetical order."""
-        counts = Counter(w for c in self.captions() for w in re.findall(r"[a-z0-9']+", c.lower()))
-        return tuple(sorted(counts, key=lambda word: (-counts[word], word))[:max_words])
 
     def _member(self, i: int, column: int) -> bytes | None:
         offset, size = self._index.spans[i, column].tolist()
         shard = self._shards[self._index.shards[i]]
         return self._open(shard).read(offset, size) if size >= 0 else None
 
-    def _image(self, i: int) -> np.ndarray | None:
-        if i in self._broken:
-            return None
+    def _record(self, i: int) -> dict:
         data = self._member(i, IMAGE)
-        try:
-            if data is None:
-                raise ValueError("it has no image")
-            return decode(data)
-        except Exception as error:  # damaged files make Pillow raise nearly anything
-            self._broken.add(i)
-            shard, key = self._shards[self._index.shards[i]], self._index.keys[i].decode()
-            logging.warning("skipping record %s of %s: %s", key, shard, error)
-            return None
+        if data is None:
+            raise ValueError("it has no image")
+        label = self._index.labels[i]
+        return {"image": decode(data), "caption": self._caption(i), "label": label}
+
+    def _where(self, i: int) -> str:
+        return f"{self._index.keys[i].decode()} of {self._shards[self._index.shards[i]]}"
 
     def _caption(self, i: int) -> str:
-        text = self._member(i, TEXT)
-        if text is not None:
-            return text.decode("utf-8", errors="replace").strip()
-        try:
-            caption = json.loads((self._member(i, JSON) or b"").decode("utf-8", errors="replace"))
-            return caption["caption"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return ""
+        return caption(self._member(i, TEXT), self._member(i, JSON))
 
 
 class _Shard:
@@ -138,21 +93,6 @@ class _Shard:
     def __del__(self):
         if hasattr(self, "_fd"):
             os.close(self._fd)
-
-
-def decode(data: bytes) -> np.ndarray:
-    """A PNG, JPEG or WebP file's upright picture, over white where transparent: (H, W, 3) uint8."""
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            # Pillow clips 16-bit grey to 255 on conversion; keep its high byte instead.
-            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
 
 
 def find_shards(path: Path, split: str) -> list[Path]:
@@ -212,7 +152,12 @@ def save(index: Index, file: Path) -> bool:
 
 def build(shards: list[Path]) -> Index:
     """Reads every tar header and label; ValueError names a damaged shard."""
-    rows = [(number, *row) for number, path in enumerate(shards) for row in scan(path)]
+    rows = []
+    for number, path in enumerate(shards):
+        found, error = scan(path)
+        if error:
+            raise ValueError(f"{path} is truncated or no plain tar ({error}); fetch it again")
+        rows += [(number, *row) for row in found]
     return Index(
         keys=np.array([key.encode("utf-8", "replace") for _, key, _, _ in rows], np.bytes_),
         shards=np.array([number for number, _, _, _ in rows], np.int32),
@@ -221,16 +166,19 @@ def build(shards: list[Path]) -> Index:
     )
 
 
-def scan(path: Path) -> list[list]:
-    """One shard's samples by position: [key, its three (offset, size) spans, label]."""
+def scan(path: Path) -> tuple[list[list], tarfile.ReadError | None]:
+    """One shard's samples by position: [key, its three (offset, size) spans, label].
+
+    And what ended it before its end, if anything did.
+    """
     rows, latest = [], {}  # latest: key -> its last row and the extensions that has so far
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
+        with open(path, "rb") as file:
+            for member in members(path):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key, extension = f"{folder}/{stem}".lstrip("/"), extension.lower()
-                if not (member.isreg() and stem and extension in (*COLUMNS, "cls")):
+                if not (member.whole and stem and extension in (*COLUMNS, "cls")):
                     continue
                 row, extensions = latest.get(key, (None, {extension}))
                 if extension in extensions:
@@ -238,13 +186,21 @@ def scan(path: Path) -> list[list]:
                     rows.append(row)
                 extensions.add(extension)
                 if extension == "cls":
-                    text = os.pread(file.fileno(), member.size, member.offset_data).strip()
+                    text = os.pread(file.fileno(), member.size, member.offset).strip()
                     row[2] = int(text) if re.fullmatch(rb"\d{1,9}", text) else 0  # int32
                 else:
-                    row[1][COLUMNS[extension]] = (member.offset_data, member.size)
-            # tarfile takes a cut or damaged header for the end of the archive.
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset).strip(b"\0"):
-                raise tarfile.ReadError("damaged header")
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path} is truncated or no plain tar ({error}); fetch it again") from None
-    return rows
+                    row[1][COLUMNS[extension]] = (member.offset, member.size)
+    except tarfile.ReadError as error:
+        return rows, error
+    return rows, None
+
+
+def caption(text: bytes | None, details: bytes | None) -> str:
+    """The caption in a sample's text or else in its JSON, "" where neither has one."""
+    if text is not None:
+        return text.decode("utf-8", errors="replace").strip()
+    try:
+        found = json.loads((details or b"").decode("utf-8", errors="replace"))["caption"].strip()
+        return found.encode("utf-8", errors="replace").decode()  # JSON can spell lone surrogates
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""

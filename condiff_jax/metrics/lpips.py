@@ -93,7 +93,8 @@ def distance(params: dict, images1: jax.Array, images2: jax.Array) -> jax.Array:
     total = jnp.zeros(n)
     stages = AlexNet().apply({"params": params["alexnet"]}, x)
     for stage, head in zip(stages, params["heads"], strict=True):
-        norm = jnp.sqrt(jnp.square(stage).sum(-1, keepdims=True))
+        # The root's slope is infinite at 0, where ReLUs leave all channels often.
+        norm = jnp.sqrt(jnp.square(stage).sum(-1, keepdims=True) + EPSILON**2)
         one, other = jnp.split(stage / (norm + EPSILON), 2)
         total += (jnp.square(one - other) @ head).mean((1, 2))
     return total

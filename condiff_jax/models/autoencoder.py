@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from condiff_jax.models import kl
 from condiff_jax.models.kl import AutoencoderKL
 from condiff_jax.models.vq import AutoencoderVQ
+
+if TYPE_CHECKING:
+    from condiff_jax.schema import Config
+
+NETWORKS = {"kl": AutoencoderKL, "vq": AutoencoderVQ}
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -56,6 +63,13 @@ class Latents:
     scale: float = 0.18215
     shift: float = 0.0
     bound = None
+
+    @classmethod
+    def create(cls, config: Config) -> Latents:
+        """The space of `config.autoencoder`, kl or vq."""
+        settings = config.autoencoder
+        network = NETWORKS[settings.name](kl.SIZES[settings.size], jnp.dtype(config.model.dtype))
+        return cls(network, settings.scale, settings.shift)
 
     @property
     def factor(self) -> int:

@@ -66,16 +66,17 @@ class Modulation(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear-GELU(tanh)-Linear, (B, T, D) -> (B, T, out)."""
+    """Linear-GELU(tanh)-Linear, (B, T, D) -> (B, T, out); or with another activation."""
 
     hidden: int
     out: int
     dtype: Any = jnp.float32
+    activation: Callable = partial(nn.gelu, approximate=True)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
-        x = nn.gelu(x, approximate=True)
+        x = self.activation(x)
         return nn.Dense(self.out, kernel_init=xavier, dtype=self.dtype, name="fc2")(x)
 
 

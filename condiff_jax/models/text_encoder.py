@@ -25,11 +25,21 @@ def word_tokenizer(words: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def tokenize(tokenizer: Tokenizer, caption: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask (length,), int32 and bool: the words, cut to length - 1, and an end token."""
-    ids = [*tokenizer.encode(caption).ids[: length - 1], 0]
-    mask = np.arange(length) < len(ids)
-    return np.pad(np.asarray(ids, np.int32), (0, length - len(ids))), mask
+def tokenize(
+    tokenizer: Tokenizer,
+    caption: str,
+    length: int,
+    *,
+    start: tuple[int, ...] = (),
+    end: int = 0,
+    pad: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask (length,), int32 and bool: `start`, the words cut to fit, `end`; then `pad`."""
+    words = tokenizer.encode(caption, add_special_tokens=False).ids
+    ids = [*start, *words[: length - len(start) - 1], end]
+    out = np.full((length,), pad, np.int32)
+    out[: len(ids)] = ids
+    return out, np.arange(length) < len(ids)
 
 
 class WordEmbedding(nn.Module):

@@ -22,7 +22,7 @@ from condiff_jax.diffusion.guidance import dual_guidance
 from condiff_jax.diffusion.sampler import ddim, initial_noise
 from condiff_jax.sample import requests
 from condiff_jax.workdir import Workdir
-from tests import tiny
+from tests import clips, tiny
 
 CLASS = {"data.semantics": "class"}
 OFF = {"conditioning.control": (), "model.qk_norm": False}
@@ -62,7 +62,7 @@ def exported(tmp_path_factory):
             with tiny.few_layers():
                 system, params = create(name)
             out = exporting.epath.Path(tmp_path_factory.mktemp("export"))
-            made[name] = (system, params, out, exporting.export(system, params, None, out))
+            made[name] = (system, params, out, exporting.export(system, params, {}, out))
         return made[name]
 
     return get
@@ -212,7 +212,8 @@ def test_latents_are_decoded_if_the_autoencoder_is_there(whole, tmp_path):
     network = system.autoencoder.network
     image = jnp.zeros((1, 16, 16, 3))
     frozen = parity.random_like(jax.eval_shape(network.init, jax.random.key(0), image)["params"])
-    exporting.export(system, params, frozen if whole else None, exporting.epath.Path(tmp_path))
+    parts = {"autoencoder": frozen} if whole else {}
+    exporting.export(system, params, parts, exporting.epath.Path(tmp_path))
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path), trust_remote_code=True)
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
     theirs = torch.tensor(x).permute(0, 3, 1, 2)
@@ -224,6 +225,27 @@ def test_latents_are_decoded_if_the_autoencoder_is_there(whole, tmp_path):
     pictures = pipe.network.decode(theirs).permute(0, 2, 3, 1).detach().numpy()
     pictures = np.clip(np.round((pictures + 1) * 127.5), 0, 255)
     assert np.abs(system.autoencoder.decode(frozen, x) - pictures).max() <= 1
+
+
+def test_clip_is_named_and_its_features_are_ours(tmp_path):
+    source = clips.write(tmp_path / "clip")
+    fields = {"text_encoder.name": "clip", "text_encoder.path": str(source)}
+    with tiny.few_layers():
+        system, params = create("mmdit", **fields)
+    out = exporting.epath.Path(tmp_path / "export")
+    exporting.export(system, params, {}, out)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert set(pipe.network) == {"model"} and pipe.network.settings["clip"] == str(source)
+    asked = ["a red circle", "", "blue " * 20]
+    noise = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)
+    params = {**params, **system.load_frozen()}
+    ours = parity.jit(system.condition)(params, requests(system, asked), noise).semantics
+    with torch.no_grad():
+        theirs = pipe.embed(asked, torch.tensor(noise))
+    np.testing.assert_allclose(theirs.tokens, ours.tokens, atol=1e-5)
+    np.testing.assert_allclose(theirs.pooled, ours.pooled, atol=1e-5)
+    assert pipe("a ring", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
 def system_control(system, **values):

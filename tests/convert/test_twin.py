@@ -342,11 +342,11 @@ def test_load(tmp_path, ours):
     words = {"architecture": "words", "vocabulary": 9, "width": TEXT, "length": 5}
     parts = torch.nn.ModuleDict({"model": module, "text_encoder": twin.create(words)})
     save_file(parts.state_dict(), tmp_path / "model.safetensors")
-    config = {"model": config, "text_encoder": words, "settings": {"scale": 2.0}}
+    config = {"model": config, "text_encoder": words, "settings": {"text_shape": [5, TEXT]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = twin.load(tmp_path)
     assert set(loaded) == {"model", "text_encoder"} and not loaded.training
-    assert loaded.settings == {"scale": 2.0} and loaded.text_shape == (5, TEXT)
+    assert loaded.settings == {"text_shape": [5, TEXT]} and loaded.text_shape == (5, TEXT)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     x = normal(3, 4, 4, CHANNELS)
     np.testing.assert_array_equal(

@@ -12,7 +12,8 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from condiff_jax.data.webdataset import Webdataset, decode
+from condiff_jax.data.images import decode
+from condiff_jax.data.webdataset import Webdataset
 
 
 @pytest.fixture(autouse=True)

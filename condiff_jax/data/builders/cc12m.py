@@ -1,0 +1,73 @@
+"""CC12M, or any other captioned set, in webdataset tars as img2dataset writes them."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from condiff_jax.data.builders.units import (
+    Plan,
+    Sample,
+    Skip,
+    SourceError,
+    Tar,
+    span_of,
+    text,
+    unsafe,
+)
+from condiff_jax.data.images import lies
+from condiff_jax.data.webdataset import IMAGE, JSON, PREFIXES, TEXT, caption, scan
+
+SIDE = 1_000_000  # a side in pixels that no picture has
+
+
+@dataclass(frozen=True)
+class Captioned(Tar):
+    """A tar of pictures beside their .txt or .json, see `webdataset`."""
+
+    def read(self) -> Iterator[Sample | Skip]:
+        """The samples."""
+        rows, error = scan(self.path)
+        if error:
+            yield Skip("truncated tar", self.name)
+        with open(self.path, "rb") as file:
+            for key, spans, _ in rows:
+                parts = [os.pread(file.fileno(), n, at) if n >= 0 else None for at, n in spans]
+                key = text(key)
+                if unsafe(key):
+                    yield Skip("unsafe path", key)
+                elif parts[IMAGE] is None:
+                    yield Skip("no image", key)
+                else:
+                    image, words = parts[IMAGE], caption(parts[TEXT], parts[JSON])
+                    original = original_size(image, parts[JSON])
+                    yield Sample(key, image, words, original=original)
+
+
+def original_size(image: bytes, details: bytes | None) -> tuple[int, int] | None:
+    """(height, width) before img2dataset made the picture smaller, upright; None if unknown."""
+    try:
+        found = json.loads((details or b"").decode("utf-8", errors="replace"))
+        size = tuple(found[f"original_{side}"] for side in ("height", "width"))
+        if any(type(side) is not int or not 0 < side < SIDE for side in size):
+            return None
+        return size[::-1] if lies(image) else size
+    except Exception:  # damaged JSON or picture; the latter is found out when it is decoded
+        return None
+
+
+def cc12m(source: Path) -> Plan:
+    """Tars named train-* and val-* are these splits; all are for training where none has a name."""
+    tars = sorted(source.rglob("*.tar")) if source.is_dir() else [source]
+    if not tars:
+        raise SourceError(f"{source} holds no *.tar; give the folder that img2dataset wrote")
+    named = {path: s for s in PREFIXES for path in tars if path.name.startswith(PREFIXES[s])}
+    root = source if source.is_dir() else source.parent
+    units = [
+        span_of(path, named.get(path, "train"), str(path.relative_to(root)), Captioned)
+        for path in tars
+        if path in named or not named
+    ]
+    skipped = tuple(Skip("wrong file name", p.name) for p in tars if named and p not in named)
+    return Plan(units, skipped=skipped)

@@ -1,0 +1,127 @@
+"""Pictures in folders: captions.csv or captions.jsonl beside them, or one folder a class.
+
+Either at the top, or in each of the folders train and val (or validation) there.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from condiff_jax.data.builders.units import (
+    IMAGE,
+    Item,
+    Plan,
+    Skip,
+    SourceError,
+    chunks,
+    text,
+    unsafe,
+)
+
+SPLITS = {"train": "train", "val": "validation", "validation": "validation"}
+LISTS = ("captions.csv", "captions.jsonl")
+COLUMNS = "file_name, caption and, if wanted, label and split (train or val)"
+
+
+class Row(NamedTuple):
+    """A picture as it was found; `name` is its class, if any."""
+
+    split: str
+    path: Path
+    caption: str = ""
+    name: str | None = None
+
+
+def folder(source: Path) -> Plan:
+    """The pictures of all splits; labels count the classes' names in alphabetical order."""
+    rows, skipped = [], []
+    for row in find(source):
+        (skipped if isinstance(row, Skip) else rows).append(row)
+    classes = tuple(sorted({row.name for row in rows if row.name is not None}))
+    labels = {name: label for label, name in enumerate(classes)}
+    items, newest = {}, 0
+    for row in rows:
+        key = text(row.path.relative_to(source).as_posix())
+        if key in items:
+            skipped.append(Skip("duplicate key", key))
+        elif not row.path.is_file():
+            skipped.append(Skip("missing file", key))
+        else:
+            stat = row.path.stat()
+            newest = max(newest, stat.st_mtime_ns)
+            label = labels.get(row.name, 0)
+            item = Item(key, row.path, stat.st_size, caption=row.caption, label=label)
+            items[key] = row.split, item
+    if not items:
+        raise SourceError(
+            f"{source} holds no pictures: neither folders of classes with .jpg, .png or .webp "
+            f"files, nor a {' or '.join(LISTS)} that lists some"
+        )
+    units = []
+    for split in dict.fromkeys(SPLITS.values()):
+        chosen = [item for where, item in items.values() if where == split]
+        units += chunks(split, split, chosen, newest)
+    return Plan(units, classes, tuple(skipped))
+
+
+def find(source: Path) -> Iterator[Row | Skip]:
+    """All rows of a list at the top or, without one, of the splits' folders or else of the top."""
+    if not source.is_dir():
+        raise SourceError(f"{source} is no folder; builder folder needs one")
+    parts = {source / name: split for name, split in SPLITS.items() if (source / name).is_dir()}
+    if not parts or any((source / name).is_file() for name in LISTS):
+        parts = {source: "train"}
+    for top, split in parts.items():
+        listed = next((top / name for name in LISTS if (top / name).is_file()), None)
+        yield from read_list(listed, split) if listed else walk(top, split)
+
+
+def walk(top: Path, split: str) -> Iterator[Row | Skip]:
+    """The pictures in the folders of classes, however deep, in order of their names."""
+    for path in sorted(path for path in top.rglob("*") if not path.is_dir()):
+        inner = path.relative_to(top)
+        if len(inner.parts) < 2:
+            yield Skip("outside of class folders", text(str(inner)))
+        elif not IMAGE.search(path.name):
+            yield Skip("no image name", text(str(inner)))
+        else:
+            yield Row(split, path, name=text(inner.parts[0]))
+
+
+def read_list(path: Path, split: str) -> Iterator[Row | Skip]:
+    """The lines of captions.csv or captions.jsonl, whose pictures lie beside it."""
+    for number, line in enumerate(read_lines(path), 1):
+        name = line.get("file_name")
+        if not name or not isinstance(name, str):
+            yield Skip("bad line", f"{path.name}:{number}")
+        elif unsafe(name):
+            yield Skip("unsafe path", text(name))
+        elif (line.get("split") or split) not in SPLITS:
+            yield Skip("unknown split", text(name))
+        else:
+            caption, label = (line.get(column) for column in ("caption", "label"))
+            words = text(str("" if caption is None else caption)).strip()
+            known = None if label in (None, "") else text(str(label))
+            yield Row(SPLITS[line.get("split") or split], path.parent / name, words, known)
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """Each line by its columns, {} for one that cannot be read."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        if path.suffix == ".jsonl":
+            for line in filter(str.strip, file):
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError):
+                    value = {}
+                yield value if isinstance(value, dict) else {}
+            return
+        lines = csv.DictReader(file)
+        try:
+            if "file_name" not in (lines.fieldnames or ()):
+                raise SourceError(f"{path} has no column file_name; its columns are {COLUMNS}")
+            yield from lines
+        except csv.Error as error:
+            raise SourceError(f"{path}, line {lines.line_num}: {error}") from error

@@ -1,0 +1,225 @@
+"""Carrying out a plan: jobs in parallel, exact resume, and TFDS's metadata last.
+
+Until then all lies in a folder of its own, .prepare: `begun.json` says of what source and settings,
+NUMBER.json (a job's ledger) that a job's shards NUMBER-*.array_record are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from condiff_jax.data.builders import BUILDERS, finish
+from condiff_jax.data.builders.faces import load_boxes
+from condiff_jax.data.builders.shards import Job, Settings, jobs_of, run, write_json
+from condiff_jax.data.builders.units import OutputError, SourceError, Unit, short_hash
+from condiff_jax.data.prepared import BEGUN, INFO
+
+MB = 10**6
+RECORD = 400  # bytes that a record has besides its picture, about
+
+
+def prepare(
+    builder: str,
+    source: Path,
+    out: Path,
+    *,
+    boxes: str = "",
+    shard_mb: int = 256,
+    processes: int = 0,
+) -> dict | None:
+    """Make the TFDS data set `out` of the source, or go on with that; its manifest.
+
+    None when it was finished before. SourceError or OutputError for what a user can mend.
+    """
+    settings = {"builder": builder, "shard_mb": shard_mb, "boxes": short_hash(load_boxes(boxes))}
+    if (out / INFO).exists():
+        check_finished(out, settings, BUILDERS[builder], source)
+        return None
+    if not source.exists():
+        raise SourceError(f"{source} does not exist")
+    plan = BUILDERS[builder](source)
+    work = out / BEGUN
+    with locked(out, work):
+        begin(work, settings, plan.units)
+        jobs = jobs_of(plan.units, shard_mb * MB)
+        left = [job for job in jobs if not job.ledger(work).exists()]
+        if left:
+            check_space(builder, out, jobs, left)
+            shared = Settings(work, plan.classes, shard_mb * MB, boxes)
+            execute(jobs, left, shared, processes or os.cpu_count() or 1)
+        manifest = finish.finish(out, settings, plan, jobs)
+    shutil.rmtree(work)
+    return manifest
+
+
+@contextlib.contextmanager
+def locked(out: Path, work: Path) -> Iterator[None]:
+    """The work folder, for this process alone; the system frees it when the process ends."""
+    if out.exists() and not work.exists() and any(out.iterdir()):
+        raise OutputError(f"{out} holds other files; give an empty or new folder")
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{out} is being prepared by another process") from None
+        yield
+
+
+def begin(work: Path, settings: dict, units: list[Unit]) -> None:
+    """Note what is prepared, or check that what was begun is the same; drop half-written files."""
+    begun = work / "begun.json"
+    now = {"settings": settings, "units": stamps(units)}
+    if begun.exists():
+        before = json.loads(begun.read_text())
+        check_settings(work.parent, before["settings"], settings)
+        done = [json.loads(path.read_text()) for path in work.glob("[0-9]*.json")]
+        hashes = {name: value for ledger in done for name, value in ledger["sha256"].items()}
+        check_units(work.parent, before["units"], units, hashes)
+    write_json(begun, now)
+    for path in work.glob("*.tmp"):
+        path.unlink()
+
+
+def stamps(units: list[Unit]) -> dict[str, list]:
+    """Size, metadata and time of change of each unit by name."""
+    return {unit.name: [unit.size, unit.metadata(), unit.mtime] for unit in units}
+
+
+def check_settings(out: Path, before: dict, now: dict) -> None:
+    """OutputError when the folder was begun with other settings."""
+    for name, value in before.items():
+        if value != now[name]:
+            raise OutputError(
+                f"{out} was prepared with another prepare.{name} ({value}, not {now[name]}); "
+                "restore it or give another folder"
+            )
+
+
+def check_units(out: Path, before: dict, units: list[Unit], hashes: dict[str, str]) -> None:
+    """SourceError when units are others than before; only finished ones with a new date are read.
+
+    before: as of `stamps`; hashes: SHA-256 of the finished units.
+    """
+    now = stamps(units)
+    changed = sorted(before.keys() ^ now.keys())
+    changed += [name for name in now if name in before and before[name][:2] != now[name][:2]]
+    for unit in units if not changed else ():
+        touched = before[unit.name] != now[unit.name] and unit.name in hashes
+        if touched and unit.sha256() != hashes[unit.name]:
+            changed.append(unit.name)
+    if changed:
+        raise SourceError(
+            f"{changed[0]} has changed since {out} was begun; restore it, or delete that folder "
+            "to prepare anew"
+        )
+
+
+def check_finished(out: Path, settings: dict, builder, source: Path) -> None:
+    """The errors of `check_settings` and `check_units`, as far as there still is a source."""
+    if not (out / finish.MANIFEST).exists():
+        raise OutputError(f"{out} holds a data set that mode prepare has not made")
+    shutil.rmtree(out / BEGUN, ignore_errors=True)  # left when killed at the very end
+    manifest = json.loads((out / finish.MANIFEST).read_text(encoding="utf-8"))
+    check_settings(out, manifest["settings"], settings)
+    try:
+        units = builder(source).units
+    except (SourceError, OSError):
+        return  # gone: who has prepared it needs it no more
+    rows = manifest["sources"]
+    before = {row["name"]: [row["size"], row["metadata"], row["mtime"]] for row in rows}
+    check_units(out, before, units, {row["name"]: row["sha256"] for row in rows})
+
+
+def check_space(builder: str, out: Path, jobs: list[Job], left: list[Job]) -> None:
+    """Say how much disk is needed; OutputError when there is less."""
+    records = sum(unit.size // 5000 for job in left for unit in job.units)  # of 5 kB or more
+    size = sum(job.size for job in left) + RECORD * records
+    free = shutil.disk_usage(out).free
+    text = f"about {amount(size)}, and {out} has {amount(free)} free"
+    if size > free:
+        raise OutputError(f"it needs {text}; give a folder on a larger disk")
+    done = f"{len(jobs) - len(left)} of {len(jobs)} parts are done, " if left != jobs else ""
+    print(f"Prepare {builder}: {done}the {'rest' if done else 'whole'} needs {text}.", flush=True)
+
+
+def amount(size: float) -> str:
+    """Bytes, for people."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def execute(jobs: list[Job], left: list[Job], settings: Settings, processes: int) -> None:
+    """Run the jobs that are left, several at a time, with a bar of the source's bytes."""
+    size, images = {job.number: job.size for job in jobs}, 0
+    done = sum(size.values()) - sum(size[job.number] for job in left)
+    bar = tqdm(total=sum(size.values()), initial=done, desc="prepare", unit="B", unit_scale=True)
+    with bar:
+        for job in finished(left, settings, min(processes, len(left))):
+            shards = finish.read_ledger(job, settings.folder)["shards"]
+            images += sum(shard["records"] for shard in shards)
+            rate = images / max(bar.format_dict["elapsed"], 1e-3)
+            bar.set_postfix(images=images, img_s=f"{rate:.0f}", refresh=False)
+            bar.update(size[job.number])
+
+
+def finished(left: list[Job], settings: Settings, processes: int) -> Iterator[Job]:
+    """Jobs as they are done; SourceError or OutputError when one cannot be."""
+    try:
+        if processes <= 1:
+            for job in left:
+                run(job, settings)
+                yield job
+            return
+        context = multiprocessing.get_context("spawn")  # threads and locks do not survive a fork
+        with ProcessPoolExecutor(processes, context, initializer=follow_parent) as pool:
+            futures = {pool.submit(run, job, settings): job for job in left}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    yield futures[future]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+    except BrokenProcessPool as error:
+        raise OutputError(
+            "a process was killed, maybe for its memory; lower prepare.processes and run the same "
+            "command to go on"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{error}; mend that and run the same command to go on") from error
+
+
+def follow_parent() -> None:
+    """End this worker process as soon as the one that started it ends, however that happens."""
+    parent = multiprocessing.parent_process()
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def report(manifest: dict | None, builder: str, out: Path) -> None:
+    """Print what was made and what was left out; what is truncated, on stderr."""
+    if manifest is None:
+        print(f"Nothing to do: {out} is prepared.")
+        return
+    counts = ", ".join(f"{n:,} for {split}" for split, n in manifest["images"].items())
+    print(f"Prepared {builder} in {out}: {counts}.")
+    for reason, row in manifest["skipped"].items():
+        where = sys.stderr if reason == "truncated tar" else sys.stdout
+        some = ", ".join(row["examples"][:3]) + (", ..." if row["count"] > 3 else "")
+        print(f"Skipped {row['count']:,} ({reason}): {some}", file=where)

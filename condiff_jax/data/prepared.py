@@ -1,0 +1,146 @@
+"""Random access to data sets as TFDS writes them (array_record), without TensorFlow."""
+
+import bisect
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from condiff_jax.data.images import decode
+from condiff_jax.data.records import Records, by_frequency, count_words
+
+INFO = "dataset_info.json"  # written last: with it a data set is whole
+BEGUN = ".prepare"  # what mode prepare keeps until then
+FEATURES = ("image", "caption", "label", "height", "width")
+SPLITS = {"train": ("train",), "validation": ("validation", "test")}  # names in TFDS
+
+
+def words_file(split: str) -> str:
+    """The file with a split's words, most frequent first, that mode prepare leaves."""
+    return f"words-{split}.txt"
+
+
+class TFDS(Records):
+    """One split of a folder that mode prepare or TFDS has made.
+
+    It must have the feature image, and may have label, caption, and the original's height and
+    width; other features are not read. Where no feature is called caption, the class's name is the
+    caption. TFDS's "test" is the validation split of a data set without one.
+    """
+
+    def __init__(self, path, split: str = "train"):
+        """Reads the metadata; ValueError or FileNotFoundError for what cannot be read."""
+        self.path = Path(path).expanduser()
+        builder = open_builder(self.path)
+        self.split = find_split(self.path, tuple(builder.info.splits), split)
+        features = builder.info.features
+        if "image" not in features:
+            raise ValueError(f"{self.path} has no feature image, only {', '.join(features)}")
+        known = {name: features[name] for name in FEATURES if name in features}
+        self._features = type(features)(known)
+        instructions = builder.info.splits[self.split].file_instructions
+        self._shards = [str(i.filename) for i in instructions]
+        self._ends = list(itertools.accumulate(i.examples_in_shard for i in instructions))
+        if not self._ends or not self._ends[-1]:
+            raise ValueError(f"{self.path} has no {self.split} samples")
+        missing = next((s for s in self._shards if not Path(s).exists()), None)
+        if missing:
+            raise FileNotFoundError(f"{missing} is missing; copy or prepare the data set again")
+        label = known.get("label")
+        self.classes = tuple(getattr(label, "names", None) or ("0",))
+        super().__init__()
+
+    def _reset(self):
+        super()._reset()
+        # Bounded, as large sets have more shards than a process may hold open files.
+        self._open = functools.lru_cache(maxsize=256)(open_shard)
+
+    def __len__(self):
+        return self._ends[-1]
+
+    def _read(self, i: int) -> dict:
+        import tensorflow_datasets as tfds
+
+        shard = bisect.bisect_right(self._ends, i)
+        position = i - (self._ends[shard - 1] if shard else 0)
+        (data,) = self._open(self._shards[shard]).read([position])
+        skip = {"image": tfds.decode.SkipDecoding()}
+        return self._features.deserialize_example_np(data, decoders=skip)
+
+    def _record(self, i: int) -> dict:
+        record = self._read(i)
+        image = decode(record["image"])
+        size = tuple(int(record.get(name, 0)) for name in ("height", "width"))
+        original = {"size": size} if min(size) > 0 and size != image.shape[:2] else {}
+        label = np.int32(record.get("label", 0))
+        return {"image": image, "caption": self._text(record), "label": label, **original}
+
+    def _where(self, i: int) -> str:
+        return f"{i} of {self.path} ({self.split})"
+
+    def _caption(self, i: int) -> str:
+        return self._text(self._read(i))
+
+    def _text(self, record: dict) -> str:
+        if "caption" in record:
+            return record["caption"].decode("utf-8", errors="replace")
+        return self.classes[record["label"]] if "label" in record else ""
+
+    def vocabulary(self, max_words: int = 8192) -> tuple[str, ...]:
+        """As of `Records`; without reading records where mode prepare has counted the words."""
+        counted = self.path / words_file(self.split)
+        if counted.exists():
+            return tuple(counted.read_text(encoding="utf-8").split()[:max_words])
+        if "caption" not in self._features:
+            return tuple(by_frequency(count_words(self._names()))[:max_words])
+        return super().vocabulary(max_words)
+
+    def _names(self) -> Iterator[str]:
+        return iter(self.classes if "label" in self._features else ())
+
+
+def open_shard(path: str):
+    """A reader of one array_record file; threads may share it."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
+
+
+def open_builder(path: Path):
+    """TFDS's read-only builder of a folder; ValueError or FileNotFoundError says what is wrong."""
+    import tensorflow_datasets as tfds
+
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist; mode prepare makes it")
+    if not (path / INFO).exists():
+        if (path / BEGUN).exists():
+            raise ValueError(f"{path} is not finished; run mode prepare again")
+        below = sorted(path.glob(f"*/{INFO}")) + sorted(path.glob(f"*/*/{INFO}"))
+        hint = f"; give {below[0].parent}" if below else ""
+        raise ValueError(f"{path} holds no TFDS data set (no {INFO}){hint}")
+    try:
+        builder = tfds.builder_from_directory(path)
+        formats = {form.value for form in builder.info.available_file_formats()}
+    except Exception as error:  # TFDS lets pass what JSON and its parsers raise
+        raise ValueError(f"{path}: its metadata cannot be read ({error})") from error
+    if "array_record" not in formats:
+        raise ValueError(
+            f"{path} is in the form {', '.join(sorted(formats))}; make array_record of it with: "
+            f"tfds convert_format --dataset_version_dir={path} --out_file_format=array_record "
+            "--out_dir=NEW (needs TensorFlow)"
+        )
+    if builder.info.file_format.value != "array_record":
+        builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
+    return builder
+
+
+def find_split(path: Path, available: tuple[str, ...], split: str) -> str:
+    """The name under which the data set has a split; ValueError if it has none."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+    for name in SPLITS[split]:
+        if name in available:
+            return name
+    raise ValueError(f"{path} has no split {split}, only {', '.join(available) or 'none'}")

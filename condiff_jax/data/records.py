@@ -1,0 +1,75 @@
+"""What all data sets in files share: bad records are skipped, captions make a vocabulary."""
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from absl import logging
+
+
+class Records:
+    """A random-access sequence of pictures, some of which may not decode.
+
+    Subclasses set `path` and `split`, and define `__len__`, `_record(i)` (which raises anything for
+    a bad one), `_caption(i)` and `_where(i)`. Items are {"image": uint8 (H, W, 3), "caption": str,
+    "label": int32, "broken": int32, the bad records skipped to get there}, and where the picture
+    was made smaller, "size": its original (height, width) in pixels.
+    """
+
+    def __init__(self):
+        self._reset()
+
+    def _reset(self):
+        """Make what does not travel to other processes."""
+        self._broken = set()
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k not in ("_open", "_broken")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._reset()
+
+    def __repr__(self):
+        return f"{type(self).__name__}({str(self.path)!r}, split={self.split!r})"
+
+    def __getitem__(self, i) -> dict:
+        """The first good record at or after i (mod n); ValueError when there is none."""
+        n, i = len(self), operator.index(i)
+        if not -n <= i < n:
+            raise IndexError(f"sample {i} of {n} in {self.path}")
+        for skipped in range(n):
+            record = self._good((i + skipped) % n)
+            if record is not None:
+                return record | {"broken": np.int32(skipped)}
+        raise ValueError(f"{self.path} has no decodable {self.split} image; check its shards")
+
+    def _good(self, i: int) -> dict | None:
+        if i in self._broken:
+            return None
+        try:
+            return self._record(i)
+        except Exception as error:  # damaged files make Pillow raise nearly anything
+            self._broken.add(i)
+            logging.warning("skipping record %s: %s", self._where(i), error)
+            return None
+
+    def captions(self) -> Iterator[str]:
+        """Every sample's caption in order, broken images' included, decoding no image."""
+        return map(self._caption, range(len(self)))
+
+    def vocabulary(self, max_words: int = 8192) -> tuple[str, ...]:
+        """The captions' lower-case words, most frequent first, ties in alphabetical order."""
+        return tuple(by_frequency(count_words(self.captions()))[:max_words])
+
+
+def count_words(captions: Iterable[str]) -> Counter:
+    """How often each lower-case word occurs in all captions."""
+    return Counter(word for text in captions for word in re.findall(r"[a-z0-9']+", text.lower()))
+
+
+def by_frequency(counts: Counter) -> list[str]:
+    """The words, most frequent first, ties in alphabetical order."""
+    return sorted(counts, key=lambda word: (-counts[word], word))

@@ -1,0 +1,151 @@
+"""CLIP's text tower and tokenizer, equal to transformers' CLIPTextModel and CLIPTokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from condiff_jax.conditioning.cond import Text
+from condiff_jax.models.layers import Attention, Mlp
+from condiff_jax.models.text_encoder import tokenize
+
+ACTIVATIONS = {  # by their names in config.json; OpenAI's models have the first
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": partial(nn.gelu, approximate=False),
+}
+CONFIG, WORDS = "config.json", ("vocab.json", "merges.txt")  # besides weights, what a folder holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Sizes and conventions of a tower, by default those of ViT-L/14.
+
+    length: tokens of a text. end: id of the end token. OpenAI's files say 2, which it is not:
+    there it is the largest id.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    words: int = 49_408
+    length: int = 77
+    activation: str = "quick_gelu"
+    epsilon: float = 1e-5
+    end: int = 2
+
+    @classmethod
+    def read(cls, folder: Path) -> Size:
+        """From config.json of a CLIPTextModel or CLIPModel; ValueError if it is neither's."""
+        from transformers import CLIPTextConfig
+
+        try:
+            config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of transformers, its validation, or JSON
+            raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+        if config.hidden_act not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(
+                f"{folder / CONFIG} has hidden_act {config.hidden_act!r}; known are {known}"
+            )
+        return cls(
+            width=config.hidden_size,
+            depth=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            hidden=config.intermediate_size,
+            words=config.vocab_size,
+            length=config.max_position_embeddings,
+            activation=config.hidden_act,
+            epsilon=config.layer_norm_eps,
+            end=config.eos_token_id,
+        )
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, (B, T, D) -> (B, T, D); bias (1, 1, T, T) masks attention."""
+
+    size: Size
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
+        size = self.size
+        attention = Attention(size.heads, dtype=self.dtype, name="attention")
+        mlp = Mlp(size.hidden, size.width, self.dtype, ACTIVATIONS[size.activation], name="mlp")
+        x = x + attention(norm(size, "norm1")(x).astype(self.dtype), bias=bias)
+        return x + mlp(norm(size, "norm2")(x).astype(self.dtype)), None
+
+
+def norm(size: Size, name: str) -> nn.LayerNorm:
+    """A LayerNorm with scale and bias, f32."""
+    return nn.LayerNorm(size.epsilon, dtype=jnp.float32, name=name)
+
+
+class TextTower(nn.Module):
+    """Ids and mask (B, T) -> `Text`: tokens (B, T, D) after the last norm; pooled: the end token's.
+
+    Each token sees itself and those before it, so none sees the padding, which stands last.
+    """
+
+    size: Size
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> Text:
+        size = self.size
+        embed = partial(nn.Embed, features=size.width, dtype=self.dtype)
+        x = embed(size.words, name="words")(ids)
+        x = x + embed(size.length, name="positions")(jnp.arange(ids.shape[1]))
+        seen = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))
+        bias = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)[None, None]
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=size.depth,
+        )
+        x, _ = blocks(size, self.dtype, name="blocks")(x, bias)
+        tokens = norm(size, "norm_out")(x).astype(self.dtype)
+        end = jnp.argmax(ids if size.end == 2 else ids == size.end, axis=1)  # the first one
+        return Text(tokens, mask, jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Captions -> ids; can be pickled, for the processes that read data."""
+
+    backend: tokenizers.Tokenizer
+    start: int
+    end: int
+    pad: int
+
+    @classmethod
+    def read(cls, folder: Path) -> Tokenizer:
+        """From vocab.json and merges.txt; FileNotFoundError or ValueError if they do not do."""
+        from transformers import CLIPTokenizer
+
+        for name in WORDS:
+            if not (folder / name).exists():
+                raise FileNotFoundError(f"no {name} in {folder}")
+        try:
+            found = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises Exception itself
+            raise ValueError(f"{' or '.join(WORDS)} in {folder} is broken: {error}") from error
+        return cls(
+            found.backend_tokenizer, found.bos_token_id, found.eos_token_id, found.pad_token_id
+        )
+
+    def __call__(self, caption: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask (length,), int32 and bool: start, words cut to length - 2, end, padding."""
+        return tokenize(
+            self.backend, caption, length, start=(self.start,), end=self.end, pad=self.pad
+        )

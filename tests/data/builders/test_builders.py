@@ -1,0 +1,307 @@
+"""Each builder turns its official archives into a TFDS data set with the right records."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from condiff_jax.data.builders.prepare import prepare
+from condiff_jax.data.builders.units import SourceError
+from tests.data.builders import archives
+
+PARENT = ("..", "..")
+
+
+def build(builder, source, out, **options):
+    """The manifest, TFDS's builder, and per split the records that any user of TFDS reads."""
+    manifest = prepare(builder, source, out, **{"processes": 1, **options})
+    loaded = tfds.builder_from_directory(out)
+    records = {}
+    for split in loaded.info.splits:
+        raw = loaded.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        records[split] = {record["key"].decode(): record for record in raw}
+        assert len(records[split]) == len(raw) == manifest["images"][split]
+    return manifest, loaded, records
+
+
+def skipped(manifest):
+    return {reason: row["examples"] for reason, row in manifest["skipped"].items()}
+
+
+def test_imagenet1k(tmp_path):
+    source = archives.imagenet1k(tmp_path / "in", n=2, validation=12)
+    manifest, loaded, records = build("imagenet1k", source, tmp_path / "out")
+    names = sorted(archives.WNIDS)
+    assert loaded.info.features["label"].names == names
+    assert manifest["images"] == {"train": 20, "validation": 12}
+    for wnid in archives.WNIDS:
+        for i in range(2):
+            record = records["train"][f"{wnid}_{i}"]
+            assert record["image"] == archives.jpeg(int(wnid[1:]) * 10 + i)  # as it came
+            assert record["label"] == names.index(wnid)
+            assert record["caption"].decode() == f"thing {wnid[-2:]}, a thing"
+            assert (record["height"], record["width"]) == (20, 28)
+    for i in range(12):  # the devkit's numbers follow another order than labels
+        record = records["validation"][f"ILSVRC2012_val_{i + 1:08d}"]
+        assert record["image"] == archives.jpeg(900 + i)
+        assert names[record["label"]] == archives.WNIDS[i % 10]
+    assert manifest["images_of_a_class"]["train"]["least"] == 2
+    assert manifest["images_of_a_class"]["validation"]["most"] == 2
+    assert not manifest["skipped"]
+    inner = next(s for s in manifest["sources"] if s["name"].endswith("n00000003.tar"))
+    data = archives.class_tar("n00000003", 2)
+    assert inner["size"] == len(data)
+    assert inner["sha256"] == hashlib.sha256(data).hexdigest()
+    assert [f.name for f in sorted((tmp_path / "out").iterdir())] == [
+        "dataset_info.json", "features.json",
+        "imagenet1k-train.array_record-00000-of-00001",
+        "imagenet1k-validation.array_record-00000-of-00001",
+        "label.labels.txt", "manifest.json", "words-train.txt", "words-validation.txt",
+    ]  # fmt: skip
+    picture = loaded.as_data_source(split="train")[0]["image"]  # decoded by TFDS
+    assert picture.shape == (20, 28, 3) and picture.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"]
+)
+def test_imagenet1k_needs_its_three_files(tmp_path, name):
+    source = archives.imagenet1k(tmp_path / "in", n=1)
+    (source / name).rename(source / "renamed.bin")
+    with pytest.raises(SourceError, match=f"has no {name}, only .*renamed.bin"):
+        prepare("imagenet1k", source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"", "cannot be read"),
+        (lambda data: data[: len(data) // 2], "cannot be read"),
+        (lambda data: archives.tar([("x/readme.txt", b"x")], mode="w:gz"), "no data/meta.mat"),
+        (lambda data: archives.devkit(truth=(1, 77)), "unknown class 77"),
+    ],
+)
+def test_imagenet1k_needs_a_whole_devkit(tmp_path, damage, message):
+    source = archives.imagenet1k(tmp_path / "in", n=1)
+    devkit = source / "ILSVRC2012_devkit_t12.tar.gz"
+    devkit.write_bytes(damage(devkit.read_bytes()))
+    with pytest.raises(SourceError, match=message):
+        prepare("imagenet1k", source, tmp_path / "out")
+
+
+def test_imagenet1k_counts_what_does_not_belong(tmp_path):
+    source = archives.imagenet1k(tmp_path / "in", n=1, validation=2)
+    known, inner = archives.WNIDS[0], archives.jpeg(1)
+    members = [(f"{known}_1.JPEG", inner), ("../../up.JPEG", inner), ("notes.txt", b"x")]
+    again = [(f"{known}_1.JPEG", archives.jpeg(2))]
+    outer = [
+        (f"{known}.tar", archives.tar(members + again)),
+        ("n77777777.tar", archives.class_tar("n77777777")),
+        ("stray.txt", b"x"),
+        ("../n00000001.tar", archives.class_tar("n00000001")),
+    ]
+    (source / "ILSVRC2012_img_train.tar").write_bytes(archives.tar(outer))
+    more = [("ILSVRC2012_val_00000001.JPEG", inner), ("ILSVRC2012_val_00000003.JPEG", inner)]
+    more += [("val/ILSVRC2012_val_00000001.JPEG", inner), ("ILSVRC2012_val_00000001.JPEG", inner)]
+    (source / "ILSVRC2012_img_val.tar").write_bytes(archives.tar(more))
+    manifest, _, records = build("imagenet1k", source, tmp_path / "out")
+    assert skipped(manifest) == {
+        "duplicate key": ["ILSVRC2012_val_00000001", "ILSVRC2012_val_00000001", f"{known}_1"],
+        "no image name": ["notes.txt"],
+        "unknown class": ["ILSVRC2012_img_train.tar/n77777777.tar"],
+        "unsafe path": ["../n00000001.tar", "../../up.JPEG"],
+        "wrong file name": ["stray.txt", "ILSVRC2012_val_00000003.JPEG"],
+    }
+    assert records["train"][f"{known}_1"]["image"] == inner  # the first of two
+    assert manifest["images"] == {"train": 1, "validation": 1}
+    assert manifest["images_of_a_class"]["train"]["empty"]["count"] == 9
+
+
+def test_truncated_outer_tar_keeps_what_is_readable(tmp_path):
+    source = archives.imagenet1k(tmp_path / "in", n=4)
+    train = source / "ILSVRC2012_img_train.tar"
+    whole = train.read_bytes()
+    size = len(archives.class_tar(archives.WNIDS[0], 4))
+    cut = 512 + size + 512 + 512 + len(archives.jpeg(30)) + 600  # in the second picture of tar two
+    train.write_bytes(whole[:cut])
+    manifest, _, records = build("imagenet1k", source, tmp_path / "out")
+    first, second = archives.WNIDS[:2]
+    assert set(records["train"]) == {*(f"{first}_{i}" for i in range(4)), f"{second}_0"}
+    assert skipped(manifest) == {
+        "truncated tar": ["ILSVRC2012_img_train.tar", f"ILSVRC2012_img_train.tar/{second}.tar"]
+    }
+    assert manifest["images_of_a_class"]["train"]["empty"]["count"] == 8
+
+
+def test_truncated_inner_tar_stays_within_its_bounds(tmp_path):
+    source = archives.imagenet1k(tmp_path / "in", n=1)
+    first, second = archives.WNIDS[:2]
+    half = archives.class_tar(first)[: 512 + 300]
+    outer = [(f"{first}.tar", half), (f"{second}.tar", archives.class_tar(second))]
+    (source / "ILSVRC2012_img_train.tar").write_bytes(archives.tar(outer))
+    manifest, _, records = build("imagenet1k", source, tmp_path / "out")
+    assert set(records["train"]) == {f"{second}_{i}" for i in range(3)}
+    assert skipped(manifest) == {"truncated tar": [f"ILSVRC2012_img_train.tar/{first}.tar"]}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_imagenet22k(tmp_path, nested):
+    source = archives.imagenet22k(tmp_path / "in", classes=5)
+    if nested:
+        members = [(f"winter21/{p.name}", p.read_bytes()) for p in sorted(source.iterdir())]
+        shutil.rmtree(source)
+        source = tmp_path / "whole.tar"
+        source.write_bytes(archives.tar(members))
+    manifest, loaded, records = build("imagenet22k", source, tmp_path / "out")
+    assert loaded.info.features["label"].names == [f"n{i:08d}" for i in range(5)]
+    assert {key: r["label"] for key, r in records["train"].items()} == {
+        f"n{c:08d}_{i}": c for c in range(5) for i in range(2)
+    }
+    assert manifest["images"] == {"train": 10} and manifest["classes"] == 5
+
+
+def test_cc12m(tmp_path):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=3)
+    manifest, _, records = build("cc12m", source, tmp_path / "out")
+    assert manifest["images"] == {"train": 6}
+    record = records["train"]["000000101"]
+    assert record["caption"].decode() == "two green trees, 101"
+    assert record["image"] == archives.jpeg(101)
+    assert (record["height"], record["width"]) == (200, 280)  # before img2dataset's resizing
+    assert record["label"] == 0
+    words = (tmp_path / "out" / "words-train.txt").read_text().split()
+    assert words[0] in ("a", "two") and set(words) >= {"red", "trees", "101"}
+    source = manifest["sources"][0]
+    data = (tmp_path / "in" / "00000.tar").read_bytes()
+    assert source["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_cc12m_splits_by_name(tmp_path):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=2)
+    (source / "00000.tar").rename(source / "train-0.tar")
+    (source / "00001.tar").rename(source / "val-0.tar")
+    (source / "other.tar").write_bytes(b"")
+    manifest, _, records = build("cc12m", source, tmp_path / "out")
+    assert set(records["validation"]) == {"000000100", "000000101"}
+    assert skipped(manifest) == {"wrong file name": ["other.tar"]}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_coco(tmp_path, zipped):
+    source = archives.coco(tmp_path / "in", n=12, zipped=zipped)
+    manifest, _, records = build("coco", source, tmp_path / "out")
+    assert manifest["images"] == {"validation": 12}
+    chosen = []
+    for i in range(12):
+        record = records["validation"][f"COCO_val2014_{i:012d}"]
+        assert record["image"] == archives.jpeg(i)
+        assert record["caption"].decode().startswith(f"picture {i} text ")
+        chosen.append(record["caption"].decode()[-1])
+    assert len(set(chosen)) > 2  # drawn, not the first
+    assert chosen == list("424223231110")  # for good: scores depend on it
+
+
+def test_coco_counts_what_is_missing(tmp_path):
+    source = archives.coco(tmp_path / "in", n=5)
+    path = source / "annotations" / "captions_val2014.json"
+    data = json.loads(path.read_text())
+    data["images"][1]["file_name"] = "../../etc/hosts"
+    data["images"][2]["file_name"] = data["images"][0]["file_name"]
+    data["annotations"] = [a for a in data["annotations"] if a["image_id"] != 3]
+    path.write_text(json.dumps(data))
+    manifest, _, records = build("coco", source, tmp_path / "out")
+    assert skipped(manifest) == {
+        "duplicate key": ["COCO_val2014_000000000000"],
+        "missing file": ["../../etc/hosts"],
+        "no caption": ["COCO_val2014_000000000003"],
+    }
+    path.write_text("{}")
+    with pytest.raises(SourceError, match="captions_val2014.json is no captions_val2014.json"):
+        prepare("coco", source, tmp_path / "other")
+    path.unlink()
+    with pytest.raises(SourceError, match="has no annotations/captions_val2014.json or"):
+        prepare("coco", source, tmp_path / "other")
+
+
+def test_folder_of_classes(tmp_path):
+    source = archives.classes(tmp_path / "in")
+    (source / "train" / "cat" / "notes.txt").write_text("x")
+    (source / "train" / "stray.jpg").write_bytes(archives.jpeg(0))
+    (source / "val" / "ant").mkdir()
+    (source / "val" / "ant" / "deep").mkdir()
+    (source / "val" / "ant" / "deep" / "0.PNG").write_bytes(
+        archives.encode(archives.pixels(5), "PNG")
+    )
+    manifest, loaded, records = build("folder", source, tmp_path / "out")
+    assert loaded.info.features["label"].names == ["ant", "cat", "dog"]
+    labels = {key: record["label"] for key, record in records["train"].items()}
+    assert labels == {
+        f"train/{c}/{i}.jpg": n for n, c in ((1, "cat"), (2, "dog")) for i in range(3)
+    }
+    assert records["validation"]["val/ant/deep/0.PNG"]["label"] == 0
+    assert skipped(manifest) == {
+        "no image name": ["cat/notes.txt"],
+        "outside of class folders": ["stray.jpg"],
+    }
+
+
+LINES = [
+    {"file_name": "a.jpg", "caption": "  a café, no table ", "label": "x"},
+    {"file_name": "sub/b.jpg", "caption": "", "split": "val", "label": 7},
+    {"file_name": "a.jpg", "caption": "again"},
+    {"file_name": "gone.jpg", "caption": "gone"},
+    {"file_name": "../up.jpg", "caption": "up"},
+    {"file_name": "c.jpg", "caption": "c", "split": "dev"},
+    {"caption": "nothing"},
+]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_folder_with_captions(tmp_path, form):
+    source = tmp_path / "in"
+    (source / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "sub/b.jpg", "c.jpg"):
+        (source / name).write_bytes(archives.jpeg(len(name)))
+    if form == "csv":
+        columns = ("file_name", "caption", "split", "label")
+        text = ",".join(columns) + "\n"
+        for line in LINES:
+            text += ",".join('"{}"'.format(line.get(c, "")) for c in columns) + "\n"
+        (source / "captions.csv").write_text(text)
+    else:
+        text = "\n".join(json.dumps(line) for line in LINES)
+        (source / "captions.jsonl").write_text(text + "\n\n[3]\n{broken\n")
+    manifest, loaded, records = build("folder", source, tmp_path / "out")
+    train, validation = records["train"]["a.jpg"], records["validation"]["sub/b.jpg"]
+    assert train["caption"].decode() == "a café, no table" and validation["caption"] == b""
+    assert loaded.info.features["label"].names == ["7", "x"]
+    assert (train["label"], validation["label"]) == (1, 0)
+    bad = ["captions.csv:7"] if form == "csv" else [f"captions.jsonl:{n}" for n in (7, 8, 9)]
+    assert skipped(manifest) == {
+        "bad line": bad,
+        "duplicate key": ["a.jpg"],
+        "missing file": ["gone.jpg"],
+        "unknown split": ["c.jpg"],
+        "unsafe path": ["../up.jpg"],
+    }
+
+
+def test_folder_needs_its_columns(tmp_path):
+    (tmp_path / "captions.csv").write_text("file,text\na.jpg,b\n")
+    with pytest.raises(SourceError, match="captions.csv has no column file_name"):
+        prepare("folder", tmp_path, tmp_path.parent / "out")
+
+
+@pytest.mark.parametrize("builder", ["imagenet1k", "imagenet22k", "cc12m", "coco", "folder"])
+def test_a_source_without_anything(tmp_path, builder):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(SourceError, match=r"in (holds no|has no)") as error:
+        prepare(builder, tmp_path / "in", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    with pytest.raises(SourceError, match="nowhere does not exist"):
+        prepare(builder, tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

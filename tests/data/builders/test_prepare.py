@@ -1,0 +1,415 @@
+"""Preparation survives damaged pictures, kills and changed sources, and says what it did."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from condiff_jax.data.builders import prepare as driver
+from condiff_jax.data.builders import shards
+from condiff_jax.data.builders.prepare import prepare, report
+from condiff_jax.data.builders.units import BoxesError, OutputError, SourceError
+from condiff_jax.data.images import decode
+from condiff_jax.data.prepared import TFDS
+from tests.data.builders import archives
+from tests.data.builders.archives import captioned, encode, jpeg, pixels
+
+ROOT = Path(__file__).parents[3]
+
+
+def raw(folder):
+    """The records of training, as any user of TFDS reads them."""
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    return tfds.builder_from_directory(folder).as_data_source(split="train", decoders=decoders)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def odd_images():
+    """Name -> file, (height, width) upright: all of these are kept, as they came."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb = Image.fromarray(pixels(1))
+    grey16 = (np.arange(20 * 28, dtype=np.uint16) * 100).reshape(20, 28)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 28, 4), np.uint8)
+    return {
+        "cmyk": (encode(rgb.convert("CMYK")), (20, 28)),
+        "grey": (encode(rgb.convert("L")), (20, 28)),
+        "grey16": (encode(Image.fromarray(grey16), "PNG"), (20, 28)),
+        "alpha": (encode(Image.fromarray(noise), "PNG"), (20, 28)),
+        "palette": (encode(rgb.convert("P"), "PNG"), (20, 28)),
+        "webp": (encode(rgb, "WEBP"), (20, 28)),
+        "turned": (encode(rgb, exif=exif.tobytes()), (28, 20)),
+        "pixel": (encode(pixels(1, 1, 1), "PNG"), (1, 1)),
+        "row": (encode(pixels(1, 1, 30), "PNG"), (1, 30)),
+    }
+
+
+def bad_images():
+    """Name -> file and why it is left out."""
+    whole = jpeg(3, 200, 200)
+    png = bytearray(encode(pixels(4, 60, 60), "PNG"))
+    png[len(png) // 2] ^= 0xFF
+    return {
+        "cut": (whole[: len(whole) // 2], "damaged image"),
+        "flipped": (bytes(png), "damaged image"),
+        "empty": (b"", "not a JPEG, PNG or WebP image"),
+        "html": (b"<html>404</html>", "not a JPEG, PNG or WebP image"),
+        "gif": (encode(pixels(5), "GIF"), "not a JPEG, PNG or WebP image"),
+        "bomb": (encode(Image.new("1", (20_000, 20_000)), "PNG"), "too large"),
+        "big": (encode(Image.new("1", (9_500, 9_500)), "PNG"), "too large"),
+    }
+
+
+def test_odd_images_are_kept_and_bad_ones_counted(tmp_path):
+    good, bad = odd_images(), bad_images()
+    members = [(f"{name}.jpg", data) for name, (data, _) in {**good, **bad}.items()]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar").write_bytes(archives.tar(members))
+    manifest = prepare("cc12m", tmp_path / "in", tmp_path / "out", processes=1)
+    found = {
+        name: reason for reason, row in manifest["skipped"].items() for name in row["examples"]
+    }
+    assert found == {name: reason for name, (_, reason) in bad.items()}
+    assert manifest["images"] == {"train": len(good)}
+    data = TFDS(tmp_path / "out")
+    for i, (image, size) in enumerate(good.values()):
+        record = raw(tmp_path / "out")[i]
+        assert record["image"] == image and (record["height"], record["width"]) == size
+        np.testing.assert_array_equal(data[i]["image"], decode(image))
+        assert data[i]["broken"] == 0 and "size" not in data[i]
+
+
+def test_captions_and_keys_of_all_kinds(tmp_path):
+    long = "long caption " * 800
+    members = [
+        ("empty.jpg", jpeg(0)), ("empty.txt", b" \n"),
+        ("none.jpg", jpeg(1)),
+        ("long.jpg", jpeg(2)), ("long.txt", long.encode()),
+        ("bytes.jpg", jpeg(3)), ("bytes.txt", b"caf\xe9 \xff"),
+        ("lone.jpg", jpeg(4)), ("lone.json", rb'{"caption": "a \ud800 b", "original_width": true}'),
+        ("twice.jpg", jpeg(5)), ("twice.jpg", jpeg(6)),
+        ("bare.txt", b"no picture"),
+        ("../../up.jpg", jpeg(7)), ("/root/abs.jpg", jpeg(8)), ("a/../b.jpg", jpeg(9)),
+        ("k\udce9y.jpg", jpeg(10)),
+        ("wide.jpg", jpeg(11)), ("wide.json", b'{"original_width": 0, "original_height": 5}'),
+        ("cut.jpg", jpeg(12)), ("cut.json", b'{"caption": "x"'),
+    ]  # fmt: skip
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar").write_bytes(archives.tar(members))
+    manifest = prepare("cc12m", tmp_path / "in", tmp_path / "out", processes=1)
+    assert {r: row["examples"] for r, row in manifest["skipped"].items()} == {
+        "duplicate key": ["twice"],
+        "no image": ["bare"],
+        "unsafe path": ["../../up", "a/../b"],
+    }
+    data = TFDS(tmp_path / "out")
+    keys = [record["key"].decode() for record in raw(tmp_path / "out")]
+    records = dict(zip(keys, data, strict=True))
+    captions = {key: record["caption"] for key, record in records.items()}
+    assert captions == {
+        "empty": "", "none": "", "long": long.strip(), "bytes": "caf\ufffd \ufffd", "lone": "a ? b",
+        "twice": "", "root/abs": "", "k?y": "", "wide": "", "cut": "",
+    }  # fmt: skip
+    np.testing.assert_array_equal(records["twice"]["image"], decode(jpeg(5)))
+    assert all(record["image"].shape == (20, 28, 3) for record in records.values())
+    assert not any("size" in record for record in records.values())
+
+
+def test_original_sizes_turn_with_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    turned = encode(Image.fromarray(pixels(1)), exif=exif.tobytes())
+    members = captioned(1, "a", (300, 420)) + captioned(2, "b", (300, 420), turned)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar").write_bytes(archives.tar(members))
+    prepare("cc12m", tmp_path / "in", tmp_path / "out", processes=1)
+    first, second = TFDS(tmp_path / "out")
+    assert (first["image"].shape, first["size"]) == ((20, 28, 3), (300, 420))
+    assert (second["image"].shape, second["size"]) == ((28, 20, 3), (420, 300))
+
+
+def test_nothing_usable_is_one_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    members = [("a.jpg", b"x"), ("b.jpg", b"y"), ("c.txt", b"z")]
+    (tmp_path / "in" / "0.tar").write_bytes(archives.tar(members))
+    for _ in range(2):
+        with pytest.raises(SourceError, match=r"no picture .*1 no image, 2 not a JPEG"):
+            prepare("cc12m", tmp_path / "in", tmp_path / "out", processes=1)
+    (tmp_path / "in" / "0.tar").write_bytes(b"")
+    with pytest.raises(SourceError, match="no picture that can be used .1 truncated tar"):
+        prepare("cc12m", tmp_path / "in", tmp_path / "out", processes=1)
+
+
+def test_truncated_tars_warn_and_keep_the_rest(tmp_path, capsys):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=6)
+    whole = (source / "00000.tar").read_bytes()
+    (source / "00000.tar").write_bytes(whole[: len(whole) // 2])
+    (source / "00002.tar").write_bytes(archives.tar([("a.jpg", jpeg(0))], mode="w:gz"))
+    manifest = prepare("cc12m", source, tmp_path / "out", processes=1)
+    assert manifest["skipped"]["truncated tar"]["examples"] == ["00000.tar", "00002.tar"]
+    assert 6 < manifest["images"]["train"] < 12
+    report(manifest, "cc12m", tmp_path / "out")
+    out, err = capsys.readouterr()
+    assert "Skipped 2 (truncated tar): 00000.tar, 00002.tar" in err
+    assert f"{manifest['images']['train']} for train" in out
+
+
+def test_names_of_what_is_skipped_are_bounded(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        members = [(f"{number}{i:03d}.txt", b"x") for i in range(50)] + [(f"{number}.jpg", jpeg(1))]
+        (tmp_path / "in" / f"{number}.tar").write_bytes(archives.tar(members))
+    manifest = prepare("cc12m", tmp_path / "in", tmp_path / "out", processes=1)
+    row = manifest["skipped"]["no image"]
+    assert row["count"] == 150 and len(row["examples"]) == shards.EXAMPLES
+
+
+def test_faces_are_blurred_and_all_else_is_left(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), np.uint8)
+    data = encode(noise, quality=98)
+    (tmp_path / "in").mkdir()
+    members = [("face.jpg", data), ("none.jpg", data)]
+    (tmp_path / "in" / "0.tar").write_bytes(archives.tar(members))
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text(json.dumps({"face": [[10, 20, 50, 60.5], [-9, -9, -2, -2]], "other": []}))
+    manifest = prepare("cc12m", tmp_path / "in", tmp_path / "out", processes=1, boxes=str(boxes))
+    assert manifest["blurred"] == 1
+    records = TFDS(tmp_path / "out")
+    assert raw(tmp_path / "out")[1]["image"] == data
+    face, plain = records[0]["image"].astype(float), records[1]["image"].astype(float)
+    assert face[24:56, 14:46].std() < 0.15 * plain[24:56, 14:46].std()
+    inside = np.zeros((80, 100), bool)
+    inside[16:64, 8:56] = True  # JPEG's blocks around the box
+    assert np.abs(face - plain)[~inside].mean() < 8
+    boxes.write_text('{"face": [[1, 2, 3]]}')
+    with pytest.raises(BoxesError, match="boxes.json cannot be read as"):
+        prepare("cc12m", tmp_path / "in", tmp_path / "new", processes=1, boxes=str(boxes))
+
+
+def test_shards_have_about_the_size_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "MB", 1000)
+    source = archives.cc12m(tmp_path / "in", tars=5, n=8)
+    size = (source / "00000.tar").stat().st_size
+    one = prepare("cc12m", source, tmp_path / "one", shard_mb=10**6, processes=1)
+    two = prepare("cc12m", source, tmp_path / "two", shard_mb=2 * size // 1000 + 1, processes=1)
+    few = prepare("cc12m", source, tmp_path / "few", shard_mb=1, processes=1)
+    names = [len(list((tmp_path / n).glob("*.array_record-*"))) for n in ("one", "two", "few")]
+    assert names[:2] == [1, 3] and 20 < names[2] <= 40
+    keys = []
+    for name, manifest in (("one", one), ("two", two), ("few", few)):
+        assert manifest["images"] == {"train": 40}
+        keys.append([record["key"] for record in raw(tmp_path / name)])
+    assert keys[0] == keys[1] == keys[2] and len(keys[0]) == 40
+
+
+def test_several_processes_make_the_same_and_finished_is_finished(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(driver, "MB", 1000)
+    source = archives.imagenet1k(tmp_path / "in", n=2, validation=4)
+    manifest = prepare("imagenet1k", source, tmp_path / "a", shard_mb=10, processes=1)
+    assert prepare("imagenet1k", source, tmp_path / "b", shard_mb=10, processes=2) == manifest
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    before = {path: path.stat() for path in (tmp_path / "a").iterdir()}
+    assert prepare("imagenet1k", source, tmp_path / "a", shard_mb=10) is None
+    assert {path: path.stat() for path in (tmp_path / "a").iterdir()} == before
+    report(None, "imagenet1k", tmp_path / "a")
+    assert "Nothing to do" in capsys.readouterr().out
+    with pytest.raises(OutputError, match="another prepare.shard_mb .10, not 20"):
+        prepare("imagenet1k", source, tmp_path / "a", shard_mb=20)
+    for path in source.iterdir():
+        path.unlink()
+    assert prepare("imagenet1k", source, tmp_path / "a", shard_mb=10) is None
+
+
+def stop_after(monkeypatch, jobs):
+    """Makes preparation break down after so many jobs."""
+    original, done = driver.run, []
+
+    def run(job, settings):
+        if len(done) == jobs:
+            raise OSError("disk on fire")
+        original(job, settings)
+        done.append(job.number)
+
+    monkeypatch.setattr(driver, "run", run)
+    return done
+
+
+def begun(tmp_path, monkeypatch):
+    """A source of three tars, of which one is prepared."""
+    source = archives.cc12m(tmp_path / "in", tars=3, n=3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(OutputError, match="disk on fire; mend that"):
+            prepare("cc12m", source, tmp_path / "out", shard_mb=1, processes=1)
+    return source
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(driver, "MB", 1000)
+
+
+def test_resume_redoes_only_what_is_left(tmp_path, monkeypatch):
+    source = begun(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="out is not finished; run mode prepare again"):
+        TFDS(tmp_path / "out")
+    (tmp_path / "out" / ".prepare" / "half.tmp").write_bytes(b"half a shard")
+    done = stop_after(monkeypatch, 99)
+    assert prepare("cc12m", source, tmp_path / "out", shard_mb=1, processes=1)
+    assert done == [1, 2]
+    assert prepare("cc12m", source, tmp_path / "new", shard_mb=1, processes=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_changed_source_is_an_error(tmp_path, monkeypatch, finished):
+    source = begun(tmp_path, monkeypatch)
+    if finished:
+        prepare("cc12m", source, tmp_path / "out", shard_mb=1, processes=1)
+
+    def again():
+        return prepare("cc12m", source, tmp_path / "out", shard_mb=1, processes=1)
+
+    path = source / "00000.tar"
+    data = path.read_bytes()
+    for change in (data[:-512], data[:600] + b"x" + data[601:], None):
+        path.unlink() if change is None else path.write_bytes(change)
+        os.utime(source / "00001.tar", ns=(1, 1))
+        with pytest.raises(SourceError, match="00000.tar has changed since .*delete that folder"):
+            again()
+    path.write_bytes(data)  # the same under a new date
+    assert (again() is None) == finished
+
+
+def test_changed_captions_and_boxes_are_errors(tmp_path, monkeypatch):
+    source = archives.coco(tmp_path / "in")
+    prepare("coco", source, tmp_path / "out", processes=1)
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text("{}")
+    assert prepare("coco", source, tmp_path / "out", boxes=str(boxes)) is None  # none as before
+    boxes.write_text('{"a": [[0, 0, 1, 1]]}')
+    with pytest.raises(OutputError, match="another prepare.boxes"):
+        prepare("coco", source, tmp_path / "out", boxes=str(boxes))
+    with pytest.raises(OutputError, match="another prepare.builder .coco, not cc12m"):
+        prepare("cc12m", source, tmp_path / "out")
+    path = source / "annotations" / "captions_val2014.json"
+    path.write_text(path.read_text().replace("picture 2", "painting 2"))
+    with pytest.raises(SourceError, match="val2014.*has changed"):
+        prepare("coco", source, tmp_path / "out")
+
+
+def test_killed_between_any_two_renames_at_the_end(tmp_path, monkeypatch):
+    source = archives.imagenet1k(tmp_path / "in", n=1, validation=2)
+
+    def again():
+        return prepare("imagenet1k", source, tmp_path / "out", processes=1)
+
+    original, calls = os.replace, []
+
+    def replace(*paths):
+        calls.append(paths)
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        original(*paths)
+
+    limit = 0
+    while True:
+        limit += 1
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            try:
+                again()
+                break
+            except KeyboardInterrupt:
+                with pytest.raises(ValueError, match="not finished"):
+                    TFDS(tmp_path / "out")
+    assert limit > 8
+    prepare("imagenet1k", source, tmp_path / "new", processes=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
+    source = archives.cc12m(tmp_path / "in", tars=1, n=1)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError, match="out holds other files"):
+        prepare("cc12m", source, out)
+    (out / "dataset_info.json").write_text("{}")
+    with pytest.raises(OutputError, match="mode prepare has not made"):
+        prepare("cc12m", source, out)
+    busy = pytest.raises(OutputError, match="new is being prepared by another process")
+    with driver.locked(tmp_path / "new", tmp_path / "new" / ".prepare"), busy:
+        prepare("cc12m", source, tmp_path / "new")
+
+
+def test_too_small_a_disk_is_an_error_before_the_start(tmp_path, monkeypatch):
+    source = archives.cc12m(tmp_path / "in", tars=1, n=1)
+    usage = type("Usage", (), {"free": 100})
+    monkeypatch.setattr(driver.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match="needs about 0.0 MB, and .*out has 0.0 MB free"):
+        prepare("cc12m", source, tmp_path / "out", processes=1)
+    assert not list((tmp_path / "out").rglob("*.array_record*"))
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from condiff_jax.data.builders import prepare
+if __name__ == "__main__":
+    prepare.MB = 1000
+    prepare.prepare("cc12m", Path(sys.argv[1]), Path(sys.argv[2]), shard_mb=60, processes=2)
+"""
+
+
+def children(pid):
+    found = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found |= {int(child) for child in (task / "children").read_text().split()}
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_sigkill_and_the_same_command(tmp_path):
+    source = archives.cc12m(tmp_path / "in", tars=60, n=12)
+    script = tmp_path / "prepare_it.py"
+    script.write_text(COMMAND)
+    command = [sys.executable, str(script), str(source), str(tmp_path / "out")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    work, deadline = tmp_path / "out" / ".prepare", time.time() + 60
+    while len(list(work.glob("0*.json"))) < 5:
+        assert time.time() < deadline and first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    workers = children(first.pid)
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=30)
+    while any(map(alive, workers)):  # they end with their parent
+        assert time.time() < deadline
+        time.sleep(0.01)
+    done = {path.name: path.stat().st_mtime_ns for path in work.glob("0*.json")}
+    assert 5 <= len(done) < 60
+    with pytest.raises(ValueError, match="not finished"):
+        TFDS(tmp_path / "out")
+    driver.prepare("cc12m", source, tmp_path / "out", shard_mb=60, processes=1)
+    assert not work.exists()
+    driver.prepare("cc12m", source, tmp_path / "new", shard_mb=60, processes=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")

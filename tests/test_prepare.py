@@ -1,0 +1,120 @@
+"""From archives to training with the paper's configs: one command to prepare, one to train."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from condiff_jax import config as config_lib
+from condiff_jax import prepare
+from condiff_jax.config import ConfigError
+from condiff_jax.data.builders import BUILDERS
+from condiff_jax.data.builders import prepare as driver
+from condiff_jax.train import create_vocabulary, open_source
+from configs import cc12m_512, imagenet1k_256, imagenet22k_256
+from configs.recipes import CLASSES, all_stages
+from tests.data.builders import archives
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    "imagenet1k": imagenet1k_256,
+    "imagenet22k": imagenet22k_256,
+    "cc12m": cc12m_512,
+}
+
+
+def configured(name, out, args="scale=tiny"):
+    values = CONFIGS[name].get_config(args)
+    for stage in all_stages(values):
+        stage.data.name, stage.data.path = "tfds", str(out)
+    return values
+
+
+def created(values, **fields):
+    values.update_from_flattened_dict({name.replace("__", "."): v for name, v in fields.items()})
+    return config_lib.create(values)
+
+
+@pytest.mark.parametrize("name", ["imagenet1k", "cc12m"])
+def test_prepares_and_trains_from_it(name, tmp_path, trainer):
+    source = getattr(archives, name)(tmp_path / "in")
+    config = created(configured(name, tmp_path / "out"), prepare__source=str(source))
+    prepare.run(config)
+    assert trainer([config]) == ""
+
+
+def test_imagenet22k_has_the_classes_that_its_config_expects(tmp_path):
+    source = archives.imagenet22k(tmp_path / "in", classes=30, n=1)
+    config = created(configured("imagenet22k", tmp_path / "out"), prepare__source=str(source))
+    prepare.run(config)
+    assert len(create_vocabulary(config, open_source(config)).classes) == 30
+    paper = created(configured("imagenet22k", tmp_path / "out", None))
+    with pytest.raises(ConfigError, match="data.classes=21841, but the data has 30 classes"):
+        create_vocabulary(paper, open_source(paper))
+
+
+def test_recipes_name_their_builder():
+    assert set(CLASSES) <= set(BUILDERS)
+    for name, module in CONFIGS.items():
+        config = module.get_config()
+        assert (config.data.name, config.prepare.builder) == ("tfds", name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prepare__builder": ""}, "config: prepare.builder is empty; mode prepare needs it"),
+        ({"prepare__source": ""}, "config: prepare.source is empty"),
+        ({"data__path": ""}, "config: data.path is empty"),
+        ({"prepare__builder": "imagenet"}, "prepare.builder='imagenet' is unknown; choose from im"),
+        ({"prepare__source": "/no/such"}, "prepare.source: /no/such does not exist"),
+        ({"prepare__boxes": "/no/boxes"}, "prepare.boxes: /no/boxes cannot be read"),
+        ({"data__path": "FILE"}, "data.path: .*holds other files"),
+        ({"data__path": "FILE/file"}, "data.path: .*file"),
+    ],
+)
+def test_bad_fields_are_named(fields, message, tmp_path):
+    source = archives.cc12m(tmp_path / "in", tars=1, n=1)
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    (folder / "file").touch()
+    fields = {"prepare__source": str(source), "prepare__processes": 1, **fields}
+    fields = {k: v.replace("FILE", str(folder)) if v is str(v) else v for k, v in fields.items()}
+    with pytest.raises(ConfigError, match=message) as error:
+        prepare.run(created(configured("cc12m", tmp_path / "out"), **fields))
+    assert "\n" not in str(error.value)
+
+
+def test_interrupts_end_in_one_line(tmp_path, monkeypatch):
+    source = archives.cc12m(tmp_path / "in", tars=1, n=1)
+    fields = {"prepare__source": str(source), "prepare__processes": 1}
+    config = created(configured("cc12m", tmp_path / "out"), **fields)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="goes on from there"):
+        patch.setattr(driver, "run", interrupted)
+        prepare.run(config)
+    prepare.run(config)
+
+
+def test_the_documented_command(tmp_path):
+    source = archives.imagenet1k(tmp_path / "in", n=1)
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "condiff_jax.main", "--mode=prepare",
+        "--config=configs/imagenet1k_256.py",
+        f"--config.prepare.source={source}", f"--config.data.path={out}",
+    ]  # fmt: skip
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        f"Prepared imagenet1k in {out}: 10 for train, 5 for validation."
+    )
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["settings"]["builder"] == "imagenet1k"

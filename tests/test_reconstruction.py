@@ -1,0 +1,142 @@
+"""The loss of autoencoders: its parts, and whose gradients they are."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import parity
+from condiff_jax import reconstruction
+from condiff_jax.metrics import lpips
+from condiff_jax.models.autoencoder import Latents, to_float
+from condiff_jax.models.discriminator import PatchDiscriminator
+from condiff_jax.models.kl import Size, mean_and_std
+from condiff_jax.models.vq import AutoencoderVQ
+from tests import tiny
+
+SMALL = Size((8, 16), latent=3, codes=12)
+NOISE = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+
+
+WEIGHTS = {"kl": 0.5, "codebook": 3.0, "commitment": 0.5, "critic": 0.3, "critic_start": 7}
+
+
+@functools.cache
+def create(name):
+    """(system, its loss and gradient)."""
+    fields = {f"reconstruction.{key}": value for key, value in WEIGHTS.items()}
+    fields |= {"autoencoder.name": name, "autoencoder.size": "tiny", "data.resolution": 16}
+    config = tiny.config(**fields)
+    space = Latents.create(config)
+    network = dataclasses.replace(space.network, size=SMALL)
+    space = dataclasses.replace(space, network=network)
+    system = reconstruction.Reconstructor(config, space, PatchDiscriminator((8, 16)))
+    loss = functools.partial(reconstruction.loss_fn, system=system)
+    return system, parity.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def evaluate(name, params, critic):
+    """((loss, parts), gradient), with the critic's verdict weighted by `critic`."""
+    noise = {"latent": NOISE, "critic": jnp.full((2,), critic)}
+    return create(name)[1](params, {"image": jnp.asarray(IMAGES)}, noise)
+
+
+def parameters(system):
+    return parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))
+
+
+def norm(tree):
+    return float(np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(tree))))
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    system, _ = create("kl")
+    params = parameters(system)
+    (loss, parts), _ = evaluate("kl", params, critic=2.0)
+    images = to_float(IMAGES)
+    network = system.space.network
+    variables = {"params": params["autoencoder"]}
+    moments = network.apply(variables, images, method="encode")
+    mean, std = mean_and_std(moments)
+    latents = mean + std * NOISE
+    decoded = network.apply(variables, latents, method="decode")
+    logits = [system.critic.apply({"params": params["critic"]}, x) for x in (images, decoded)]
+    l1 = np.abs(decoded - images).mean()
+    kl = float((0.5 * (mean**2 + std**2 - 1 - 2 * np.log(std))).sum() / images.size)
+    critic = 0.5 * np.maximum(1 - logits[0], 0).mean() + 0.5 * np.maximum(1 + logits[1], 0).mean()
+    assert parts == pytest.approx({"l1": l1, "kl": kl, "critic": critic}, rel=1e-3)
+    expected = float(l1 + 0.5 * kl - 2 * logits[1].mean() + critic)
+    assert float(loss) == pytest.approx(expected, rel=1e-3)
+
+
+def test_kl_divergence_agrees_with_monte_carlo():
+    moments = np.array([0.7, -0.4, 0.5, -1.0], np.float32).reshape(1, 1, 1, 4)  # means, log var
+    mean, std = mean_and_std(moments)
+    mean, std = np.asarray(mean), np.asarray(std)
+    z = mean + std * np.random.default_rng(0).normal(size=(200_000, 1, 1, 2))
+    log_q = -0.5 * ((z - mean) / std) ** 2 - np.log(std)
+    estimate = (log_q + 0.5 * z**2).sum((1, 2, 3)).mean()
+    assert reconstruction.kl_divergence(moments)[0] == pytest.approx(estimate, rel=0.02)
+    assert reconstruction.kl_divergence(np.zeros((1, 2, 2, 4), np.float32))[0] == 0
+
+
+@pytest.mark.parametrize("name", ["kl", "vq"])
+def test_autoencoder_and_critic_get_their_own_gradients(name):
+    params = parameters(create(name)[0])
+    _, heard = evaluate(name, params, critic=1.0)
+    _, unheard = evaluate(name, params, critic=0.0)
+    # The verdict moves the autoencoder and leaves the critic alone, whose loss does the opposite.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        heard["critic"],
+        unheard["critic"],
+    )
+    assert norm(heard["critic"]) > 1e-3
+    difference = jax.tree.map(jnp.subtract, heard["autoencoder"], unheard["autoencoder"])
+    assert norm(difference) > 1e-3
+
+
+def test_codes_move_to_latents_and_latents_to_codes():
+    system, _ = create("vq")
+    params = parameters(system)
+    ((_, parts), gradient) = evaluate("vq", params, critic=0.0)
+    network = system.space.network
+    assert isinstance(network, AutoencoderVQ)
+    variables = {"params": params["autoencoder"]}
+    latents = network.apply(variables, to_float(IMAGES), method="encode")
+    codes, indices = network.apply(variables, latents, method="quantise")
+    assert parts["codebook"] == pytest.approx(float(np.square(latents - codes).mean()), rel=1e-3)
+    # Only the codebook's own term reaches the codes: 3 * d/de mean (z - e)^2.
+    expected = np.zeros((SMALL.codes, 3))
+    np.add.at(expected, np.asarray(indices).ravel(), np.asarray(codes - latents).reshape(-1, 3))
+    expected *= 3 * 2 / latents.size
+    found = gradient["autoencoder"]["codebook"]["embedding"]
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-5)
+
+
+def test_the_critic_is_heard_from_its_first_step_on():
+    system, _ = create("kl")
+    key = jax.random.key(0)
+    early, late = (reconstruction.draw_noise(key, system, 2, step) for step in (6, 7))
+    assert early["critic"].tolist() == [0, 0]
+    np.testing.assert_allclose(late["critic"], 0.3)
+    assert late["latent"].shape == (2, 8, 8, 3)
+    np.testing.assert_array_equal(early["latent"], late["latent"])
+
+
+def test_lpips_has_finite_gradients_where_features_are_zero():
+    convolutions = {
+        f"conv_{i}": {"kernel": np.zeros((k, k, n, width), np.float32), "bias": np.zeros(width)}
+        for i, (n, (width, k, _, _)) in enumerate(
+            zip((3, 64, 192, 384, 256), lpips.ALEXNET, strict=True)
+        )
+    }
+    heads = [np.ones(width, np.float32) for width, *_ in lpips.ALEXNET]
+    frozen = {"alexnet": convolutions, "heads": heads}
+    x = jnp.asarray(IMAGES[:1], jnp.float32)
+    slope = jax.grad(lambda y: lpips.distance(frozen, x, y).sum())(x + 1)
+    assert np.isfinite(slope).all()

@@ -197,6 +197,7 @@ OURS = {
 CLASSES = {"data.semantics": "class", "data.classes": 1000, "evaluation.reference": "train"}
 MORE = {"data.semantics": "class", "data.classes": 21_841, "evaluation.reference": "train_200k"}
 CAPTIONS = {"data.semantics": "text", "data.classes": 0, "evaluation.reference": "validation"}
+CAPTIONS |= {"text_encoder.name": "clip"}
 LONG = {"steps": 500_000, "sampling.steps": 250, "sampling.size": "train", "sampling.ema": True}
 SHORT = {"sampling.steps": 50, "evaluation.reference": "validation"}  # Figs. 8 and A2
 
@@ -215,6 +216,7 @@ _WEIGHTED = OURS | CLASSES | _LOW | {
 _SHIFT = OURS | _HIGH | SHORT | before(OURS | CLASSES | _LOW | {"data.crop": LOCAL})
 _SHIFT |= {"init.pretrain.steps": 500_000, "data.classes": 1000}
 _FIRST = before(THEIRS | CLASSES | _LOW | {"steps": 600_000})  # Sec. 3.4
+_FLIPPED = OURS | CAPTIONS | _LOW | {"steps": 124_000, "conditioning.padding": "zero"}
 _DITS = ("dit_ln", "dit_att", "mdtv2", "pixart", "mmdit")
 _LADDER = THEIRS | _LOW | {"sampling.size": "train", "model.name": "ours"}
 _RUNGS = OURS | CAPTIONS | _HIGH | {"model.name": "ours"}
@@ -271,9 +273,9 @@ PINNED = {
     },
     "table2b:size=train,weighting=cos8": _WEIGHTED,
     "table2c:control=crop":
-        OURS | CAPTIONS | _LOW | {"steps": 124_000, "conditioning.control": ("crop",)},
+        _FLIPPED | {"conditioning.control": ("crop",)},
     "table2c:control=crop+flip":
-        OURS | CAPTIONS | _LOW | {"steps": 124_000, "conditioning.control": ("crop", "flip")},
+        _FLIPPED | {"conditioning.control": ("crop", "flip")},
     **{
         f"table3:padding={padding}": OURS | CAPTIONS | _LOW | {"conditioning.padding": padding}
         for padding in ("zero", "replicate", "noisy_replicate")

@@ -273,8 +273,8 @@ def test_the_newest_of_equal_records_counts(tmp_path):
 def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, monkeypatch, ema):
     """In mode evaluate and at the end of training, with a model that is not run."""
     fields = FIELDS | {"evaluation.metrics": ("prompt_accuracy",), "sampling.ema": ema}
-    config, folder, restored = tiny.config(**fields), Workdir(str(tmp_path)), []
-    folder.open(config, tiny.system(config).vocabulary)
+    config, restored = tiny.config(**fields), []
+    system = tiny.system(config)
 
     class Restored:
         latest = 2
@@ -291,10 +291,20 @@ def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, m
 
     monkeypatch.setattr(evaluate, "Checkpoints", Restored)
     monkeypatch.setattr(sample.Sampler, "__call__", pictures)
-    record = evaluate.run(config, str(tmp_path))
-    assert restored == [ema] and record["sampling"]["ema"] is ema
-    Reporter(tiny.system(config), sharding.create_mesh(), folder, None).finish(2, {})
-    assert [row["sampling"]["ema"] for row in records(tmp_path)] == [ema, ema]
+
+    def finish(folder):
+        Reporter(system, sharding.create_mesh(), folder, {}).finish(2, {})
+
+    def evaluated(folder):
+        evaluate.run(config, str(folder.path))
+
+    for name, steps in {"a": (evaluated, finish), "b": (finish, evaluated)}.items():
+        folder = Workdir(str(tmp_path / name))
+        folder.open(config, system.vocabulary)
+        for step in steps:  # the second finds what the first has measured
+            step(folder)
+            assert [row["sampling"]["ema"] for row in records(folder.path)] == [ema]
+    assert restored == [ema]
 
 
 def test_classes_are_asked_for_in_turn():

@@ -103,7 +103,7 @@ def test_every_setting_reaches_guidance_and_sampler(trained, changed):
     ):
         generate = partial(sample.generate, system=system, settings=config.sampling)
         request = sample.requests(system, PROMPTS[:2])
-        jax.eval_shape(generate, params, None, request, np.arange(2, dtype=np.int32))
+        jax.eval_shape(generate, params, {}, request, np.arange(2, dtype=np.int32))
     scale = 2.0 if "base_resolution" in changed else settings["guidance"]  # Eq. 4
     assert guidance.call_args.args[1:] == (scale, settings["control_guidance"])
     given = {name: settings[name] for name in ("steps", "spacing", "eta")}
@@ -128,7 +128,7 @@ def test_control_guidance_sampler_and_clip_change_pictures(trained):
     def made(**fields):
         settings = tiny.config(**fields).sampling
         generate = partial(sample.generate, system=system, settings=settings)
-        return np.asarray(generate(trained[1], None, request, np.arange(2))).astype(int)
+        return np.asarray(generate(trained[1], {}, request, np.arange(2))).astype(int)
 
     usual = made()
     for field, value in (("control_guidance", 1.0), ("sampler", "ddpm"), ("clip", False)):

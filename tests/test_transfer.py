@@ -125,7 +125,7 @@ def test_control_of_sizes_is_not_added_to_other_control():
     with_size = system(**{"conditioning.control": ("crop", "flip", "size")})
     without = system(**{"conditioning.control": ("crop", "flip")})
     for start, goal in ((with_size, without), (without, with_size)):
-        with pytest.raises(ConfigError, match=r"model/control/.*same conditioning.control"):
+        with pytest.raises(ConfigError, match="start has conditioning.control=.*use the same"):
             transfer.plan(start, goal)
 
 
@@ -208,18 +208,6 @@ def two_stages(**overrides):
     still = {"optimizer.learning_rate": 0.0, "init.pretrain": first}
     second = {**fields, **LARGER, **still, "steps": 2, **overrides}
     return tiny.config(**second)
-
-
-def test_stages_that_do_not_fit_are_an_error_before_the_first_is_trained(tmp_path, monkeypatch):
-    def trained(*_):
-        raise AssertionError("trained")
-
-    monkeypatch.setattr(train, "loop", trained)
-    monkeypatch.setattr(train, "compile_step", lambda *_: (trained, trained))
-    config = two_stages(**{"autoencoder.scale": 2.0})
-    with pytest.raises(ConfigError, match="autoencoder.scale is 2.0"):
-        train.run(config, str(tmp_path / "run"))
-    assert not (tmp_path / "run" / "pretrain").exists()
 
 
 def test_stages_run_in_one_command_and_resume_in_the_middle(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from condiff_jax import config as config_lib
 from condiff_jax import summary, transfer
+from condiff_jax.sample import guidance_scale
 from condiff_jax.system import create
 from configs import recipes
 from configs.__main__ import FOLDER, readme, tables
@@ -157,6 +158,260 @@ def test_ladder_of_conditioning_ends_with_ours_of_table1():
     last = config_of("tableA3", "ladder=conditioning,step=7,data=cc12m")
     ours = config_of("table1", "arch=ours,data=cc12m,resolution=256")
     assert last == ours
+
+
+# Literal values, so that no change of recipes.py goes unseen. Of every row and stage at the paper's
+# scale (Sec. 3.1, App. C; the latents are Stable Diffusion's), but for those a table is ABOUT.
+EVERYWHERE = {
+    "optimizer.name": "adam", "optimizer.learning_rate": 1e-4, "optimizer.schedule": "constant",
+    "optimizer.b1": 0.9, "optimizer.b2": 0.999,
+    "diffusion.timesteps": 1000, "diffusion.schedule": "scaled_linear",
+    "diffusion.beta_start": 0.00085, "diffusion.beta_end": 0.012,
+    "diffusion.prediction": "epsilon",
+    "model.dtype": "bfloat16", "model.qk_norm": True, "model.base_resolution": 256,
+    "autoencoder.name": "kl", "autoencoder.size": "sd", "autoencoder.scale": 0.18215,
+    "text_encoder.length": 77, "text_encoder.width": 768,
+    "sampling.sampler": "ddim", "sampling.eta": 0.0,
+    "evaluation.samples": 50_000, "evaluation.size_prompts": 10_000,
+    "evaluation.sizes": (64, 128, 256, 512, 1024), "data.flip": True,
+}  # fmt: skip
+ABOUT = {
+    "tableA2": {"optimizer.learning_rate", "batch_size"},
+    "figA2": {"optimizer.b1", "optimizer.b2"},
+}
+BATCH = {256: 2048, 512: 384}  # by resolution, Sec. 3.1
+GUIDANCE = {256: 1.5, 512: 2.0}  # App. C
+GLOBAL, LOCAL, MIX = (0.9, 1.0), (0.4, 0.6), (0.4, 1.0)  # Sec. 3.4
+# What the paper compares with, and its own.
+THEIRS = {
+    "conditioning.control": ("crop", "size"), "conditioning.weighting": "uniform",
+    "conditioning.padding": "zero", "model.position": "extrapolate", "data.crop": GLOBAL,
+    "diffusion.base_resolution": 0, "sampling.control_guidance": 1.0, "data.entangled": 0.0,
+}  # fmt: skip
+OURS = {
+    "conditioning.control": ("crop", "flip", "size"), "conditioning.weighting": "cosine",
+    "conditioning.alpha": 8.0, "conditioning.padding": "noisy_replicate",
+    "model.position": "resample", "data.crop": GLOBAL, "diffusion.base_resolution": 256,
+    "sampling.control_guidance": 1.375, "data.entangled": 0.0,
+}  # fmt: skip
+CLASSES = {"data.semantics": "class", "data.classes": 1000, "evaluation.reference": "train"}
+MORE = {"data.semantics": "class", "data.classes": 21_841, "evaluation.reference": "train_200k"}
+CAPTIONS = {"data.semantics": "text", "data.classes": 0, "evaluation.reference": "validation"}
+CAPTIONS |= {"text_encoder.name": "clip"}
+LONG = {"steps": 500_000, "sampling.steps": 250, "sampling.size": "train", "sampling.ema": True}
+SHORT = {"sampling.steps": 50, "evaluation.reference": "validation"}  # Figs. 8 and A2
+
+
+def before(fields):
+    """The fields of the earlier stage."""
+    return {f"init.pretrain.{name}": value for name, value in fields.items()}
+
+
+_LOW = {"data.resolution": 256, "init.pretrain": None}
+_HIGH = {"data.resolution": 512, "steps": 130_000}
+_WEIGHTED = OURS | CLASSES | _LOW | {
+    "steps": 120_000, "sampling.steps": 250, "sampling.size": "train", "model.name": "ours",
+    "sampling.control_guidance": 1.0, "data.entangled": 0.9,  # the latter for `shapes` alone
+}  # fmt: skip
+_SHIFT = OURS | _HIGH | SHORT | before(OURS | CLASSES | _LOW | {"data.crop": LOCAL})
+_SHIFT |= {"init.pretrain.steps": 500_000, "data.classes": 1000}
+_FIRST = before(THEIRS | CLASSES | _LOW | {"steps": 600_000})  # Sec. 3.4
+_FLIPPED = OURS | CAPTIONS | _LOW | {"steps": 124_000, "conditioning.padding": "zero"}
+_DITS = ("dit_ln", "dit_att", "mdtv2", "pixart", "mmdit")
+_LADDER = THEIRS | _LOW | {"sampling.size": "train", "model.name": "ours"}
+_RUNGS = OURS | CAPTIONS | _HIGH | {"model.name": "ours"}
+_PLAIN = {"model.position": "extrapolate", "diffusion.base_resolution": 0}
+_RESAMPLED = {"model.position": "resample", "diffusion.base_resolution": 0}
+
+PINNED = {
+    **{
+        f"table1:arch={arch},data=imagenet1k,resolution=256":
+            THEIRS | CLASSES | LONG | _LOW | {"model.name": arch, "model.size": size}
+        for arch, size in (("unet", "class"), *((arch, "XL/2") for arch in _DITS))
+    },
+    **{
+        f"table1:arch={arch},data=imagenet1k,resolution=512":
+            THEIRS | CLASSES | _HIGH | before(THEIRS | CLASSES | LONG | _LOW)
+        for arch in ("unet", *_DITS)
+    },
+    **{
+        f"table1:arch={arch},data=cc12m,resolution=256":
+            THEIRS | CAPTIONS | LONG | _LOW | {"steps": 300_000, "model.size": size}
+        for arch, size in (("unet", "text"), ("dit_att", "XL/2"), ("pixart", "XL/2"))
+    },
+    "table1:arch=mmdit,data=cc12m,resolution=512":
+        THEIRS | CAPTIONS | _HIGH | before(THEIRS | CAPTIONS | _LOW | {"steps": 300_000}),
+    "table1:arch=ours,data=imagenet1k,resolution=256":
+        OURS | CLASSES | LONG | _LOW | {"model.name": "ours", "model.size": "XL/2"},
+    "table1:arch=ours,data=imagenet1k,resolution=512":
+        OURS | CLASSES | _HIGH | before(OURS | CLASSES | LONG | _LOW | {"data.crop": LOCAL}),
+    "table1:arch=ours,data=cc12m,resolution=256":
+        OURS | CAPTIONS | LONG | _LOW | {"steps": 300_000},
+    "table1:arch=ours,data=cc12m,resolution=512":
+        OURS | CAPTIONS | _HIGH
+        | before(OURS | CAPTIONS | _LOW | {"data.crop": LOCAL, "steps": 300_000}),
+    "table2a:weighting=zero": _WEIGHTED | {"conditioning.weighting": "zero"},
+    "table2a:weighting=unif": _WEIGHTED | {"conditioning.weighting": "uniform"},
+    **{
+        f"table2a:weighting=cos{alpha}": _WEIGHTED | {"conditioning.alpha": float(alpha)}
+        for alpha in (1, 2, 4, 8)
+    },
+    "tableA6:weighting=linear": _WEIGHTED | {"conditioning.weighting": "linear"},
+    **{
+        f"tableA6:weighting=step{k}":
+            _WEIGHTED | {"conditioning.weighting": "step", "conditioning.k": float(k)}
+        for k in (1, 2, 6)
+    },
+    "table2b:size=512,weighting=cos8": _WEIGHTED | {
+        "sampling.size": "fixed", "sampling.control.height": 512.0, "sampling.control.width": 512.0,
+    },
+    "table2b:size=tied,weighting=cos8":
+        _WEIGHTED | {"sampling.size": "tied", "sampling.size_range": (512, 1024)},
+    "table2b:size=untied,weighting=unif": _WEIGHTED | {
+        "sampling.size": "untied", "sampling.size_range": (512, 1024),
+        "conditioning.weighting": "uniform",
+    },
+    "table2b:size=train,weighting=cos8": _WEIGHTED,
+    "table2c:control=crop":
+        _FLIPPED | {"conditioning.control": ("crop",)},
+    "table2c:control=crop+flip":
+        _FLIPPED | {"conditioning.control": ("crop", "flip")},
+    **{
+        f"table3:padding={padding}": OURS | CAPTIONS | _LOW | {"conditioning.padding": padding}
+        for padding in ("zero", "replicate", "noisy_replicate")
+    },
+    "table4a:init=none,data=imagenet22k,steps=375": THEIRS | MORE | _LOW | {"steps": 375_000},
+    **{
+        f"table4a:init=imagenet1k,data=imagenet22k,steps={k}":
+            THEIRS | MORE | {"data.resolution": 256, "steps": 1000 * k} | _FIRST
+        for k in (80, 110)
+    },
+    "table4a:init=none,data=cc12m,steps=600": THEIRS | CAPTIONS | _LOW | {"steps": 600_000},
+    **{
+        f"table4a:init=imagenet1k,data=cc12m,steps={k}":
+            THEIRS | CAPTIONS | {"data.resolution": 256, "steps": 1000 * k} | _FIRST
+        for k in (60, 100, 120)
+    },
+    "table4b:pretrain=200,finetune=150":
+        THEIRS | CAPTIONS | {"data.resolution": 512, "steps": 150_000}
+        | before(THEIRS | MORE | {"data.resolution": 512, "steps": 200_000}),
+    "table4c:arch=unet,init=none": THEIRS | CLASSES | {"init.pretrain": None},
+    "table4c:arch=mmdit,init=low_res": THEIRS | CLASSES | _HIGH | before(THEIRS | CLASSES | _LOW),
+    "fig7:resolution=256,control_guidance=1.375": OURS | CLASSES | LONG | _LOW,
+    "fig7:resolution=512,guidance=2.0":
+        OURS | CLASSES | _HIGH | {"sampling.control_guidance": 1.0, "sampling.steps": 250},
+    "fig8a:position=resample": _SHIFT,
+    "fig8a:position=extrapolate": _SHIFT
+        | {"model.position": "extrapolate", "init.pretrain.model.position": "extrapolate"},
+    "fig8b:rescale=true": _SHIFT | {"steps": 40_000},
+    "fig8b:rescale=false": _SHIFT | {"steps": 40_000, "diffusion.base_resolution": 0},
+    **{
+        f"fig8c:crop={name},resolution=512": _SHIFT | {"init.pretrain.data.crop": crop}
+        for name, crop in (("global", GLOBAL), ("local", LOCAL), ("mix", MIX))
+    },
+    **{
+        f"fig8c:crop={name},resolution=256": OURS | LONG | _LOW | SHORT | {"data.crop": crop}
+        for name, crop in (("global", GLOBAL), ("local", LOCAL), ("mix", MIX))
+    },
+    "tableA2:learning_rate=1e-4,batch=2048": THEIRS | CLASSES | _LOW | {
+        "steps": 70_000, "sampling.ema": False, "sampling.steps": 250, "model.name": "dit_ln",
+        "batch_size": 2048, "optimizer.learning_rate": 1e-4,
+    },
+    "tableA2:learning_rate=2e-4,batch=512":
+        {"batch_size": 512, "optimizer.learning_rate": 2e-4, "sampling.ema": False},
+    "figA2:b1=0.9,b2=0.95": THEIRS | CLASSES | _LOW | SHORT | {
+        "steps": 70_000, "model.name": "unet", "optimizer.b1": 0.9, "optimizer.b2": 0.95,
+    },
+    "tableA3:ladder=conditioning,step=1,data=imagenet1k":
+        _LADDER | CLASSES | {"model.name": "dit_ln", "conditioning.control": ()},
+    "tableA3:ladder=conditioning,step=2,data=imagenet1k":
+        _LADDER | CLASSES | {"model.name": "mmdit", "conditioning.control": ()},
+    "tableA3:ladder=conditioning,step=3,data=imagenet1k":
+        _LADDER | CLASSES | {"model.name": "mmdit"},
+    "tableA3:ladder=conditioning,step=4,data=imagenet1k": OURS | CLASSES | _LOW | {
+        "conditioning.control": ("crop", "size"), "conditioning.padding": "zero",
+        "sampling.control_guidance": 1.0,
+    },
+    "tableA3:ladder=conditioning,step=5,data=cc12m": OURS | CAPTIONS | _LOW | {
+        "conditioning.control": ("crop", "size"), "conditioning.padding": "zero",
+    },
+    "tableA3:ladder=conditioning,step=6,data=cc12m":
+        OURS | CAPTIONS | _LOW | {"conditioning.padding": "zero"},
+    "tableA3:ladder=conditioning,step=7,data=cc12m": OURS | CAPTIONS | _LOW,
+    "tableA3:ladder=transfer,step=1,data=cc12m":
+        _RUNGS | _PLAIN | {"steps": 300_000, "init.pretrain": None},
+    "tableA3:ladder=transfer,step=2,data=cc12m":
+        _RUNGS | _PLAIN | before(_PLAIN | {"data.crop": GLOBAL}),
+    "tableA3:ladder=transfer,step=3,data=cc12m":
+        _RUNGS | _PLAIN | before(_PLAIN | {"data.crop": LOCAL}),
+    "tableA3:ladder=transfer,step=4,data=cc12m":
+        _RUNGS | _RESAMPLED | before(_RESAMPLED | {"data.crop": LOCAL}),
+    "tableA3:ladder=transfer,step=5,data=cc12m": _RUNGS | before({"data.crop": LOCAL}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", PINNED)
+def test_rows_are_what_the_paper_says(row):
+    name, _, row = row.partition(":")
+    assert row in TABLES[name]["ROWS"]
+    config = rows.build(TABLES[name], name, row)
+    wanted = PINNED[f"{name}:{row}"]
+    assert {field: config_lib.get(config, field) for field in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if not name.startswith("beyond")])
+def test_all_rows_have_the_papers_recipe(name):
+    about = ABOUT.get(name, set())
+    wanted = {field: value for field, value in EVERYWHERE.items() if field not in about}
+    for row in TABLES[name]["ROWS"]:
+        for stage in config_lib.stages(rows.build(TABLES[name], name, row)):
+            assert {field: config_lib.get(stage, field) for field in wanted} == wanted, row
+            resolution = stage.data.resolution
+            assert "batch_size" in about or stage.batch_size == BATCH[resolution], row
+            if name != "fig7":
+                assert guidance_scale(stage.sampling, resolution) == GUIDANCE[resolution], row
+
+
+@pytest.mark.parametrize("data, steps", [("imagenet22k", 375_000), ("imagenet1k", 600_000)])
+def test_data_sets_start_from_as_many_steps_as_in_table4a(data, steps):
+    config = config_of("cc12m_256", f"arch=mmdit,init={data}")
+    assert (config.steps, config.init.pretrain.steps) == (300_000, steps)
+
+
+@pytest.mark.parametrize("scale", ["small", "tiny"])
+@pytest.mark.parametrize("name", TABLES)
+def test_smaller_scales_ask_for_sizes_that_the_data_have(name, scale):
+    for row in TABLES[name]["ROWS"]:
+        config = rows.build(TABLES[name], name, row, f"scale={scale}")
+        low, high = config.data.sizes
+        asked, control = config.sampling.size_range, config.sampling.control
+        assert low <= config.data.resolution <= asked[0] < asked[1] <= high
+        assert all(low <= size <= high for size in config.evaluation.sizes)
+        size = 32.0 if "size=512" in row else 0.0
+        assert (control.height, control.width) == (size, size)
+
+
+@pytest.mark.parametrize("scale", ["small", "tiny"])
+def test_smaller_scales_keep_what_tables_are_about(scale):
+    table2a = config_of("table2a", f"weighting=cos8,scale={scale}")
+    assert table2a.data.entangled == 0.9 and table2a.data.sizes == (12, 48)
+    tableA2 = config_of("tableA2", f"learning_rate=1e-4,batch=512,scale={scale}")
+    assert (tableA2.batch_size, tableA2.sampling.ema) == (8, False)
+    for args, reference in (
+        ("table1:arch=ours,data=cc12m,resolution=256", "validation"),
+        ("table1:arch=ours,data=imagenet1k,resolution=256", "train"),
+        ("table4a:init=none,data=imagenet22k,steps=375", "train"),
+        ("fig8b:rescale=true", "validation"),
+    ):
+        name, _, row = args.partition(":")
+        assert config_of(name, f"{row},scale={scale}").evaluation.reference == reference
+
+
+def test_the_readme_says_how_coco_is_sampled():
+    """Sec. 3.1: 25 steps and a guidance of 5."""
+    text = readme().replace("\n", " ")
+    coco = "--config.sampling.steps=25 --config.sampling.guidance=5 "
+    assert coco + "--config.sampling.base_resolution=0 --config.evaluation.reference=coco" in text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Mode evaluate: every metric, measured once, with all that its numbers depend on."""
 
+import dataclasses
 import json
+from functools import partial
 from unittest import mock
 
 import jax
@@ -15,6 +17,8 @@ from condiff_jax.config import ConfigError
 from condiff_jax.data import augment, shapes
 from condiff_jax.logs import Reporter
 from condiff_jax.metrics import METRICS, shapes_features
+from condiff_jax.metrics.prompt import sharpness
+from condiff_jax.schema import ControlValues, Sampling
 from condiff_jax.workdir import Workdir
 from tests import tiny
 
@@ -179,3 +183,207 @@ def test_lpips_weights_that_do_not_fit(tmp_path):
     np.savez(path, a=np.zeros(3))
     with pytest.raises(ConfigError, match="evaluation.lpips: .*lacks AlexNet_0/Conv_0/kernel"):
         evaluate.check(tiny.config(**FIELDS | {"evaluation.lpips": str(path)}))
+
+
+# What one picture depends on, with a value other than tiny's or the default each.
+ASKED = {
+    "sampler": "ddpm", "steps": 4, "spacing": "leading", "eta": 0.5, "guidance": 2.5,
+    "base_resolution": 8, "control_guidance": 1.0, "clip": False, "ema": False, "seed": 1,
+    "size": "train",
+} | {
+    f"control.{name}": value for name, value in {
+        "crop_top": 0.1, "crop_left": 0.1, "crop_height": 0.5, "crop_width": 0.5, "flip": 1.0,
+        "aspect": 2.0, "height": 24.0, "width": 24.0,
+    }.items()
+}  # fmt: skip
+# The others: how they are made, and which ones mode sample makes.
+UNASKED = {
+    "batch_size": 3, "n": 3, "prompts": "a red circle", "prompt_file": "prompts.txt",
+    "labels": (1,),
+}  # fmt: skip
+
+
+def described(**overrides):
+    config = tiny.config(**FIELDS | overrides)
+    return evaluate.describe(config, 2, ema=config.sampling.ema)
+
+
+def test_every_field_of_sampling_is_described_or_does_not_matter():
+    names = {field.name for field in dataclasses.fields(Sampling)} - {"control", "size_range"}
+    names |= {f"control.{field.name}" for field in dataclasses.fields(ControlValues)}
+    assert names == set(ASKED) | set(UNASKED)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_pictures_depend_on_is_described(name):
+    assert described(**{f"sampling.{name}": ASKED[name]}) != described()
+
+
+@pytest.mark.parametrize("name", UNASKED)
+def test_what_pictures_do_not_depend_on_is_not_described(name):
+    assert described(**{f"sampling.{name}": UNASKED[name]}) == described()
+
+
+@pytest.mark.parametrize("size, matters", [("tied", 1), ("untied", 1), ("fixed", 0), ("train", 0)])
+def test_the_range_of_sizes_is_described_where_sizes_are_drawn_from_it(size, matters):
+    one, other = (
+        described(**{"sampling.size": size, "sampling.size_range": high})
+        for high in ((20, 30), (20, 40))
+    )
+    assert (one != other) == matters
+
+
+@pytest.mark.parametrize(
+    "metric, fields",
+    [
+        ("prompt_accuracy", {"prompts": 4}),
+        ("frechet_shapes", {"samples": 10, "reference": "validation"}),
+        ("size_response", {"size_prompts": 3, "sizes": (12, 24, 48)}),
+    ],
+)
+def test_what_a_metric_depends_on_is_described_with_it(metric, fields):
+    with_it = {"evaluation.metrics": (metric,)}
+    without = {"evaluation.metrics": tuple(name for name in METRICS if name != metric)}
+    for name, value in fields.items():
+        changed = {f"evaluation.{name}": value}
+        assert described(**with_it, **changed) != described(**with_it), name
+        assert described(**without, **changed) == described(**without), name
+
+
+def test_weights_of_lpips_are_described_by_their_content(tmp_path):
+    paths = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
+    for path, content in zip(paths, (b"one", b"one", b"other"), strict=True):
+        path.write_bytes(content)
+    one, same, other = (described(**{"evaluation.lpips": str(path)}) for path in paths)
+    assert one == same != other and described() not in (one, other)
+    assert str(tmp_path) not in json.dumps(one)
+
+
+def test_the_newest_of_equal_records_counts(tmp_path):
+    folder, identity = Workdir(str(tmp_path)), described()
+    other = identity | {"step": 1}
+    rows = [identity | {"seconds": 1}, identity | {"seconds": 2}, other | {"seconds": 3}]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate.measured(folder, identity)["seconds"] == 2
+    assert evaluate.measured(folder, other)["seconds"] == 3
+    assert evaluate.measured(folder, identity | {"step": 3}) is None
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, monkeypatch, ema):
+    """In mode evaluate and at the end of training, with a model that is not run."""
+    fields = FIELDS | {"evaluation.metrics": ("prompt_accuracy",), "sampling.ema": ema}
+    config, restored = tiny.config(**fields), []
+    system = tiny.system(config)
+
+    class Restored:
+        latest = 2
+
+        def __init__(self, path, config):
+            pass
+
+        def restore_params(self, system, mesh, *, ema):
+            restored.append(ema)
+            return 2, {}
+
+    def pictures(self, params, batch, *, first=0, label=""):
+        return np.zeros((len(batch["label"]), 16, 16, 3), np.uint8)
+
+    monkeypatch.setattr(evaluate, "Checkpoints", Restored)
+    monkeypatch.setattr(sample.Sampler, "__call__", pictures)
+
+    def finish(folder):
+        Reporter(system, sharding.create_mesh(), folder, {}).finish(2, {})
+
+    def evaluated(folder):
+        evaluate.run(config, str(folder.path))
+
+    for name, steps in {"a": (evaluated, finish), "b": (finish, evaluated)}.items():
+        folder = Workdir(str(tmp_path / name))
+        folder.open(config, system.vocabulary)
+        for step in steps:  # the second finds what the first has measured
+            step(folder)
+            assert [row["sampling"]["ema"] for row in records(folder.path)] == [ema]
+    assert restored == [ema]
+
+
+def test_classes_are_asked_for_in_turn():
+    system = tiny.system(
+        tiny.config(**FIELDS | {"data.semantics": "class", "model.name": "dit_ln"})
+    )
+    assert evaluate.subjects(system, 12) == [*range(10), 0, 1]
+    text = tiny.system(tiny.config(**FIELDS))
+    assert evaluate.asked_for(text, evaluate.subjects(text, 3)) == [
+        scene.caption for scene in shapes.prompts(3)
+    ]
+
+
+def noted(calls, params, batch, *, first=0, label="", system=None):
+    """A sampler: pictures whose contrast is the height that is asked for, the same for all."""
+    calls.append(
+        {name: values.copy() for name, values in batch["control"].items()} | {"first": first}
+    )
+    half = batch["control"]["height"][:, None, None, None] / 2
+    rows = np.arange(16)[:, None, None] % 2 * 2 - 1
+    return np.broadcast_to(128 + half * rows, (len(half), 16, 16, 3)).astype(np.uint8)
+
+
+def responded(folder, **overrides):
+    """(values, grids, requests) of size_response."""
+    system, calls = tiny.system(tiny.config(**FIELDS | overrides)), []
+    fake = mock.Mock(side_effect=partial(noted, calls), system=system)
+    return *evaluate.size_response(fake, {}, folder), calls
+
+
+def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monkeypatch):
+    sizes, captions = (12, 16, 24), []
+    monkeypatch.setattr(evaluate, "caption_grid", lambda _, names, **__: captions.append(names))
+    asked = {"sampling.control.aspect": 2.0, "sampling.control.width": 64.0}
+    values, grids, calls = responded(Workdir(str(tmp_path)), **asked)
+    for size, call in zip(sizes, calls, strict=False):
+        assert set(call["height"]) == set(call["width"]) == {size} and set(call["aspect"]) == {1}
+    measured = [values[f"sharpness_{size}"] for size in sizes]
+    expected = [
+        sharpness(noted([], {}, {"control": {"height": np.array([size])}})[0]) for size in sizes
+    ]
+    assert measured == expected and measured == sorted(measured) and measured[0] > 0
+    assert [name for name in values if name.startswith("sharpness_")] == [
+        "sharpness_12", "sharpness_16", "sharpness_24", "sharpness_response",
+    ]  # fmt: skip
+    heads = [caption.split(":")[0] for caption in captions[0]]
+    assert heads == 2 * ["12 px", "16 px", "24 px"]
+    assert [name.split(":")[0] for name in captions[1]] == 2 * ["not flipped", "flipped"]
+    assert set(grids) == {"sizes", "flip"}
+
+
+def test_flips_are_compared_where_they_are_heard(tmp_path):
+    control = {"conditioning.control": ("crop", "size")}
+    _, grids, calls = responded(Workdir(str(tmp_path)), **control)
+    assert set(grids) == {"sizes"} and len(calls) == 3
+
+
+def test_lpips_is_measured_where_there_are_weights(tmp_path, monkeypatch):
+    paths = []
+
+    def create(path):
+        paths.append(path)
+        return lambda a, b: np.full(len(a), 0.25)
+
+    monkeypatch.setattr(evaluate.lpips, "create", create)
+    values, _, _ = responded(Workdir(str(tmp_path)))
+    assert "size_lpips" not in values and not paths
+    values, _, _ = responded(Workdir(str(tmp_path)), **{"evaluation.lpips": "alexnet.npz"})
+    assert paths == ["alexnet.npz"] and values["size_lpips"] == values["size_lpips_hr"] == 0.25
+
+
+def test_drawn_sizes_are_those_of_the_samples_numbers(tmp_path):
+    fields = FIELDS | {"sampling.size": "tied", "sampling.size_range": (20, 40)}
+    system, calls = tiny.system(tiny.config(**fields)), []
+    fake = mock.Mock(side_effect=partial(noted, calls), system=system)
+    for metric in ("prompt_accuracy", "frechet_shapes"):
+        evaluate.MEASURES[metric](fake, {}, Workdir(str(tmp_path)))
+        call, first = calls[-1], evaluate.FIRST_INDEX[metric]
+        assert call["first"] == first
+        expected = sample.control_values(system.config, len(call["height"]), first=first)
+        np.testing.assert_array_equal(call["height"], expected["height"])
+    assert calls[0]["height"][0] != calls[1]["height"][0]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import runpy
 from html.parser import HTMLParser
 from pathlib import Path
@@ -152,6 +153,33 @@ def test_the_same_measures_at_the_papers_scale_are_compared(swept, tmp_path, cap
     text = shown(capsys, swept[0], "--results", tmp_path / "other", "--format=markdown")
     assert "not comparable" not in text
     assert cells(text, "row")[3] == "ours: FID" and cells(text, "padding=zero")[3] == "3.1"
+
+
+def test_a_measure_that_the_paper_lacks_is_not_comparable_at_its_scale(swept, tmp_path, capsys):
+    metrics = {"FID": 3.1, "accuracy": 0.5}
+    save(tmp_path / "other", [record("padding=zero", 0, scale="paper", metrics=metrics)])
+    text = shown(capsys, swept[0], "--results", tmp_path / "other", "--format=markdown")
+    assert "not comparable: ours are other measures. Compare" in text
+
+
+def test_parts_of_a_measure_have_no_column(swept, tmp_path, capsys):
+    metrics = {"accuracy": 0.5, "sharpness_12": 3.0, "sharpness_response": 0.25}
+    save(tmp_path / "other", [record("padding=zero", 0, metrics=metrics)])
+    options = ["--results", tmp_path / "other"]
+    head = cells(shown(capsys, swept[0], *options, "--format=markdown"), "row")
+    assert head[3:6] == ["ours: accuracy", "ours: sharpness_response", "provenance: seeds"]
+    page_text = shown(capsys, swept[0], *options, "--format=html")
+    labels = [ElementTree.fromstring(part).get("aria-label") for part in svgs(page_text)]
+    assert labels == ["accuracy", "sharpness_response"]
+
+
+def test_a_cell_with_a_bar_does_not_add_a_column(swept, tmp_path, capsys):
+    save(tmp_path / "other", [record("padding=zero", 0, device="a|b", metrics={"x|y": 1.0})])
+    text = shown(capsys, swept[0], "--results", tmp_path / "other", "--format=markdown")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert columns == {11} and len(lines) == 5
+    assert r"a\|b" in text and r"ours: x\|y" in text
 
 
 def test_other_scales_steps_and_overrides_are_lines_of_their_own(swept, tmp_path, capsys):
@@ -327,6 +355,84 @@ def test_numbers_make_curves_one_for_each_choice_of_the_others():
     ticks = [text.text for text in drawing.findall("text")]
     assert {"1", "2", "3", "guidance"} <= set(ticks)
     assert "size=1</li>" in content and "size=2</li>" in content
+
+
+def test_overrides_make_curves_of_their_own():
+    lines = [
+        results.Line(f"guidance={guidance}", line("", value).records, changed)
+        for value, changed in ((1.0, ("batch_size=4",)), (2.0, ("batch_size=8",)))
+        for guidance in (1.0, 2.0, 3.0)
+    ]
+    content = page.plots(lines)
+    (drawing,) = map(ElementTree.fromstring, svgs(content))
+    paths = [path.get("points").split() for path in drawing.findall("polyline")]
+    assert [len(path) for path in paths] == [3, 3]
+    assert "[batch_size=4]</li>" in content and "[batch_size=8]</li>" in content
+
+
+def test_bars_of_negative_values_go_left_from_zero():
+    lines = [line("padding=a", -2.0), line("padding=b", 1.0, 3.0), line("padding=c", -1.0, 0.0)]
+    (drawing,) = map(ElementTree.fromstring, svgs(page.plots(lines)))
+    bars = [(float(bar.get("x")), float(bar.get("width"))) for bar in drawing.findall("rect")]
+    (low, down), (zero, up), (half, less) = bars
+    assert low >= 0 and down > 0 and low + down == pytest.approx(zero, abs=0.11)
+    assert up == pytest.approx(down, abs=0.11)  # the mean of 1 and 3
+    assert half + less == pytest.approx(zero, abs=0.11) and less == pytest.approx(down / 4, abs=0.1)
+    dots = [float(dot.get("cx")) for dot in drawing.findall("circle")]
+    assert dots[0] == pytest.approx(low, abs=0.11) and dots[-1] == pytest.approx(zero, abs=0.11)
+    assert min(dots) >= 0
+
+
+def test_a_row_shows_the_picture_of_one_seed(tmp_path):
+    lines = []
+    for row, seeds in (("padding=zero", (0, 1)), ("padding=noisy", (1,))):
+        found = [record(row, seed, root=str(tmp_path)) for seed in seeds]
+        lines.append(results.Line(row, found))
+        for one in found:
+            samples = tmp_path / one["folder"] / "samples"
+            samples.mkdir(parents=True, exist_ok=True)
+            (samples / "1-grid.png").write_bytes(PNG + str(one["seed"]).encode())
+    content = page.pictures(lines)
+    Tree(content)
+    assert re.findall(r"<figcaption>([^<]*)<", content) == [
+        "padding=zero, seed 0", "padding=noisy, seed 1",
+    ]  # fmt: skip
+    assert content.count("<img") == 2
+    assert base64.b64encode(PNG + b"0").decode() in content
+
+
+def test_nothing_that_is_named_becomes_markup(tmp_path):
+    """Tags in names of metrics, rows, devices and pictures are text."""
+    places = ("title", "group", "row", "cell", "note", "metric", "axis", "legend")
+    places += ("override", "device", "kind")
+    tags = {place: f"<u-{place}>" for place in places}
+    lines = []
+    for legend in ("x", tags["legend"]):
+        for value in (1, 2, 3):
+            row = f"{tags['axis']}={value},part={legend}"
+            one = record(
+                row, 0, metrics={tags["metric"]: value}, device=tags["device"], root=str(tmp_path),
+                pictures={tags["kind"]: "a.png"}, folder=".",
+            )  # fmt: skip
+            lines.append(results.Line(row, [one], (tags["override"],)))
+    bar = record(tags["row"], 0, metrics={tags["metric"]: 1.0}, pictures={})
+    lines.append(results.Line(tags["row"], [bar]))
+    (tmp_path / "a.png").write_bytes(PNG)
+    table = results.Table(
+        tags["title"],
+        [("", "row"), (tags["group"], tags["metric"])],
+        [[tags["row"], tags["cell"]]],
+        [tags["note"]],
+    )
+    content = page.html(table, lines)
+    tree = Tree(content)
+    assert not [tag for tag in tree.tags if tag.startswith("u-")]
+    assert all(tag in "".join(tree.words) for tag in tags.values())
+    labels = {value for name, value in tree.attributes if name == "aria-label"}
+    assert labels == {f"{tags['metric']} over {tags['axis']}", tags["metric"]}
+    named = results.Line("a", [record("a", 0, metrics={'m" id="m': 1.0})])
+    (drawing,) = map(ElementTree.fromstring, svgs(page.plots([named])))
+    assert drawing.get("aria-label") == 'm" id="m' and not drawing.get("id")
 
 
 def test_an_axis_over_decades_is_logarithmic():

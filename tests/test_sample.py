@@ -1,6 +1,9 @@
 """Sampling: sample i depends on (seed, i) alone; prompts and control are what was asked for."""
 
+import dataclasses
 import json
+from functools import partial
+from unittest import mock
 
 import jax
 import numpy as np
@@ -69,6 +72,74 @@ def test_seed_prompt_and_control_matter(trained):
     )
     sampler = sample.Sampler(system, sharding.create_mesh(), system.config.sampling)
     assert np.abs(whole.astype(int) - sampler(params, request).astype(int)).max() > 1
+
+
+SETTINGS = {  # each with a value other than the test's usual one
+    "sampler": "ddpm", "steps": 7, "spacing": "linspace", "eta": 0.25, "guidance": 2.5,
+    "control_guidance": 1.75, "base_resolution": 8, "clip": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", [{}, *({name: value} for name, value in SETTINGS.items())])
+def test_every_setting_reaches_guidance_and_sampler(trained, changed):
+    """Traced alone, with both of them replaced by what notes its arguments."""
+    system, params = trained
+    settings = {
+        "sampler": "ddim", "steps": 5, "spacing": "trailing", "eta": 0.0, "guidance": 1.5,
+        "control_guidance": 1.25, "base_resolution": 0, "clip": True,
+    } | changed  # fmt: skip
+    config = tiny.config(**{f"sampling.{name}": value for name, value in settings.items()})
+    calls = []
+
+    def sampler(name, denoise, schedule, x, cond, keys, **given):
+        calls.append((name, denoise, given))
+        assert schedule is system.schedule
+        return x
+
+    samplers = {name: partial(sampler, name) for name in ("ddim", "ddpm")}
+    with (
+        mock.patch.object(sample, "SAMPLERS", samplers),
+        mock.patch.object(sample, "dual_guidance", return_value="guided") as guidance,
+    ):
+        generate = partial(sample.generate, system=system, settings=config.sampling)
+        request = sample.requests(system, PROMPTS[:2])
+        jax.eval_shape(generate, params, {}, request, np.arange(2, dtype=np.int32))
+    scale = 2.0 if "base_resolution" in changed else settings["guidance"]  # Eq. 4
+    assert guidance.call_args.args[1:] == (scale, settings["control_guidance"])
+    given = {name: settings[name] for name in ("steps", "spacing", "eta")}
+    given["clip"] = system.autoencoder.bound if settings["clip"] else None
+    assert calls == [(settings["sampler"], "guided", given)] and system.autoencoder.bound
+
+
+def test_control_guidance_sampler_and_clip_change_pictures(trained):
+    """The same with a closed form for the model: what is noted above is also heard."""
+
+    class Linear(type(trained[0])):
+        def denoise(self, params, **inputs):
+            def eps(x, t, cond):
+                heard = np.float32(2) - cond.drop_control - cond.drop_semantics
+                return 0.5 * x * heard[:, None, None, None]
+
+            return eps
+
+    system = Linear(**vars(trained[0]))
+    request = sample.requests(system, PROMPTS[:2])
+
+    def made(**fields):
+        settings = tiny.config(**fields).sampling
+        generate = partial(sample.generate, system=system, settings=settings)
+        return np.asarray(generate(trained[1], {}, request, np.arange(2))).astype(int)
+
+    usual = made()
+    for field, value in (("control_guidance", 1.0), ("sampler", "ddpm"), ("clip", False)):
+        assert np.abs(made(**{f"sampling.{field}": value}) - usual).max() > 5, field
+
+
+def test_requests_ask_for_the_sizes_of_their_numbers(trained):
+    fields = {"sampling.size": "tied", "sampling.size_range": (20, 40)}
+    system = dataclasses.replace(trained[0], config=tiny.config(**fields))
+    request = sample.requests(system, PROMPTS[:2], first=3)
+    np.testing.assert_array_equal(request["control"]["height"], sizes(5, **fields)[0][3:])
 
 
 def test_control_defaults_to_an_uncropped_picture_of_the_training_resolution():

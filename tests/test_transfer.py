@@ -88,6 +88,47 @@ def test_what_does_not_match_is_an_error_that_names_it(old, new, message):
         transfer.plan(system(**old), system(**new))
 
 
+SAME = {  # fields that must agree, with a value other than tiny's
+    "model.name": "mmdit",
+    "model.size": "S/4",
+    "diffusion.timesteps": 500,
+    "diffusion.prediction": "v",
+    "autoencoder.name": "kl",
+    "autoencoder.size": "tiny",
+    "autoencoder.scale": 2.0,
+    "autoencoder.shift": 0.5,
+}
+
+
+def test_the_fields_that_must_agree_are_all_tried():
+    assert set(SAME) == set(transfer.SAME)
+
+
+@pytest.mark.parametrize("field", SAME)
+def test_each_field_that_must_agree_is_compared(field):
+    old = system(**CLASS, **{"data.resolution": 32})
+    new = system(**CLASS, **{"data.resolution": 32, field: SAME[field]})
+    for start, goal in ((old, new), (new, old)):
+        with pytest.raises(ConfigError, match=f"config: init: {field} is .*of the start is"):
+            transfer.plan(start, goal)
+
+
+def test_texts_of_another_length_make_words_and_captions_new():
+    old, new = system(), system(**{"text_encoder.length": 12})
+    for start, goal in ((old, new), (new, old)):
+        moves = transfer.plan(start, goal)
+        words = {n for n in moves if n.startswith(("model/caption", "text_encoder"))}
+        assert statuses(moves, "new") == words and len(words) > 4
+
+
+def test_control_of_sizes_is_not_added_to_other_control():
+    with_size = system(**{"conditioning.control": ("crop", "flip", "size")})
+    without = system(**{"conditioning.control": ("crop", "flip")})
+    for start, goal in ((with_size, without), (without, with_size)):
+        with pytest.raises(ConfigError, match="start has conditioning.control=.*use the same"):
+            transfer.plan(start, goal)
+
+
 def test_resizing_keeps_ends_and_straight_lines_and_undoes_itself():
     for old, new in ((4, 8), (8, 3), (1, 4), (5, 5)):
         matrix = transfer.resizing_matrix(old, new)

@@ -146,6 +146,64 @@ def test_mirrored_relation_is_wrong():
     assert prompt_accuracy(images[:, :, ::-1], scenes)["relation"] == 0
 
 
+DRAWN = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 50, 220)}
+
+
+def drawn(*circles):
+    """A grey picture of 96 x 96 with circles (colour, x, y, radius), in fractions of a side."""
+    canvas = Image.new("RGB", (96, 96), (128, 128, 128))
+    for colour, x, y, radius in circles:
+        box = [96 * (x - radius), 96 * (y - radius), 96 * (x + radius), 96 * (y + radius)]
+        ImageDraw.Draw(canvas).ellipse(box, fill=DRAWN[colour])
+    return np.asarray(canvas)
+
+
+def asked(colours, mentions, relation=None):
+    """A scene of circles of these colours; only what a judge reads is meant."""
+    scene = make_scene("train", 0)
+    items = [replace(scene.objects[0], colour=colour, shape="circle") for colour in colours]
+    return replace(scene, objects=tuple(items), relation=relation, mentions=frozenset(mentions))
+
+
+@pytest.mark.parametrize("offset, holds", [(0.1, False), (0.2, True)])
+@pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])
+def test_a_relation_holds_when_it_is_clear(offset, holds, relation):
+    far, sign = 0.5, 1 if relation in ("left of", "above") else -1
+    across = relation.endswith("of")  # apart along the other axis, so that both are found
+    dx, dy = (sign * offset, far) if across else (far, sign * offset)
+    one, other = (0.5 - dx / 2, 0.5 - dy / 2), (0.5 + dx / 2, 0.5 + dy / 2)
+    image = drawn(("red", *one, 0.14), ("green", *other, 0.14))
+    assert {d.colour for d in detect(image)} == {"red", "green"}
+    scene = asked(("red", "green"), {"relation"}, relation)
+    assert prompt_accuracy(image[None], [scene])["relation"] == holds
+
+
+def test_a_relation_of_the_wrong_main_object_is_wrong():
+    image = drawn(("red", 0.25, 0.5, 0.16), ("green", 0.75, 0.5, 0.14))
+    for colour, right in (("red", 1), ("blue", 0)):
+        scene = asked((colour, "green"), {"relation"}, "left of")
+        accuracy = prompt_accuracy(image[None], [scene])
+        assert accuracy["relation"] == accuracy["left_right"] == accuracy["all"] == right
+
+
+def test_a_larger_second_shape_is_the_one_that_counts_when_one_is_asked_for():
+    image = drawn(("red", 0.25, 0.25, 0.12), ("green", 0.65, 0.65, 0.25))
+    assert [d.colour for d in detect(image)] == ["green", "red"]
+    for colours, right in ((("red",), 0), (("green",), 1), (("red", "blue"), 1)):
+        scene = asked(colours, {"colour"})
+        assert prompt_accuracy(image[None], [scene])["colour"] == right
+
+
+@pytest.mark.parametrize(
+    "points", [[(8, 88), (88, 8)], [(10, 10), (48, 86), (86, 10)], [(8, 20), (80, 30), (12, 60)]]
+)
+def test_a_coloured_scribble_is_no_shape(points):
+    canvas = Image.new("RGB", (96, 96), (128, 128, 128))
+    ImageDraw.Draw(canvas).line(points, fill=DRAWN["red"], width=7)
+    assert detect(np.asarray(canvas)) == []
+    assert class_accuracy(np.asarray(canvas)[None], [0], CLASSES)["colour"] == 0
+
+
 def test_mirrored_pictures_are_wrong_on_left_and_right_alone(mixed):
     sided = [s for s in mixed if s.objects[0].position.endswith(("left", "right"))]
     sided = [s for s in sided if s.relation is None]

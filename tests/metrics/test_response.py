@@ -63,6 +63,11 @@ def test_slope_of_a_power(power):
     assert response.log_slope(sizes, 3.0 * sizes**power) == pytest.approx(power, abs=1e-9)
 
 
+def test_slope_of_pictures_without_contrast_is_finite():
+    assert response.log_slope((8, 16), (0, 0)) == pytest.approx(0, abs=1e-9)
+    assert 0 < response.log_slope((8, 16), (0, 1)) < np.inf
+
+
 def test_sharpness_rises_with_size():
     def by_way_of(side):
         image = Image.fromarray(render(make_scene("train", 3), 64, 64))

@@ -75,6 +75,16 @@ def test_distance_is_small_within_the_data_and_grows_with_what_is_lost():
     assert noisy > 2 * same and quartered > 3 * same and grey > 30 * same
 
 
+def test_what_is_too_fine_to_be_seen_is_averaged():
+    """A smaller picture is made of means of the larger one's pixels, not of every third."""
+    rows, columns = np.indices((96, 96))
+    checked = np.where((rows + columns) % 2, 160, 96).astype(np.uint8)
+    images = np.stack([checked, np.full((96, 96), 128, np.uint8)])[..., None].repeat(3, 3)
+    fine, grey = features(images)
+    # Along each axis a ninth of the contrast is left.
+    np.testing.assert_allclose(fine, grey, atol=0.02 * np.abs(grey).max())
+
+
 def test_dump_is_the_inverse_of_reading():
     assert shapes_features.dump(shapes_features.parameters()) == WEIGHTS.read_bytes()
 

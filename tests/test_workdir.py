@@ -1,9 +1,12 @@
-"""Files of a work directory are replaced in one step: a failure leaves the old ones."""
+"""Files of a work directory: replaced in one step, and in order after a run was killed."""
 
 import pytest
 from etils import epath
 
 from condiff_jax import workdir
+from condiff_jax.config import ConfigError
+from condiff_jax.logs import Log
+from condiff_jax.workdir import Workdir, append_json, read_json_lines
 
 
 @pytest.mark.parametrize("content", ["new", b"new"])
@@ -38,3 +41,35 @@ def test_forgetting_keeps_the_lines_up_to_a_step(tmp_path, monkeypatch):
         workdir.append_json(path, {"step": step})
     workdir.forget_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_what_is_logged_beyond_the_step_a_run_goes_on_from_is_dropped(tmp_path):
+    """An evaluation or a grid of a model that is no more must not pass for the new one's."""
+    folder = Workdir(tmp_path)
+    folder.samples.mkdir()
+    for name in ("2.png", "3.png", "3-seed0-grid.png"):
+        (folder.samples / name).write_bytes(b"")
+    for path in (folder.metrics, folder.evaluation):
+        for step in (1, 2, 3):
+            append_json(path, {"step": step})
+    Log(folder, first=2)
+    assert {path.name for path in folder.samples.iterdir()} == {"2.png", "3-seed0-grid.png"}
+    for path in (folder.metrics, folder.evaluation):
+        assert [line["step"] for line in read_json_lines(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("torn", ["", '{"st', '{"step": 1}'])
+def test_a_torn_last_line_is_left_out_and_dropped(tmp_path, torn):
+    path = Workdir(tmp_path).metrics
+    path.write_text('{"step": 0}\n' + torn)
+    assert read_json_lines(path) == [{"step": 0}]
+    append_json(path, {"step": 5})
+    assert path.read_text() == '{"step": 0}\n{"step": 5}\n'
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    folder = Workdir(tmp_path)
+    folder.config.write_text(text)
+    with pytest.raises(ConfigError, match="config.json: damaged, or of another version"):
+        folder.load_config()

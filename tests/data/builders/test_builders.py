@@ -290,6 +290,18 @@ def test_folder_with_captions(tmp_path, form):
     }
 
 
+def test_a_list_at_the_top_is_for_the_folders_of_splits_too(tmp_path):
+    source = archives.classes(tmp_path / "in", names=("cat",), n=1)
+    (source / "captions.csv").write_text("file_name,caption\nval/cat/0.jpg,a cat\n")
+    _, _, records = build("folder", source, tmp_path / "out")
+    assert set(records) == {"train"} and set(records["train"]) == {"val/cat/0.jpg"}
+    shutil.move(source / "captions.csv", source / "val" / "captions.csv")
+    (source / "val" / "captions.csv").write_text("file_name,caption\ncat/0.jpg,a cat\n")
+    _, _, records = build("folder", source, tmp_path / "new")
+    assert records["validation"]["val/cat/0.jpg"]["caption"] == b"a cat"
+    assert records["train"]["train/cat/0.jpg"]["caption"] == b""
+
+
 def test_folder_needs_its_columns(tmp_path):
     (tmp_path / "captions.csv").write_text("file,text\na.jpg,b\n")
     with pytest.raises(SourceError, match="captions.csv has no column file_name"):

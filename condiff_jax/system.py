@@ -16,7 +16,7 @@ from condiff_jax import models
 from condiff_jax.conditioning.cond import Cond, Text
 from condiff_jax.conditioning.control import ControlSpec, Weighting
 from condiff_jax.conditioning.text import pad
-from condiff_jax.config import Config
+from condiff_jax.config import Config, ConfigError
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.prediction import predict_epsilon
 from condiff_jax.diffusion.schedule import SCHEDULES, Schedule, rescale
@@ -154,7 +154,14 @@ def _text_encoder(config: Config, vocabulary: Vocabulary) -> WordEmbedding | Cli
 
 
 def create(config: Config, vocabulary: Vocabulary) -> System:
-    """Build the modules; nothing is allocated, and nothing of frozen encoders read."""
+    """Build the modules; nothing is allocated, and nothing of frozen encoders read.
+
+    ConfigError where `config.objective` asks for something else than diffusion.
+    """
+    if config.objective != "diffusion":
+        raise ConfigError(
+            f"config: objective={config.objective} has no denoiser; of the modes it has train alone"
+        )
     diffusion = config.diffusion
     betas = (diffusion.beta_start, diffusion.beta_end)
     schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps, *betas)

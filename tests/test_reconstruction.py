@@ -223,6 +223,11 @@ def test_what_reconstruction_has_not_is_named(fields, message):
         tiny.config(objective="reconstruction", **{**FIELDS, **fields})
 
 
+def test_an_autoencoder_is_not_sampled():
+    with pytest.raises(ConfigError, match="objective=reconstruction has no denoiser"):
+        tiny.system(tiny.config(objective="reconstruction", **FIELDS))
+
+
 def test_configs_train_what_they_say():
     for reg in ("kl", "vq"):
         config = config_lib.create(autoencoder.get_config(f"reg={reg}"))

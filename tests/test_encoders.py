@@ -13,6 +13,7 @@ from benchmarks.parity import jit
 from condiff_jax import evaluate, sample, sharding, summary, train, transfer
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import ConfigError
+from condiff_jax.convert import exporting, weights
 from condiff_jax.models.text_encoder import WordEmbedding
 from condiff_jax.workdir import Workdir
 from tests import clips, tiny
@@ -77,6 +78,13 @@ def test_sampling_and_evaluation_go_on_from_the_run(run, folder):
     asked = {"evaluation.metrics": ("prompt_accuracy",), "evaluation.prompts": 2}
     record = evaluate.run(config(folder, **asked, **{"data.sizes": (24, 96)}), str(path))
     assert record["evaluation"]["prompts"] == 2
+
+
+def test_exports_name_the_tower(run, folder, capsys):
+    out = exporting.run(config(folder), str(run[0]))
+    assert f"the pipeline loads {folder}" in capsys.readouterr().out
+    names = weights.read(str(out)).keys()
+    assert names and all(name.startswith("model.") for name in names)
 
 
 def test_files_are_noted_once_and_others_refused(run, folder, tmp_path):

@@ -19,7 +19,7 @@ import torch
 from condiff_jax.convert import weights
 from condiff_jax.data.augment import center
 from condiff_jax.data.shapes import Shapes
-from condiff_jax.encoders import KL, Clip
+from condiff_jax.encoders import Autoencoder, Clip
 from condiff_jax.models import clip, kl
 from condiff_jax.models.autoencoder import to_float
 from condiff_jax.schema import ConfigError, TextEncoder
@@ -69,7 +69,7 @@ def compare_vae(path: str, side: int) -> dict[str, float]:
     channels = tuple(config.block_out_channels)
     size = kl.Size(channels, config.latent_channels, config.layers_per_block)
     ours = kl.AutoencoderKL(size)
-    params = KL(str(place), ours).load()
+    params = Autoencoder(str(place), ours).load()
     pictures = [center(Shapes("validation")[i]["image"], side)[0] for i in range(COUNT)]
     x = to_float(np.stack(pictures))
 

@@ -286,11 +286,16 @@ def run(config: Config, workdir: str) -> epath.Path:
     out = folder.path / "export" / f"{step}{'-raw' if config.convert.raw else ''}"
     if jax.process_count() > 1:
         raise ConfigError("mode export runs in one process")
-    bare = isinstance(system.autoencoder, Latents) and not config.autoencoder.path
-    frozen = folder.load_frozen(system, {"text_encoder", *(("autoencoder",) if bare else ())})
+    left_out = ""
+    if isinstance(system.autoencoder, Latents):
+        if not config.autoencoder.path:
+            left_out = "autoencoder.path is empty"
+        elif config.autoencoder.name == "vq":
+            left_out = "network/ has no VQModel; diffusers reads the one in autoencoder.path"
+    frozen = folder.load_frozen(system, {"text_encoder", *(("autoencoder",) if left_out else ())})
     messages = export(system, jax.device_get(params), frozen, out)
-    if bare:
-        messages.append("no autoencoder, as autoencoder.path is empty: samples end as latents")
+    if left_out:
+        messages.append(f"no autoencoder, as {left_out}: samples end as latents")
     if "text_encoder" in system.frozen:
         messages.append(f"CLIP is not in it: the pipeline loads {system.text_encoder.name}")
     print(f"Step {step} for PyTorch in {out}\n" + "\n".join(f"  {line}" for line in messages))

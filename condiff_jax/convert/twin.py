@@ -625,7 +625,7 @@ class Size(NamedTuple):
     """Width of each level, and ResNet blocks a level, of a UNet or an autoencoder.
 
     UNet: which levels attend, with how many heads or heads of which size; context: width of the
-    class embedding. Autoencoder: latent: channels of the latents.
+    class embedding. Autoencoder: latent: channels of the latents; codes: not of AutoencoderKL.
     """
 
     channels: tuple[int, ...]
@@ -635,6 +635,7 @@ class Size(NamedTuple):
     head_size: int | None = None
     resnets: int = 2
     latent: int = 4
+    codes: int = 0
 
     @property
     def groups(self) -> int:

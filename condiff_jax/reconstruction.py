@@ -30,6 +30,7 @@ from condiff_jax.models.autoencoder import Latents, to_float, to_uint8
 from condiff_jax.models.discriminator import PatchDiscriminator
 from condiff_jax.models.kl import AutoencoderKL, mean_and_std
 from condiff_jax.schema import Config
+from condiff_jax.workdir import append_json
 
 PICTURES, BATCH = 256, 32  # of the validation data that progress is measured on
 
@@ -251,8 +252,15 @@ class Reporter(Log):
         return decoded, latents, values
 
     def samples(self, step: int, params: dict) -> dict[str, float]:
-        """samples/STEP.png: pictures of the validation data, and under each what becomes of it."""
+        """samples/STEP.png: pictures of the validation data, and under each what becomes of it.
+
+        What they are worth is a line of evaluation.jsonl.
+        """
         decoded, _, values = self.measure(params["autoencoder"])
+        if self.chief:
+            append_json(self.folder.evaluation, {"step": step, **values})
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
         n = min(self.system.config.log.samples, len(decoded))
         originals = np.concatenate(self.batches)[:n]
         pairs = np.concatenate([originals, decoded[:n]], axis=1)  # one above the other

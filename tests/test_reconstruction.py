@@ -185,6 +185,8 @@ def test_a_trained_autoencoder_is_what_latent_diffusion_and_diffusers_take(tmp_p
     lines = [json.loads(line) for line in (tmp_path / "coder/metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2]
     assert {"loss", "l1", "codebook", "critic", "images_per_sec"} <= lines[0].keys()
+    (found,) = [json.loads(line) for line in (tmp_path / "coder/evaluation.jsonl").open()]
+    assert found["step"] == 2 and 0 < found["psnr"] < 30 and 0 < found["codebook_usage"] <= 1
     grid = Image.open(tmp_path / "coder/samples/2.png")
     assert np.asarray(grid).std() > 10
     assert train.run(config, str(tmp_path / "coder"))  # nothing to do

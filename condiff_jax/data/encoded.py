@@ -69,8 +69,8 @@ class Views(Sequence):
         return len(self._controls)
 
     def __getitem__(self, view):
-        moments = np.frombuffer(self._read(view), MOMENTS).reshape(self._shape)
-        return moments, dict(zip(SCALARS, self._controls[view], strict=True))
+        control = dict(zip(SCALARS, self._controls[view], strict=True))  # or an IndexError
+        return np.frombuffer(self._read(view), MOMENTS).reshape(self._shape), control
 
 
 class Encoded(Records):

@@ -138,6 +138,17 @@ class Encoder:
         params = {name: system.frozen[name].load() for name in parts}
         self.params = jax.device_put(params, sharding.replicated(mesh))
         self.code = jax.jit(self._code, out_shardings=self.place)
+        image = jax.ShapeDtypeStruct((1, *2 * (config.data.resolution,), 3), np.uint8)
+        shapes = jax.eval_shape(system.autoencoder.moments, params["autoencoder"], image)
+        self.shape = shapes.shape[1:]  # of a view's moments, (h, w, C)
+
+    @property
+    def size(self) -> int:
+        """Bytes that a picture takes with all views, about; captions fill a quarter of T."""
+        config = self.system.config
+        length, width = config.text_encoder.length // 4 + 1, config.text_encoder.width
+        features = length * width * FEATURES.itemsize * config.encode.text
+        return HEAD + features + self.views * math.prod(self.shape) * MOMENTS.itemsize
 
     def _code(self, params: dict, batch: dict) -> dict:
         images = batch["images"]  # (B, V, R, R, 3)
@@ -239,7 +250,7 @@ def encode(system: System, source, out: Path) -> dict | None:
         return None
     pictures = min(config.encode.records or len(source), len(source))
     encoder = Encoder(system)
-    shards = shards_of(pictures, picture_size(encoder), config.encode.shard_mb)
+    shards = shards_of(pictures, encoder.size, config.encode.shard_mb)
     with locked(out, out / BEGUN, f"lock-{process}"):
         begun = out / BEGUN / "begun.json"
         if begun.exists():
@@ -260,27 +271,11 @@ def compare(out: Path, before: dict, now: dict) -> None:
         )
 
 
-def moments_shape(encoder: Encoder) -> tuple[int, ...]:
-    """(h, w, C) of one view's moments."""
-    side = encoder.system.config.data.resolution
-    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
-    network = encoder.system.autoencoder.moments
-    return jax.eval_shape(network, encoder.params["autoencoder"], image).shape[1:]
-
-
-def picture_size(encoder: Encoder) -> int:
-    """Bytes that a picture takes with all views, about; captions fill a quarter of the tokens."""
-    text = encoder.system.config.text_encoder
-    features = (text.length // 4 + 1) * text.width * FEATURES.itemsize
-    moments = encoder.views * math.prod(moments_shape(encoder)) * MOMENTS.itemsize
-    return HEAD + moments + features * encoder.system.config.encode.text
-
-
 def work(encoder: Encoder, source, out: Path, shards: list[Shard]) -> None:
     """Write those of this host's shards that are not there, each with its ledger; show a bar."""
     left = [shard for shard in shards if not shard.ledger(out).exists()]
     pictures = sum(shard.stop - shard.start for shard in left)
-    size, free = pictures * picture_size(encoder), shutil.disk_usage(out).free
+    size, free = pictures * encoder.size, shutil.disk_usage(out).free
     if size > free:
         raise OutputError(
             f"it needs about {amount(size)}, and {out} has {amount(free)} free; give a folder on "
@@ -353,7 +348,7 @@ def finish(encoder: Encoder, source, out: Path, shards: list[Shard], made_of: di
         "pictures": pictures,
         "broken": broken,
         "views": encoder.views,
-        "moments": moments_shape(encoder),
+        "moments": encoder.shape,
         "features": [text.length, text.width] if config.encode.text else None,
         "shards": [row for row in rows if row["pictures"]],
         "classes": source.classes,

@@ -116,6 +116,10 @@ BOUNDS = {
     "data.entangled": (0, 1),
     "prepare.shard_mb": (1, None),
     "prepare.processes": (0, None),
+    "encode.views": (1, None),
+    "encode.records": (0, None),
+    "encode.batch_size": (1, None),
+    "encode.shard_mb": (1, None),
     "conditioning.alpha": (0, None),
     "conditioning.k": (0, None),
     "conditioning.beta_txt": (0, None),
@@ -231,6 +235,8 @@ def _validate_data(config: Config) -> None:
         )
     if config.evaluation.metrics and data.name != "shapes":
         raise ConfigError("config: evaluation.metrics need data.name=shapes; set them to ()")
+    if data.name == "latents" and config.autoencoder.name == "pixels":
+        raise ConfigError("config: data.name=latents needs autoencoder.name=kl or vq")
     low_high = config.sampling.size_range
     if len(low_high) != 2 or not 1 <= low_high[0] <= low_high[1]:
         raise ConfigError(f"config: sampling.size_range must be two sizes, got {low_high}")
@@ -245,6 +251,8 @@ def _validate_training(config: Config) -> None:
     if config.objective == "reconstruction":
         if config.autoencoder.name == "pixels":
             raise ConfigError("config: objective=reconstruction needs autoencoder.name=kl or vq")
+        if config.data.name == "latents":
+            raise ConfigError("config: objective=reconstruction needs pictures, not latents")
         for field, empty in (
             ("evaluation.metrics", ()),
             ("init.pretrain", None),
@@ -269,7 +277,8 @@ def _validate_training(config: Config) -> None:
 # Fields that may differ between the runs that share a work directory: they change neither the
 # parameters' meaning nor the sequence of training steps.
 FREE = re.compile(
-    r"steps|init\.path|(init\.pretrain\.)*((sampling|evaluation|checkpoint|log|parallel|convert|prepare)\..*"
+    r"steps|init\.path|(init\.pretrain\.)*("
+    r"(sampling|evaluation|checkpoint|log|parallel|convert|prepare|encode)\..*"
     r"|(data|autoencoder|text_encoder)\.path|data\.workers|model\.(attention|remat|unroll)|init\.path)"
 )
 

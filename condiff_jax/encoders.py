@@ -33,6 +33,8 @@ def blaming(field: str):
     """Errors in reading what a field names become a ConfigError that names the field."""
     try:
         yield
+    except ConfigError:  # it names a field already
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{field}: {one_line(error)}") from error
 

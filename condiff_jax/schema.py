@@ -56,6 +56,16 @@ class Prepare:
 
 
 @dataclasses.dataclass(frozen=True)
+class Encode:
+    path: str
+    views: int
+    text: bool
+    records: int
+    batch_size: int
+    shard_mb: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Conditioning:
     control: tuple[str, ...]
     weighting: str
@@ -204,6 +214,7 @@ class Config:
     init: Init
     data: Data
     prepare: Prepare
+    encode: Encode
     conditioning: Conditioning
     diffusion: Diffusion
     optimizer: Optimizer

@@ -38,6 +38,13 @@ RULES = (
 )
 
 
+def local_mesh() -> Mesh:
+    """The devices of this host as a (data, 1) mesh."""
+    devices = jax.local_devices()
+    types = (AxisType.Auto,) * 2
+    return jax.make_mesh((len(devices), 1), BATCH_AXES, axis_types=types, devices=devices)
+
+
 def create_mesh(fsdp: int = 1) -> Mesh:
     """All devices as a (data, fsdp) mesh; ValueError when they do not divide."""
     devices = jax.device_count()

@@ -8,9 +8,9 @@ import jax
 from clu import parameter_overview
 
 from condiff_jax.config import Config
-from condiff_jax.system import System, Vocabulary
+from condiff_jax.system import System, Vocabulary, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
-from condiff_jax.train import create_vocabulary, forward_flops, open_source
+from condiff_jax.train import forward_flops
 
 
 def vocabulary(config: Config) -> Vocabulary:

@@ -18,6 +18,7 @@ from condiff_jax.conditioning.control import ControlSpec, Weighting
 from condiff_jax.conditioning.text import pad
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.data.augment import SCALARS
+from condiff_jax.data.pipeline import create_source
 from condiff_jax.diffusion.prediction import predict_epsilon
 from condiff_jax.diffusion.schedule import SCHEDULES, Schedule, rescale
 from condiff_jax.encoders import Autoencoder, Clip
@@ -45,6 +46,25 @@ class Vocabulary:
     def tokenizer(self):
         """Word-level tokenizer over `words`."""
         return word_tokenizer(self.words)
+
+
+def open_source(config: Config):
+    """The training data; ConfigError where it cannot be read."""
+    try:
+        return create_source(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.path: {error}") from error
+
+
+def create_vocabulary(config: Config, source) -> Vocabulary:
+    """The words and classes of a data source, as far as the config uses them."""
+    if config.data.semantics == "class":
+        found, expected = len(source.classes), config.data.classes
+        if expected and found != expected:
+            raise ConfigError(f"config: data.classes={expected}, but the data has {found} classes")
+        return Vocabulary((), tuple(source.classes))
+    words = () if config.text_encoder.name == "clip" else source.vocabulary()
+    return Vocabulary(tuple(words), ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +96,7 @@ class System:
         return tokenize(self.vocabulary.tokenizer, caption, self.config.text_encoder.length)
 
     def example(self, batch: int) -> dict[str, Any]:
-        """A batch of zeros with the shapes and types that data and requests have."""
+        """A batch of zeros with the shapes and types that pictures and requests have."""
         side, length = self.config.data.resolution, self.config.text_encoder.length
         out = {
             "image": np.zeros((batch, side, side, 3), np.uint8),
@@ -128,8 +148,13 @@ class System:
         """The full condition of a batch; text_noise (B, T, C) is eps of Eq. 7, None for classes."""
         semantics = batch["label"]
         if self.text_encoder is not None:
-            variables = {"params": params["text_encoder"]}
-            text = self.text_encoder.apply(variables, batch["ids"], batch["mask"])
+            if "tokens" in batch:  # coded once and for all by mode encode
+                dtype = jnp.dtype(self.config.model.dtype)
+                tokens, pooled = (batch[name].astype(dtype) for name in ("tokens", "pooled"))
+                text = Text(tokens, batch["mask"], pooled)
+            else:
+                variables = {"params": params["text_encoder"]}
+                text = self.text_encoder.apply(variables, batch["ids"], batch["mask"])
             settings = self.config.conditioning
             semantics = pad(text, settings.padding, beta=settings.beta_txt, noise=text_noise)
         return Cond.of(semantics, self.control.control(batch["control"]))

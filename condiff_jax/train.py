@@ -16,19 +16,19 @@ from absl import logging
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from condiff_jax import evaluate, flops, optim, reconstruction, sharding, state, transfer
+from condiff_jax import encode, evaluate, flops, optim, reconstruction, sharding, state, transfer
 from condiff_jax.checkpoint import Checkpoints, abstract_state
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.dropout import drop_flags
 from condiff_jax.config import Config, ConfigError
-from condiff_jax.data.pipeline import batches, create_source, first_controls
+from condiff_jax.data.pipeline import batches, first_controls
 from condiff_jax.diffusion.loss import denoising_loss
 from condiff_jax.diffusion.prediction import loss_weight
 from condiff_jax.logs import Reporter
 from condiff_jax.models.autoencoder import Latents
 from condiff_jax.models.mdt import MDT, hide
 from condiff_jax.reconstruction import Reconstructor
-from condiff_jax.system import System, Vocabulary
+from condiff_jax.system import System, Vocabulary, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir, write
 
@@ -72,8 +72,11 @@ def loss_fn(
     params = {**params, **(frozen or {})}
     cond: Cond = system.condition(params, batch, noise.get("text"))
     cond = cond.replace(drop_semantics=noise["drop_semantics"], drop_control=noise["drop_control"])
-    coder = params.get("autoencoder")
-    x0 = system.autoencoder.encode(coder, batch["image"], noise.get("latent"))
+    if "moments" in batch:  # coded once and for all by mode encode
+        x0 = system.autoencoder.sample(batch["moments"], noise["latent"])
+    else:
+        coder = params.get("autoencoder")
+        x0 = system.autoencoder.encode(coder, batch["image"], noise.get("latent"))
     inputs = (system.schedule, x0, noise["t"], noise["eps"], cond)
     loss = denoising_loss(system.denoise(params), *inputs)
     if "hidden" in noise:
@@ -252,25 +255,6 @@ def throughput(config: Config, step_time: float, flop_image: int) -> dict[str, f
     return out
 
 
-def open_source(config: Config):
-    """The training data; ConfigError where it cannot be read."""
-    try:
-        return create_source(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.path: {error}") from error
-
-
-def create_vocabulary(config: Config, source) -> Vocabulary:
-    """The words and classes of a data source, as far as the config uses them."""
-    if config.data.semantics == "class":
-        found, expected = len(source.classes), config.data.classes
-        if expected and found != expected:
-            raise ConfigError(f"config: data.classes={expected}, but the data has {found} classes")
-        return Vocabulary((), tuple(source.classes))
-    words = () if config.text_encoder.name == "clip" else source.vocabulary()
-    return Vocabulary(tuple(words), ())
-
-
 def run(config: Config, workdir: str) -> bool:
     """Mode `train`: start, resume or notice that all is done; whether it is (SIGTERM saves first).
 
@@ -294,6 +278,8 @@ def _run(config: Config, workdir: str) -> bool:
     else:
         vocabulary = create_vocabulary(config, source)
         system = create_system(config, vocabulary)
+    if config.data.name == "latents":
+        encode.check(system, source)
     folder = Workdir(workdir)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
     first = checkpoints.latest
@@ -303,9 +289,9 @@ def _run(config: Config, workdir: str) -> bool:
         print(f"Nothing to do: {workdir} has finished its {config.steps} steps.")
         return True
     frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
-    encode = system.encode_text if system.text_encoder is not None else None
+    encode_text = system.encode_text if system.text_encoder is not None else None
     data = batches(
-        config, source, encode, process=jax.process_index(), processes=jax.process_count()
+        config, source, encode_text, process=jax.process_index(), processes=jax.process_count()
     )
     init, step = compile_step(system, mesh)
     step_fn = lambda train_state, batch: step(train_state, batch, frozen)  # noqa: E731

@@ -59,9 +59,10 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     # shapes (embedded) | webdataset (tar shards) | tfds (a data set's folder as TFDS writes it:
-    # what mode prepare makes, or TFDS's own cifar10, imagenet2012, ...)
+    # what mode prepare makes, or TFDS's own cifar10, imagenet2012, ...) | latents (what mode encode
+    # makes: encode.path of that is data.path of this)
     data.name = "shapes"
-    data.path = ""  # folder of a webdataset or tfds
+    data.path = ""  # folder of a webdataset, tfds or latents
     data.resolution = 32  # pixels
     data.semantics = "text"  # text | class
     # Classes to expect, for class-conditional models; 0: those of the data. shapes has 10 (warm or
@@ -79,6 +80,14 @@ def get_config() -> ConfigDict:
     prepare.boxes = ""  # JSON of faces to blur: {key: [[left, top, right, bottom], ...]}, in pixels
     prepare.shard_mb = 256  # about the size of one output file
     prepare.processes = 0  # that prepare at a time; 0: as many as there are cores
+
+    config.encode = encode = ConfigDict()  # mode encode: makes a cache of the training split
+    encode.path = ""  # its folder
+    encode.views = 1  # crops of each picture, each in both flips if data.flip
+    encode.text = False  # also features of the captions (text_encoder.name=clip), in bf16
+    encode.records = 0  # pictures to take, the first; 0: all. shapes has no end and needs a number
+    encode.batch_size = 64  # pictures, flips counted, at a time on all devices of a host
+    encode.shard_mb = 256  # about the size of one output file
 
     config.conditioning = conditioning = ConfigDict()
     conditioning.control = ("crop", "flip", "size")  # any of crop, flip, aspect, size; () is none

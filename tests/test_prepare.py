@@ -13,7 +13,7 @@ from condiff_jax import prepare
 from condiff_jax.config import ConfigError
 from condiff_jax.data.builders import BUILDERS
 from condiff_jax.data.builders import prepare as driver
-from condiff_jax.train import create_vocabulary, open_source
+from condiff_jax.system import create_vocabulary, open_source
 from configs import cc12m_512, imagenet1k_256, imagenet22k_256
 from configs.recipes import CLASSES, all_stages
 from tests.data.builders import archives

@@ -6,7 +6,6 @@ from condiff_jax import config as config_lib
 from condiff_jax import system as system_lib
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.models import transformer
-from condiff_jax.train import create_vocabulary
 from configs import base
 
 
@@ -38,7 +37,7 @@ def config(**overrides) -> config_lib.Config:
 
 def system(config: config_lib.Config) -> system_lib.System:
     """Its modules, on the vocabulary of its data."""
-    return system_lib.create(config, create_vocabulary(config, create_source(config)))
+    return system_lib.create(config, system_lib.create_vocabulary(config, create_source(config)))
 
 
 def few_layers():

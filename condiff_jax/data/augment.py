@@ -41,13 +41,16 @@ def augment(
     # Drawn last, so that turning flips off leaves the crop of a given seed as it was.
     mirrored = flip and rng.random() < 0.5
     out = _resize(image, top, left, side, resolution)
-    if mirrored:
-        out = np.ascontiguousarray(out[:, ::-1])
-    scalars = _scalars(top, left, side, mirrored, height, width)
+    scalars = _scalars(top, left, side, False, height, width)
     if original is not None:
         known = zip(("aspect", "height", "width"), _frame(*original), strict=True)
         scalars |= {name: np.float32(value) for name, value in known}
-    return out, scalars
+    return mirror(out, scalars) if mirrored else (out, scalars)
+
+
+def mirror(image: np.ndarray, scalars: dict) -> tuple[np.ndarray, dict[str, np.float32]]:
+    """A picture (H, W, 3) that was not flipped, flipped, and its SCALARS."""
+    return np.ascontiguousarray(image[:, ::-1]), scalars | {"flip": np.float32(1)}
 
 
 def center(image: np.ndarray, resolution: int) -> tuple[np.ndarray, dict[str, np.float32]]:

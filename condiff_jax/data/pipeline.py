@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from condiff_jax.data.augment import SCALARS, augment
+from condiff_jax.data.encoded import Encoded
 from condiff_jax.data.prepared import TFDS
 from condiff_jax.data.shapes import Shapes
 from condiff_jax.data.webdataset import Webdataset
@@ -18,13 +19,19 @@ if TYPE_CHECKING:
 
 # Each source is a random-access sequence of {"image": uint8 (H, W, 3), "caption": str,
 # "label": int} and, if the original was larger, "size": its (height, width); with
-# `vocabulary()` (words of the captions) and `classes` (names of the labels).
+# `vocabulary()` (words of the captions) and `classes` (names of the labels). A cache has "views"
+# in place of the image, see `encoded`.
 SOURCES = {
     "shapes": lambda config, split: Shapes(
         split, config.data.sizes, config.data.classes, config.data.entangled
     ),
     "webdataset": lambda config, split: Webdataset(config.data.path, split),
     "tfds": lambda config, split: TFDS(config.data.path, split),
+    "latents": lambda config, split: Encoded(
+        config.data.path,
+        split,
+        text=config.data.semantics == "text" and config.text_encoder.name == "clip",
+    ),
 }
 
 
@@ -40,7 +47,8 @@ class Preprocess(grain.transforms.RandomMap):
     """A source's record -> one training example of fixed shapes.
 
     image uint8 (R, R, 3), label int32, control {scalar: float32}, broken int32 (records skipped
-    to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,).
+    to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,). From a cache
+    moments float16 (h, w, C) take the place of image, and, if it has them, features that of ids.
     """
 
     resolution: int
@@ -49,19 +57,29 @@ class Preprocess(grain.transforms.RandomMap):
     encode_text: Any = None  # caption -> (ids, mask)
 
     def random_map(self, record: dict, rng: np.random.Generator) -> dict:
-        image, control = augment(
-            record["image"], rng,
-            resolution=self.resolution, crop=self.crop, flip=self.flip, original=record.get("size"),
-        )  # fmt: skip
+        picture, control = self._draw(record, rng)
         example = {
-            "image": image,
+            **picture,
             "label": np.int32(record["label"]),
             "control": {name: np.float32(control[name]) for name in SCALARS},
             "broken": np.int32(record.get("broken", 0)),
         }
-        if self.encode_text is not None:
+        if "features" in record:
+            example |= record["features"]
+        elif self.encode_text is not None:
             example["ids"], example["mask"] = self.encode_text(record["caption"])
         return example
+
+    def _draw(self, record: dict, rng: np.random.Generator) -> tuple[dict, dict]:
+        if "views" in record:
+            views = record["views"]
+            moments, control = views[rng.integers(len(views))]
+            return {"moments": moments}, control
+        image, control = augment(
+            record["image"], rng,
+            resolution=self.resolution, crop=self.crop, flip=self.flip, original=record.get("size"),
+        )  # fmt: skip
+        return {"image": image}, control
 
 
 def examples(config: Config, source, encode_text=None) -> grain.MapDataset:

@@ -81,10 +81,18 @@ class Latents:
         """Channels of the latents."""
         return self.network.size.latent
 
+    def moments(self, params: dict, images: jax.Array) -> jax.Array:
+        """uint8 (B, H, W, 3) -> what the network's `sample` takes, f32 (B, h, w, C or 2 C)."""
+        return self.network.apply({"params": params}, to_float(images), method="encode")
+
+    def sample(self, moments: jax.Array, noise: jax.Array) -> jax.Array:
+        """Moments in any type, standard normal noise (B, h, w, C) -> a sample of the latents."""
+        latents = self.network.sample(jnp.asarray(moments, jnp.float32), noise)
+        return (latents - self.shift) * self.scale
+
     def encode(self, params: dict, images: jax.Array, noise: jax.Array) -> jax.Array:
         """uint8 (B, H, W, 3), standard normal noise (B, h, w, C) -> a sample of the latents."""
-        moments = self.network.apply({"params": params}, to_float(images), method="encode")
-        return (self.network.sample(moments, noise) - self.shift) * self.scale
+        return self.sample(self.moments(params, images), noise)
 
     def decode(self, params: dict, x: jax.Array) -> jax.Array:
         """f32 (B, h, w, C) -> uint8 (B, H, W, 3), clipped."""

@@ -66,12 +66,15 @@ def prepare(
 
 
 @contextlib.contextmanager
-def locked(out: Path, work: Path) -> Iterator[None]:
-    """The work folder, for this process alone; the system frees it when the process ends."""
+def locked(out: Path, work: Path, name: str = "lock") -> Iterator[None]:
+    """The work folder, for this process alone; the system frees it when the process ends.
+
+    name: of the lock's file; processes that share the work have one each.
+    """
     if out.exists() and not work.exists() and any(out.iterdir()):
         raise OutputError(f"{out} holds other files; give an empty or new folder")
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
+    with open(work / name, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 import grain
@@ -10,6 +11,7 @@ import numpy as np
 
 from condiff_jax.data.augment import SCALARS, augment
 from condiff_jax.data.prepared import TFDS
+from condiff_jax.data.records import Records
 from condiff_jax.data.shapes import Shapes
 from condiff_jax.data.webdataset import Webdataset
 
@@ -37,26 +39,36 @@ def create_source(config: Config, split: str = "train"):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess(grain.transforms.RandomMap):
-    """A source's record -> one training example of fixed shapes.
+    """The number of a source's record -> one training example of fixed shapes.
 
     image uint8 (R, R, 3), label int32, control {scalar: float32}, broken int32 (records skipped
     to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,).
     """
 
+    source: Any
     resolution: int
     crop: tuple[float, float]
     flip: bool
     encode_text: Any = None  # caption -> (ids, mask)
 
-    def random_map(self, record: dict, rng: np.random.Generator) -> dict:
-        image, control = augment(
-            record["image"], rng,
-            resolution=self.resolution, crop=self.crop, flip=self.flip, original=record.get("size"),
-        )  # fmt: skip
+    def random_map(self, i: int, rng: np.random.Generator) -> dict:
+        state = rng.bit_generator.state
+
+        def crop(record: dict) -> dict:
+            rng.bit_generator.state = state  # whatever a bad record before this one has drawn
+            image, control = augment(
+                record["image"], rng, resolution=self.resolution, crop=self.crop, flip=self.flip,
+                original=record.get("size"),
+            )  # fmt: skip
+            return record | {"image": image, "control": control}
+
+        # Pictures in files are decoded for their crop, and may turn out to be damaged then.
+        files = isinstance(self.source, Records)
+        record = self.source.first(i, crop) if files else crop(self.source[i])
         example = {
-            "image": image,
+            "image": record["image"],
             "label": np.int32(record["label"]),
-            "control": {name: np.float32(control[name]) for name in SCALARS},
+            "control": record["control"],
             "broken": np.int32(record.get("broken", 0)),
         }
         if self.encode_text is not None:
@@ -68,11 +80,11 @@ def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
     """The endless stream of examples; number i depends on (config.seed, i) alone."""
     data = config.data
     return (
-        grain.MapDataset.source(source)
+        grain.MapDataset.range(len(source))
         .seed(config.seed)
         .shuffle()
         .repeat()
-        .random_map(Preprocess(data.resolution, data.crop, data.flip, encode_text))
+        .random_map(Preprocess(source, data.resolution, data.crop, data.flip, encode_text))
     )
 
 
@@ -93,8 +105,10 @@ def batches(
     data = config.data
     dataset = examples(config, source, encode_text)[process::processes]
     dataset = dataset.batch(config.batch_size // processes, drop_remainder=True)
-    threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    dataset = dataset.to_iter_dataset(threads)
+    # Pillow lets threads decode side by side; each makes a batch of its own.
+    threads = 1 if data.workers else min(os.cpu_count() or 1, 8)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))
+    dataset = dataset.to_iter_dataset(options)
     if data.workers:
         options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=4)
         dataset = dataset.mp_prefetch(options)

@@ -35,7 +35,8 @@ from condiff_jax.convert import weights
 from condiff_jax.data.builders.prepare import MB, amount, locked
 from condiff_jax.data.builders.shards import write_json, write_shard
 from condiff_jax.data.builders.units import OutputError
-from condiff_jax.data.encoded import BEGUN, FEATURES, MANIFEST, MOMENTS, Encoded, pack, views
+from condiff_jax.data.encoded import BEGUN, FEATURES, MANIFEST, MOMENTS, Cache, pack, views
+from condiff_jax.data.records import read_record
 from condiff_jax.system import System, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
 
@@ -61,7 +62,7 @@ def settings(system: System, fields: tuple[str, ...]) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def check(system: System, source: Encoded) -> None:
+def check(system: System, source: Cache) -> None:
     """ConfigError that names the field in which a cache is not what a config trains on."""
     asked = settings(system, IMAGE_FIELDS + (TEXT_FIELDS if source.features else ()))
     for field, before, now in differing(source.manifest["settings"], asked):
@@ -116,10 +117,13 @@ class Read:
     encode_text: Any = None  # caption -> (ids, mask)
 
     def __call__(self, i: int) -> dict:
-        record = self.source[i]
-        images, controls = views(record, seed=(self.seed, i), **self.settings)
-        out = {name: record[name] for name in ("label", "caption")}
-        out |= {"images": images, "controls": controls, "broken": int(record.get("broken", 0))}
+        def code(record: dict) -> dict:
+            images, controls = views(record, seed=(self.seed, i), **self.settings)
+            return record | {"images": images, "controls": controls}
+
+        record = read_record(self.source, i, code)
+        out = {name: record[name] for name in ("label", "caption", "images", "controls")}
+        out["broken"] = int(record.get("broken", 0))
         if self.encode_text is not None:
             out["ids"], out["mask"] = self.encode_text(record["caption"])
         return out

@@ -16,7 +16,7 @@ from etils import epath
 from benchmarks.parity import jit, random_like
 from condiff_jax import encode, reconstruction, sample, train
 from condiff_jax.config import ConfigError
-from condiff_jax.data.encoded import Encoded
+from condiff_jax.data.encoded import Cache
 from condiff_jax.data.pipeline import Preprocess, batches
 from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import NETWORKS
@@ -154,7 +154,7 @@ def test_both_flips_are_what_flipping_the_picture_gives(config_of, cached):
 def test_without_flips_there_are_none(config_of, tmp_path):
     fields = {"data.flip": False, "encode.path": str(tmp_path / "c"), "encode.records": 2}
     encode.run(config_of(**fields))
-    views = Encoded(tmp_path / "c")[0]["views"]
+    views = Cache(tmp_path / "c")[0]["views"]
     assert len(views) == 2 and all(control["flip"] == 0 for _, control in views)
     assert views[0][1]["crop_left"] != views[1][1]["crop_left"]
 
@@ -299,7 +299,7 @@ def test_broken_pictures_are_left_out_and_counted(encoder, config_of, tmp_path):
     system, source = tiny.system(config), open_source(config)
     manifest = encode.encode(system, SomeBroken(source), tmp_path / "c")
     assert (manifest["pictures"], manifest["broken"]) == (PICTURES - 1, 1)
-    found = Encoded(tmp_path / "c")
+    found = Cache(tmp_path / "c")
     expected = [source[i]["caption"] for i in (0, 2, 3, 4)]
     assert [found[i]["caption"] for i in range(len(found))] == expected
 
@@ -333,13 +333,13 @@ def test_damaged_caches_are_refused(caches, tmp_path):
     out = shutil.copytree(caches["kl"], tmp_path / "c")
     (out / "00001-of-00002.array_record").unlink()
     with pytest.raises(FileNotFoundError, match="00001-of-00002.array_record is missing"):
-        Encoded(out)
+        Cache(out)
     for text, message in (("{", "cannot be read"), ("{}", "holds no cache")):
         (out / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            Encoded(out)
+            Cache(out)
     with pytest.raises(ValueError, match="has no validation split"):
-        Encoded(caches["kl"], "validation")
+        Cache(caches["kl"], "validation")
 
 
 @pytest.mark.parametrize(

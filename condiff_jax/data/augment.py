@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+from condiff_jax.data.images import Encoded
+
 SCALARS = (
     "crop_top",
     "crop_left",
@@ -18,7 +20,7 @@ CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}
 
 
 def augment(
-    image: np.ndarray,
+    image: np.ndarray | Encoded,
     rng: np.random.Generator,
     *,
     resolution: int,
@@ -28,6 +30,7 @@ def augment(
 ) -> tuple[np.ndarray, dict[str, np.float32]]:
     """A random square crop of uint8 (H, W, 3), maybe mirrored: uint8 (R, R, 3) and its SCALARS.
 
+    Of an encoded picture no more is decoded than is needed, with the same SCALARS.
     original: height and width in pixels before the picture was made smaller, if it was.
     ValueError for a crop range outside 0 < low <= high <= 1, a bad resolution or a bad image.
     """
@@ -53,7 +56,9 @@ def mirror(image: np.ndarray, scalars: dict) -> tuple[np.ndarray, dict[str, np.f
     return np.ascontiguousarray(image[:, ::-1]), scalars | {"flip": np.float32(1)}
 
 
-def center(image: np.ndarray, resolution: int) -> tuple[np.ndarray, dict[str, np.float32]]:
+def center(
+    image: np.ndarray | Encoded, resolution: int
+) -> tuple[np.ndarray, dict[str, np.float32]]:
     """The largest centred square of uint8 (H, W, 3): uint8 (R, R, 3) and its SCALARS."""
     height, width = _size(image)
     top, left, side = _centered(height, width)
@@ -74,19 +79,26 @@ def _centered(height: int, width: int) -> tuple[int, int, int]:
     return (height - side) // 2, (width - side) // 2, side
 
 
-def _size(image: np.ndarray) -> tuple[int, int]:
+def _size(image: np.ndarray | Encoded) -> tuple[int, int]:
+    if isinstance(image, Encoded):
+        return image.height, image.width
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"image is {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
     return image.shape[:2]
 
 
-def _resize(image: np.ndarray, top: int, left: int, side: int, resolution: int) -> np.ndarray:
+def _resize(
+    image: np.ndarray | Encoded, top: int, left: int, side: int, resolution: int
+) -> np.ndarray:
     if resolution < 1:
         raise ValueError(f"resolution={resolution}: it must be at least 1 pixel")
-    # Cut first: resize(box=...) would let pixels from outside the window into its border.
-    window = Image.fromarray(image[top : top + side, left : left + side])
+    # Cut first: resize(box=...) alone would let pixels from outside the window into its border.
+    if isinstance(image, Encoded):
+        window, box = image.window(top, left, side, resolution)
+    else:
+        window, box = Image.fromarray(image[top : top + side, left : left + side]), None
     size = (resolution, resolution)
-    return np.array(window.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0))
+    return np.array(window.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0))
 
 
 def _scalars(

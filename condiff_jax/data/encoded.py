@@ -73,7 +73,7 @@ class Views(Sequence):
         return np.frombuffer(self._read(view), MOMENTS).reshape(self._shape), control
 
 
-class Encoded(Records):
+class Cache(Records):
     """The training split as mode encode has left it in a folder.
 
     Items are {"views": Views, "caption", "label", "broken": 0} and, if asked for by `text` and
@@ -102,6 +102,9 @@ class Encoded(Records):
 
     def __len__(self):
         return self._ends[-1]
+
+    def __getitem__(self, i) -> dict:
+        return self.first(i, lambda record: record)
 
     def _place(self, i: int):
         """(shard, position of the picture's first record, number of records before the views)."""

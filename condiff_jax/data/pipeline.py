@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 
 from condiff_jax.data.augment import SCALARS, augment
-from condiff_jax.data.encoded import Encoded
+from condiff_jax.data.encoded import Cache
 from condiff_jax.data.prepared import TFDS
+from condiff_jax.data.records import read_record
 from condiff_jax.data.shapes import Shapes
 from condiff_jax.data.webdataset import Webdataset
 
@@ -27,7 +29,7 @@ SOURCES = {
     ),
     "webdataset": lambda config, split: Webdataset(config.data.path, split),
     "tfds": lambda config, split: TFDS(config.data.path, split),
-    "latents": lambda config, split: Encoded(
+    "latents": lambda config, split: Cache(
         config.data.path,
         split,
         text=config.data.semantics == "text" and config.text_encoder.name == "clip",
@@ -44,24 +46,32 @@ def create_source(config: Config, split: str = "train"):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess(grain.transforms.RandomMap):
-    """A source's record -> one training example of fixed shapes.
+    """The number of a source's record -> one training example of fixed shapes.
 
     image uint8 (R, R, 3), label int32, control {scalar: float32}, broken int32 (records skipped
     to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,). From a cache
     moments float16 (h, w, C) take the place of image, and, if it has them, features that of ids.
     """
 
+    source: Any
     resolution: int
     crop: tuple[float, float]
     flip: bool
     encode_text: Any = None  # caption -> (ids, mask)
 
-    def random_map(self, record: dict, rng: np.random.Generator) -> dict:
-        picture, control = self._draw(record, rng)
+    def random_map(self, i: int, rng: np.random.Generator) -> dict:
+        state = rng.bit_generator.state
+
+        def draw(record: dict) -> dict:
+            rng.bit_generator.state = state  # whatever a bad record before this one has drawn
+            picture, control = self._draw(record, rng)
+            return record | {"picture": picture, "control": control}
+
+        record = read_record(self.source, i, draw)
         example = {
-            **picture,
+            **record["picture"],
             "label": np.int32(record["label"]),
-            "control": {name: np.float32(control[name]) for name in SCALARS},
+            "control": {name: np.float32(record["control"][name]) for name in SCALARS},
             "broken": np.int32(record.get("broken", 0)),
         }
         if "features" in record:
@@ -86,11 +96,11 @@ def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
     """The endless stream of examples; number i depends on (config.seed, i) alone."""
     data = config.data
     return (
-        grain.MapDataset.source(source)
+        grain.MapDataset.range(len(source))
         .seed(config.seed)
         .shuffle()
         .repeat()
-        .random_map(Preprocess(data.resolution, data.crop, data.flip, encode_text))
+        .random_map(Preprocess(source, data.resolution, data.crop, data.flip, encode_text))
     )
 
 
@@ -111,8 +121,10 @@ def batches(
     data = config.data
     dataset = examples(config, source, encode_text)[process::processes]
     dataset = dataset.batch(config.batch_size // processes, drop_remainder=True)
-    threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    dataset = dataset.to_iter_dataset(threads)
+    # Pillow lets threads decode side by side; each makes a batch of its own.
+    threads = 1 if data.workers else min(os.cpu_count() or 1, 8)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))
+    dataset = dataset.to_iter_dataset(options)
     if data.workers:
         options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=4)
         dataset = dataset.mp_prefetch(options)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from condiff_jax.data.images import decode
+from condiff_jax.data.images import Encoded
 from condiff_jax.data.records import Records, by_frequency, count_words
 
 INFO = "dataset_info.json"  # written last: with it a data set is whole
@@ -71,9 +71,9 @@ class TFDS(Records):
 
     def _record(self, i: int) -> dict:
         record = self._read(i)
-        image = decode(record["image"])
+        image = Encoded(record["image"])
         size = tuple(int(record.get(name, 0)) for name in ("height", "width"))
-        original = {"size": size} if min(size) > 0 and size != image.shape[:2] else {}
+        original = {"size": size} if min(size) > 0 and size != (image.height, image.width) else {}
         label = np.int32(record.get("label", 0))
         return {"image": image, "caption": self._text(record), "label": label, **original}
 

@@ -3,7 +3,7 @@
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from absl import logging
@@ -12,10 +12,10 @@ from absl import logging
 class Records:
     """A random-access sequence of pictures, some of which may not decode.
 
-    Subclasses set `path` and `split`, and define `__len__`, `_record(i)` (which raises anything for
-    a bad one), `_caption(i)` and `_where(i)`. Items are {"image": uint8 (H, W, 3), "caption": str,
-    "label": int32, "broken": int32, the bad records skipped to get there}, and where the picture
-    was made smaller, "size": its original (height, width) in pixels.
+    Subclasses set `path` and `split`, and define `__len__`, `_record(i)` (whose image is `Encoded`;
+    it raises anything for a bad one), `_caption(i)` and `_where(i)`. Items are {"image": uint8
+    (H, W, 3), "caption": str, "label": int32, "broken": int32, the bad records skipped to get
+    there}, and where the picture was made smaller, "size": its original (height, width) in pixels.
     """
 
     def __init__(self):
@@ -37,20 +37,27 @@ class Records:
 
     def __getitem__(self, i) -> dict:
         """The first good record at or after i (mod n); ValueError when there is none."""
+        return self.first(i, lambda record: record | {"image": record["image"].decode()})
+
+    def first(self, i, read: Callable[[dict], dict]) -> dict:
+        """read(record), and "broken", of the first record at or after i (mod n) that allows it.
+
+        The image that `read` gets is not decoded yet. ValueError when there is no such record.
+        """
         n, i = len(self), operator.index(i)
         if not -n <= i < n:
             raise IndexError(f"sample {i} of {n} in {self.path}")
         for skipped in range(n):
-            record = self._good((i + skipped) % n)
+            record = self._good((i + skipped) % n, read)
             if record is not None:
                 return record | {"broken": np.int32(skipped)}
         raise ValueError(f"{self.path} has no decodable {self.split} image; check its shards")
 
-    def _good(self, i: int) -> dict | None:
+    def _good(self, i: int, read: Callable[[dict], dict]) -> dict | None:
         if i in self._broken:
             return None
         try:
-            return self._record(i)
+            return read(self._record(i))
         except Exception as error:  # damaged files make Pillow raise nearly anything
             self._broken.add(i)
             logging.warning("skipping record %s: %s", self._where(i), error)
@@ -63,6 +70,11 @@ class Records:
     def vocabulary(self, max_words: int = 8192) -> tuple[str, ...]:
         """The captions' lower-case words, most frequent first, ties in alphabetical order."""
         return tuple(by_frequency(count_words(self.captions()))[:max_words])
+
+
+def read_record(source, i: int, read: Callable[[dict], dict]) -> dict:
+    """read(record) of number i of any source; of files as `Records.first`, for the crop alone."""
+    return source.first(i, read) if isinstance(source, Records) else read(source[i])
 
 
 def count_words(captions: Iterable[str]) -> Counter:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from condiff_jax.data.images import decode
+from condiff_jax.data.images import Encoded
 from condiff_jax.data.records import Records
 from condiff_jax.data.tars import members
 
@@ -71,7 +71,7 @@ class Webdataset(Records):
         if data is None:
             raise ValueError("it has no image")
         label = self._index.labels[i]
-        return {"image": decode(data), "caption": self._caption(i), "label": label}
+        return {"image": Encoded(data), "caption": self._caption(i), "label": label}
 
     def _where(self, i: int) -> str:
         return f"{self._index.keys[i].decode()} of {self._shards[self._index.shards[i]]}"

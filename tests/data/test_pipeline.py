@@ -1,5 +1,7 @@
 """The input pipeline: the same stream for any number of hosts, workers and restarts."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from condiff_jax.conditioning.control import ControlSpec
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.data.pipeline import batches, create_source, first_controls
 from tests import tiny
+from tests.data.builders import archives
 
 CONFIG = tiny.config()
 
@@ -28,14 +31,16 @@ def test_batches_have_the_shapes_the_system_expects():
         assert a.shape == b.shape and a.dtype == b.dtype
 
 
-def test_state_resumes_the_exact_stream():
-    whole = stream()
+@pytest.mark.parametrize("workers", [0, 2])
+def test_state_resumes_the_exact_stream(workers):
+    whole, config = stream(), tiny.config(**{"data.workers": workers})
     expected = [next(whole) for _ in range(6)]
-    first = stream()
+    first = stream(config)
     for _ in range(3):
         next(first)
-    second = stream()
-    second.set_state(first.get_state())
+    state = json.loads(json.dumps(first.get_state()))  # as checkpoints keep it
+    second = stream(config)
+    second.set_state(state)
     for batch in expected[3:]:
         assert_equal(batch, next(second))
 
@@ -87,3 +92,20 @@ def test_worker_processes_change_nothing(workers):
     plain, worked = stream(), stream(tiny.config(**{"data.workers": workers}))
     for _ in range(3):
         assert_equal(next(plain), next(worked))
+
+
+def test_a_picture_that_turns_out_damaged_takes_no_random_numbers(tmp_path):
+    """Its place is taken by the next one, cropped as if that had stood there."""
+    good = [archives.jpeg(i, 60 + i, 90) for i in range(3)]
+    streams = []
+    for name, second in (("broken", archives.jpeg(5, 200, 99)[:-300]), ("whole", good[2])):
+        pictures = [good[0], second, good[2]]
+        members = [(f"{i}.jpg", data) for i, data in enumerate(pictures)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.tar").write_bytes(archives.tar(members))
+        path = str(tmp_path / name)
+        config = tiny.config(**{"data.name": "webdataset", "data.path": path})
+        streams.append(stream(config))
+    broken, whole = map(next, streams)
+    assert 0 < broken.pop("broken").sum() < 16 and not whole.pop("broken").any()
+    assert_equal(broken, whole)

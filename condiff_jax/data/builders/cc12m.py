@@ -16,7 +16,7 @@ from condiff_jax.data.builders.units import (
     text,
     unsafe,
 )
-from condiff_jax.data.images import lies
+from condiff_jax.data.images import Encoded
 from condiff_jax.data.webdataset import IMAGE, JSON, PREFIXES, TEXT, caption, scan
 
 SIDE = 1_000_000  # a side in pixels that no picture has
@@ -52,7 +52,7 @@ def original_size(image: bytes, details: bytes | None) -> tuple[int, int] | None
         size = tuple(found[f"original_{side}"] for side in ("height", "width"))
         if any(type(side) is not int or not 0 < side < SIDE for side in size):
             return None
-        return size[::-1] if lies(image) else size
+        return size[::-1] if Encoded(image).lies else size
     except Exception:  # damaged JSON or picture; the latter is found out when it is decoded
         return None
 

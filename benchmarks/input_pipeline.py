@@ -1,0 +1,290 @@
+"""How fast pictures are read: `python -m benchmarks.input_pipeline [--cores=0,1] [--save]`.
+
+It makes its own pictures, noise with the spectrum of photographs: `imagenet` of about 500 x 375
+pixels and `cc12m` with short sides of 1024 to 1536, which mode prepare turns into TFDS data sets.
+Timed in turn, several times over, are bare Pillow, our parts, and PyTorch's loader with the same
+work. Rates are per second of CPU time, of all threads and worker processes: images/s per core.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import active_children
+from pathlib import Path
+
+import numpy as np
+import torch
+from absl import app, flags, logging
+from PIL import Image
+
+from condiff_jax import config as config_lib
+from condiff_jax.data.augment import CROPS
+from condiff_jax.data.builders.prepare import prepare
+from condiff_jax.data.pipeline import SOURCES, Preprocess, batches
+from condiff_jax.data.prepared import TFDS
+from configs import base
+
+RESULTS = Path(__file__).parent / "results" / "input_pipeline.json"
+# name: (pictures, short sides in pixels, JPEG quality); all are 4:3, lying or standing
+SETS = {"imagenet": (48, (340, 400), 92), "cc12m": (12, (1024, 1536), 90)}
+RESOLUTIONS = (256, 512)
+CROP = CROPS["global"]
+BATCH = 8
+RECORDS = 60_000  # that a set seems to have: grain's shuffle is slow for a few
+BUFFERED = 10  # batches that wait in the queues of a loader or of each of its workers, at most
+MEMORY = (50_000, 5_000, 100)  # images, images between two looks, images a batch
+PACKAGES = ("pillow", "grain", "array_record", "tensorflow_datasets", "numpy", "torch")
+FLAGS = flags.FLAGS
+
+
+def photo(seed: int, short: tuple[int, int]) -> Image.Image:
+    """A picture whose amplitudes fall as 1 / frequency^1.2, nearly grey, as photographs are."""
+    rng = np.random.default_rng(seed)
+    side = int(rng.integers(short[0], short[1] + 1))
+    h, w = (side, 4 * side // 3) if rng.random() < 0.75 else (4 * side // 3, side)
+    frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None])
+    frequency[0, 0] = np.inf  # no mean
+    fields = [np.fft.irfft2(np.fft.rfft2(rng.normal(size=(h, w))) / frequency**1.2, s=(h, w))
+              for _ in range(4)]  # fmt: skip
+    grey, *tints = (field / field.std() for field in fields)
+    pixels = 118 + 52 * np.stack([grey + 0.35 * tint for tint in tints], -1)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def make_set(folder: Path, count: int, short: tuple[int, int], quality: int) -> list[bytes]:
+    """A TFDS data set folder/out by mode prepare; its files' bytes."""
+    classes = folder / "in" / "noise"
+    classes.mkdir(parents=True)
+    for seed in range(count):
+        photo(seed, short).save(classes / f"{seed:03d}.jpg", quality=quality)
+    prepare("folder", folder / "in", folder / "out", processes=1)
+    return [path.read_bytes() for path in sorted(classes.iterdir())]
+
+
+class Repeated(TFDS):
+    """The few records over and over."""
+
+    def __len__(self):
+        return RECORDS
+
+    def _record(self, i: int) -> dict:
+        return super()._record(i % super().__len__())
+
+
+def create_config(
+    resolution: int, path: Path, workers: int, name: str = "tfds", batch: int = BATCH
+):
+    """The configuration that matters to `batches`."""
+    values = base.get_config()
+    values.batch_size = batch
+    values.data.name, values.data.path = name, str(path)
+    values.data.resolution, values.data.workers = resolution, workers
+    return config_lib.create(values)
+
+
+def draw(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, bool]:
+    """Side, left, top and flip of a crop, by the law of `augment`."""
+    side = round(rng.uniform(*CROP) * min(height, width))
+    top, left = (int(rng.integers(n - side + 1)) for n in (height, width))
+    return side, left, top, rng.random() < 0.5
+
+
+def by_hand(data: bytes, rng: np.random.Generator, resolution: int) -> np.ndarray:
+    """What a training script does with Pillow: (R, R, 3) uint8."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    side, left, top, flip = draw(rng, *image.size)
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
+    return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """`by_hand` of files in memory, for PyTorch's loader."""
+
+    def __init__(self, files: list[bytes], resolution: int):
+        self.files, self.resolution = files, resolution
+
+    def __len__(self):
+        return RECORDS
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        rng = np.random.default_rng(i)
+        return torch.from_numpy(by_hand(self.files[i % len(self.files)], rng, self.resolution))
+
+
+def decode_all(files: list[bytes], scale: int) -> None:
+    """Bare Pillow, to RGB arrays of a `scale`-th of the size."""
+    for data in files:
+        image = Image.open(io.BytesIO(data))
+        if scale > 1:
+            image.draft("RGB", (image.width // scale, image.height // scale))
+        np.asarray(image.convert("RGB"))
+
+
+def scale_of(files: list[bytes], resolution: int) -> int:
+    """The largest scale that keeps all of the pictures' short sides at the resolution."""
+    short = min(min(Image.open(io.BytesIO(data)).size) for data in files)
+    return max(s for s in (1, 2, 4, 8) if s == 1 or short >= s * resolution)
+
+
+def methods(path: Path, files: list[bytes], resolution: int) -> dict[str, tuple[Callable, int]]:
+    """name -> (a function that reads that many pictures, how many to read before it is timed)."""
+    source, scale = Repeated(path), scale_of(files, resolution)
+    process = Preprocess(source, resolution, CROP, True)
+    rng = np.random.default_rng(0)
+
+    def loop(read_all: Callable) -> tuple[Callable, int]:
+        return lambda n: [read_all() for _ in range(n // len(files))], 0
+
+    def take(iterator, workers: int) -> tuple[Callable, int]:
+        ahead = BUFFERED * max(1, workers) * BATCH
+        return lambda n: [next(iterator) for _ in range(n // BATCH)], ahead
+
+    table = {
+        "Pillow: decode": loop(lambda: decode_all(files, 1)),
+        f"Pillow: decode at 1/{scale}": loop(lambda: decode_all(files, scale)),
+        "Pillow: decode, crop, resize": loop(lambda: [by_hand(f, rng, resolution) for f in files]),
+        "ours: read, decode, crop, resize": loop(
+            lambda: [process.random_map(i, rng) for i in range(len(files))]
+        ),
+    }
+    for workers in (0, len(os.sched_getaffinity(0))):
+        ours = batches(create_config(resolution, path, workers), source)
+        table[f"ours: batches, {workers} workers"] = take(ours, workers)
+        theirs = torch.utils.data.DataLoader(
+            Pictures(files, resolution), BATCH, shuffle=True, num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,
+        )  # fmt: skip
+        table[f"torch: DataLoader, {workers} workers"] = take(iter(theirs), workers)
+    return table
+
+
+def cpu_seconds() -> float:
+    """Used so far by all threads of this process and of its worker processes."""
+    ticks = 0
+    for child in active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def timed(read: Callable, images: int, ahead: int) -> tuple[float, float]:
+    """Images per second of CPU time, and of time, with empty queues at both ends."""
+    read(ahead)
+    start, used = time.perf_counter(), cpu_seconds()
+    read(images)
+    rates = images / (cpu_seconds() - used), images / (time.perf_counter() - start)
+    busy = True
+    while ahead and busy:  # until the queues are full again, so that others are timed alone
+        before = cpu_seconds()
+        time.sleep(0.3)
+        busy = cpu_seconds() - before > 0.03
+    return rates
+
+
+def compare(name: str, path: Path, files: list[bytes], resolution: int) -> list[dict]:
+    """A row a method: medians, extremes, and the rate relative to that of bare Pillow."""
+    table = methods(path, files, resolution)
+    images = FLAGS.images // (4 if name == "cc12m" else 1) // len(files) * len(files)
+    runs = {method: [] for method in table}
+    for repetition in range(FLAGS.repetitions + 1):
+        for method, (read, ahead) in table.items():
+            rates = timed(read, images, ahead)
+            if repetition:  # the first warms up
+                runs[method].append(rates)
+    bare = np.array([cpu for cpu, _ in runs["Pillow: decode"]])
+    rows = []
+    for method, rates in runs.items():
+        cpu, wall = np.array(rates).T
+        rows.append({
+            "set": name, "resolution": resolution, "method": method,
+            "per_core": float(np.median(cpu)), "least": float(cpu.min()), "most": float(cpu.max()),
+            "of_decode": float(np.median(cpu / bare)), "per_second": float(np.median(wall)),
+        })  # fmt: skip
+    return rows
+
+
+def memory(folder: Path) -> list[int]:
+    """MiB that this process holds after each part of a long run over small pictures."""
+    make_set(folder, 100, (60, 70), 90)
+    images, every, batch = MEMORY
+    stream = batches(create_config(32, folder / "out", 0, batch=batch), Repeated(folder / "out"))
+    held = []
+    for number in range(1, (images + every) // batch + 1):  # the first part warms up
+        next(stream)
+        if number * batch % every == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            held.append(pages * os.sysconf("SC_PAGE_SIZE") // 2**20)
+    return held
+
+
+def latents(path: str) -> dict | None:
+    """Images per second of cached latents, where there are any (mode encode)."""
+    if not path or "latents" not in SOURCES:
+        return None
+    config = create_config(256, Path(path), 0, name="latents")
+    stream = batches(config, SOURCES["latents"](config, "train"))
+    rates = timed(lambda n: [next(stream) for _ in range(n // BATCH)], 4096, BUFFERED * BATCH)
+    return dict(zip(("per_core", "per_second"), rates, strict=True))
+
+
+def surroundings() -> dict:
+    """Where and with what this was measured."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
+    )
+    return {
+        "cpu": model,
+        "cores": sorted(os.sched_getaffinity(0)),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def main(_) -> None:
+    """Print the tables; with --save, write RESULTS."""
+    logging.set_verbosity(logging.WARNING)
+    if FLAGS.cores:
+        os.sched_setaffinity(0, map(int, FLAGS.cores))
+    torch.set_num_threads(1)
+    record, rows = surroundings(), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        held = memory(folder / "small")
+        for name, arguments in SETS.items():
+            files = make_set(folder / name, *arguments)
+            print(f"{name}: {len(files)} pictures, {sum(map(len, files)) // len(files) // 1000} kB")
+            for resolution in RESOLUTIONS:
+                print(f"{f'{name}, {resolution} px':<36}{'images/s per core':>24}{'of decode':>12}"
+                      f"{'images/s':>12}")  # fmt: skip
+                for row in compare(name, folder / name / "out", files, resolution):
+                    spread = f"{row['per_core']:.0f} ({row['least']:.0f}-{row['most']:.0f})"
+                    print(f"{row['method']:<36}{spread:>24}{row['of_decode']:>12.0%}"
+                          f"{row['per_second']:>12.0f}")  # fmt: skip
+                    rows.append(row)
+        cached = latents(FLAGS.latents)
+    print(f"Memory every {MEMORY[1]} images, MiB: {', '.join(map(str, held))}")
+    record |= {"rows": rows, "memory_mib": held, **({"latents": cached} if cached else {})}
+    if FLAGS.save:
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("cores", [], "cores to run on; all by default")
+    flags.DEFINE_integer("images", 480, "pictures in a repetition; of cc12m a quarter")
+    flags.DEFINE_integer("repetitions", 5, "of every measurement")
+    flags.DEFINE_string("latents", "", "a folder that mode encode wrote, to time it as well")
+    flags.DEFINE_bool("save", False, f"write {RESULTS.name}")
+    app.run(main)

@@ -1,0 +1,146 @@
+"""Pictures decoded for their crop alone: the same window and metadata, nearly the same pixels."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from condiff_jax.data.augment import augment, center
+from condiff_jax.data.images import FORMATS, SPARE, Encoded, decode
+
+
+def picture(height, width, seed=0):
+    """As soft as photographs are: the finer, the fainter."""
+    rng, out = np.random.default_rng(seed), np.zeros((height, width, 3))
+    for cells in (2, 5, 13, 32, 80):
+        small = rng.normal(size=(cells, cells, 3)).astype(np.float32) * 80 / cells
+        bands = [Image.fromarray(b).resize((width, height), 3) for b in np.moveaxis(small, -1, 0)]
+        out += np.stack([np.asarray(band) for band in bands], -1)
+    return np.clip(128 + out, 0, 255).astype(np.uint8)
+
+
+def encode(pixels, format="JPEG", mode="RGB", orientation=None, **options):
+    out, exif = io.BytesIO(), Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(pixels).convert(mode).save(out, format, exif=exif, **options)
+    return out.getvalue()
+
+
+def both(data, resolution, **options):
+    """augment of the file and of its decoded picture, with the same generator."""
+    images = Encoded(data), decode(data)
+    return [
+        augment(image, np.random.default_rng(7), resolution=resolution, **options)
+        for image in images
+    ]
+
+
+@pytest.mark.parametrize("size", [(400, 300), (301, 401), (307, 613)])
+@pytest.mark.parametrize(
+    ("resolution", "scale"), [(256, 1), (96, 2), (64, 2), (48, 4), (24, 8), (8, 8)]
+)
+def test_a_smaller_decode_is_nearly_the_same(size, resolution, scale):
+    data = encode(picture(*size), quality=90)
+    for crop in ((0.93, 0.94), (1, 1)):
+        (lazy, told), (full, expected) = both(data, resolution, crop=crop)
+        assert told == expected and tuple(told) == tuple(expected)
+        assert lazy.shape == full.shape and lazy.dtype == full.dtype
+        difference = np.abs(lazy.astype(int) - full)
+        assert difference.mean() < 1.5 and difference.max() < 16
+        assert (scale > 1) == bool(difference.any())
+    image, box = Encoded(data).window(3, 5, 280, resolution)
+    assert image.width == -(-285 // scale) - 5 // scale
+    assert (box[2] - box[0], box[3] - box[1]) == (280 / scale, 280 / scale)
+    assert 280 / scale >= resolution * SPARE or scale == 1
+
+
+def test_a_window_lies_where_it_should_to_a_fraction_of_a_pixel():
+    rows, columns = np.mgrid[:512, :512]
+    ramps = np.stack([rows // 2, columns // 2, 0 * rows], -1).astype(np.uint8)
+    data = encode(ramps, quality=100, subsampling=0)
+    for top, left in ((0, 0), (1, 2), (3, 7), (13, 5)):
+        image, box = Encoded(data).window(top, left, 480, 32)
+        assert image.width in (60, 61, 62)  # an eighth
+        small = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC, box)).astype(float)
+        centres = (np.arange(32) + 0.5) * 15 - 0.5
+        assert np.abs(small[:, 4:-4, 0] - (top + centres[:, None]) / 2)[2:-2].max() < 1.2
+        assert np.abs(small[4:-4, :, 1] - (left + centres) / 2)[:, 2:-2].max() < 1.2
+        assert abs((small[4:-4, 4:-4, 0] - (top + centres[4:-4, None]) / 2).mean()) < 0.3
+    wide = encode(ramps[:480, :493], quality=100, subsampling=0)  # its centre is not on a block
+    difference = center(Encoded(wide), 32)[0].astype(int) - center(decode(wide), 32)[0]
+    assert np.abs(difference[..., :2].mean((0, 2))).max() < 0.6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", FORMATS)
+def test_turned_pictures_and_other_formats(orientation, format):
+    lossless = {"lossless": True} if format == "WEBP" else {}
+    data = encode(picture(90, 121), format, orientation=orientation, **lossless)
+    shape = decode(data).shape[:2]
+    image = Encoded(data)
+    assert (image.height, image.width) == shape and image.lies == (orientation > 4)
+    (lazy, told), (full, expected) = both(data, 20, crop=(0.5, 0.9))
+    assert told == expected
+    if format != "JPEG" or orientation > 1:
+        np.testing.assert_array_equal(lazy, full)
+    else:
+        assert np.abs(lazy.astype(int) - full).mean() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "LA"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "1")],
+)
+def test_modes(format, mode):
+    data = encode(picture(80, 100), format, mode)
+    (lazy, told), (full, expected) = both(data, 60)
+    assert told == expected
+    np.testing.assert_array_equal(lazy, full)
+    (lazy, _), (full, _) = both(data, 20)
+    assert np.abs(lazy.astype(int) - full).mean() < 1.5
+
+
+def test_16_bit_grey_keeps_its_high_byte():
+    deep = (picture(40, 50)[..., 0].astype(np.uint16) << 8) + 9
+    out = io.BytesIO()
+    Image.fromarray(deep).save(out, "PNG")
+    np.testing.assert_array_equal(decode(out.getvalue())[..., 2], deep >> 8)
+    (lazy, _), (full, _) = both(out.getvalue(), 20)
+    np.testing.assert_array_equal(lazy, full)
+
+
+def test_a_picture_can_be_read_again():
+    data = encode(picture(200, 160))
+    image = Encoded(data)
+    first = center(image, 16)[0]
+    np.testing.assert_array_equal(image.decode(), decode(data))
+    np.testing.assert_array_equal(center(image, 16)[0], first)
+    np.testing.assert_array_equal(center(image, 160)[0], center(decode(data), 160)[0])
+
+
+def test_small_and_thin_pictures():
+    for size in ((1, 1), (1, 40), (9, 8), (17, 300)):
+        data = encode(picture(*size))
+        for resolution in (1, 2, 16):
+            (lazy, told), (full, expected) = both(data, resolution)
+            assert told == expected and lazy.shape == full.shape
+
+
+def test_what_is_cut_off_is_an_error_at_any_size():
+    data = encode(picture(300, 300), quality=95)
+    image = Encoded(data[:-2000])
+    assert (image.height, image.width) == (300, 300)
+    for least in (8, 300):
+        with pytest.raises(OSError, match="truncated"):
+            Encoded(data[:-2000]).window(0, 0, 100, least)
+    with pytest.raises(OSError, match="identify"):
+        Encoded(data[100:])
+
+
+def test_too_large_is_an_error_before_it_is_decoded(monkeypatch):
+    data = encode(picture(40, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
+    with pytest.raises(Image.DecompressionBombError, match="50x40 pixels"):
+        Encoded(data)

@@ -95,16 +95,16 @@ def both_batches(config, cached_config, k, mirrored=0):
     """
     system, other = tiny.system(config), tiny.system(cached_config)
     settings = (config.data.resolution, config.data.crop, config.data.flip)
-    online, offline = [], []
+    online, offline, source = [], [], open_source(config)
     for i in range(PICTURES):
-        make = Preprocess(*settings, system.encode_text if system.text_encoder else None)
+        encode_text = system.encode_text if system.text_encoder else None
         rng = np.random.default_rng([config.seed, i, k])
-        online.append(make.random_map(open_source(config)[i], rng))
+        online.append(Preprocess(source, *settings, encode_text).random_map(i, rng))
         flip = int(online[-1]["control"]["flip"]) ^ mirrored
         record = open_source(cached_config)[i]
         record["views"] = [record["views"][2 * k + flip]]
-        make = Preprocess(*settings, other.encode_text if other.text_encoder else None)
-        offline.append(make.random_map(record, rng))
+        encode_text = other.encode_text if other.text_encoder else None
+        offline.append(Preprocess([record], *settings, encode_text).random_map(0, rng))
     return stacked(online), stacked(offline)
 
 

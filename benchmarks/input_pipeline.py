@@ -37,9 +37,11 @@ RESULTS = Path(__file__).parent / "results" / "input_pipeline.json"
 SETS = {"imagenet": (48, (340, 400), 92), "cc12m": (12, (1024, 1536), 90)}
 RESOLUTIONS = (256, 512)
 CROP = CROPS["global"]
-BATCH = 8
+BATCH = 4
 RECORDS = 60_000  # that a set seems to have: grain's shuffle is slow for a few
-BUFFERED = 10  # batches that wait in the queues of a loader or of each of its workers, at most
+# Batches to take before a measurement, for each worker: about 16 were seen to wait in grain's
+# queues, and what they hold costs nothing more to read.
+BUFFERED = 20
 MEMORY = (50_000, 5_000, 100)  # images, images between two looks, images a batch
 PACKAGES = ("pillow", "grain", "array_record", "tensorflow_datasets", "numpy", "torch")
 FLAGS = flags.FLAGS

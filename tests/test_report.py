@@ -462,3 +462,16 @@ def test_bad_arguments_are_one_line(arguments, message, capsys, monkeypatch):
     assert report.main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("where", ["../secret.png", "/secret.png", "samples/secret.txt"])
+def test_a_page_shows_no_file_but_pictures_of_the_run(tmp_path, where):
+    """Results may come from others; a page is for sending on."""
+    root = tmp_path / "runs"
+    for path in (root / "a/samples/1.png", root / "a/samples/secret.txt", root / "secret.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"content")
+    place = str(root / "secret.png") if where.startswith("/") else where
+    found = {"root": str(root), "folder": "a", "pictures": {"grid": "samples/1.png"}}
+    assert page.picture(found, "grid")
+    assert not page.picture(found | {"pictures": {"grid": place}}, "grid")

@@ -6,7 +6,9 @@ from etils import epath
 from condiff_jax import workdir
 from condiff_jax.config import ConfigError
 from condiff_jax.logs import Log
+from condiff_jax.system import Vocabulary
 from condiff_jax.workdir import Workdir, append_json, read_json_lines
+from tests import tiny
 
 
 @pytest.mark.parametrize("content", ["new", b"new"])
@@ -73,3 +75,13 @@ def test_a_damaged_config_is_named(tmp_path, text):
     folder.config.write_text(text)
     with pytest.raises(ConfigError, match="config.json: damaged, or of another version"):
         folder.load_config()
+
+
+def test_a_run_that_begins_anew_may_have_other_encoders(tmp_path):
+    folder, words = Workdir(tmp_path), Vocabulary(("a",), ())
+    folder.encoders.write_text("{}")
+    folder.open(tiny.config(), words)
+    assert not folder.encoders.exists()
+    folder.encoders.write_text("{}")
+    folder.open(tiny.config(), words, begun=True)
+    assert folder.encoders.exists()

@@ -138,6 +138,8 @@ def get_config() -> ConfigDict:
     reconstruction.kl = 1e-6  # autoencoder.name=kl: of the divergence from a standard normal
     reconstruction.codebook = 1.0  # autoencoder.name=vq: of the codes' distance to the latents
     reconstruction.commitment = 0.25  # and of the latents' to the codes, times this
+    # and of each code's to the nearest latent, times this: none lies idle (as in arXiv:2307.15139)
+    reconstruction.anchor = 0.25
     reconstruction.critic = 0.1  # of the patch critic's verdict
     reconstruction.critic_start = 10_000  # steps before the critic is heard
 

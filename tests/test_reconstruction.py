@@ -32,7 +32,9 @@ NOISE = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
 
 
-WEIGHTS = {"kl": 0.5, "codebook": 3.0, "commitment": 0.5, "critic": 0.3, "critic_start": 7}
+WEIGHTS = {
+    "kl": 0.5, "codebook": 3.0, "commitment": 0.5, "anchor": 0.2, "critic": 0.3, "critic_start": 7,
+}  # fmt: skip
 
 
 @functools.cache
@@ -120,10 +122,15 @@ def test_codes_move_to_latents_and_latents_to_codes():
     latents = network.apply(variables, to_float(IMAGES), method="encode")
     codes, indices = network.apply(variables, latents, method="quantise")
     assert parts["codebook"] == pytest.approx(float(np.square(latents - codes).mean()), rel=1e-3)
-    # Only the codebook's own term reaches the codes: 3 * d/de mean (z - e)^2.
+    # Two terms reach the codes: 3 * d/de mean (z - e)^2, z over latents or over codes' nearest ones.
+    book = np.asarray(variables["params"]["codebook"]["embedding"])
+    points = np.asarray(latents).reshape(-1, 3)
+    nearest = points[np.linalg.norm(book[:, None] - points, axis=-1).argmin(1)]
+    assert parts["anchor"] == pytest.approx(float(np.square(book - nearest).mean()), rel=1e-3)
     expected = np.zeros((SMALL.codes, 3))
     np.add.at(expected, np.asarray(indices).ravel(), np.asarray(codes - latents).reshape(-1, 3))
-    expected *= 3 * 2 / latents.size
+    assert len(set(np.asarray(indices).ravel())) < SMALL.codes  # some have the second alone
+    expected = 3 * 2 * (expected / latents.size + 0.2 * (book - nearest) / book.size)
     found = gradient["autoencoder"]["codebook"]["embedding"]
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-5)
 

@@ -153,9 +153,7 @@ def loss_fn(
         codebook = params["autoencoder"]["codebook"]["embedding"]
         parts["anchor"] = jnp.square(codebook - jax.lax.stop_gradient(anchors)).mean()
         loss += settings.codebook * (
-            parts["codebook"]
-            + settings.anchor * parts["anchor"]
-            + settings.commitment * commitment
+            parts["codebook"] + settings.anchor * parts["anchor"] + settings.commitment * commitment
         )
     verdict, critic_loss = judge(system.critic, params["critic"], images, decoded)
     loss += (noise["critic"] * verdict).mean()

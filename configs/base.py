@@ -24,6 +24,13 @@ def arguments(text: str | None, **defaults) -> ConfigDict:
     return values
 
 
+def choose(name: str, value, choices) -> None:
+    """ValueError that names the config argument and the values it can have."""
+    if value not in choices:
+        known = ", ".join(map(str, choices))
+        raise ValueError(f"config argument {name}={value} is unknown; choose from {known}")
+
+
 def get_config() -> ConfigDict:
     """The paper's model and recipe on the embedded data; a place to start, not an experiment."""
     config = ConfigDict()

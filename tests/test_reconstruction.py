@@ -24,7 +24,7 @@ from condiff_jax.models.autoencoder import Latents, to_float
 from condiff_jax.models.discriminator import PatchDiscriminator
 from condiff_jax.models.kl import Size, mean_and_std
 from condiff_jax.models.vq import AutoencoderVQ
-from configs import autoencoder, latent_shapes
+from configs import autoencoder, emoji_64, latent_shapes
 from tests import tiny
 
 SMALL = Size((8, 16), latent=3, codes=12)
@@ -122,7 +122,7 @@ def test_codes_move_to_latents_and_latents_to_codes():
     latents = network.apply(variables, to_float(IMAGES), method="encode")
     codes, indices = network.apply(variables, latents, method="quantise")
     assert parts["codebook"] == pytest.approx(float(np.square(latents - codes).mean()), rel=1e-3)
-    # Two terms reach the codes: 3 * d/de mean (z - e)^2, z over latents or over codes' nearest ones.
+    # Two terms reach the codes: 3 * d/de mean (z - e)^2, over latents z, over codes' nearest z.
     book = np.asarray(variables["params"]["codebook"]["embedding"])
     points = np.asarray(latents).reshape(-1, 3)
     nearest = points[np.linalg.norm(book[:, None] - points, axis=-1).argmin(1)]
@@ -240,10 +240,12 @@ def test_an_autoencoder_is_not_sampled():
 def test_configs_train_what_they_say():
     for reg in ("kl", "vq"):
         config = config_lib.create(autoencoder.get_config(f"reg={reg}"))
-        latent = config_lib.create(latent_shapes.get_config(f"reg={reg}"))
-        assert config.objective == "reconstruction" and latent.objective == "diffusion"
-        assert config.autoencoder.name == latent.autoencoder.name == reg
-        assert config.autoencoder.size == latent.autoencoder.size
-        assert latent.autoencoder.scale == 1 and latent.autoencoder.shift == 0
+        assert config.objective == "reconstruction" and config.autoencoder.name == reg
+        latents = latent_shapes.get_config(f"reg={reg}"), emoji_64.get_config(f"space={reg}")
+        for latent in map(config_lib.create, latents):
+            assert latent.objective == "diffusion"
+            assert config.autoencoder.name == latent.autoencoder.name
+            assert config.autoencoder.size == latent.autoencoder.size
+            assert latent.autoencoder.scale == 1 and latent.autoencoder.shift == 0
     with pytest.raises(ValueError, match="reg=gan is unknown"):
         autoencoder.get_config("reg=gan")

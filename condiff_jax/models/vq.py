@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from condiff_jax.models.kl import Decoder, Encoder, Size
 
-
-# Spread of the first codes: about that of an untrained encoder's latents. Codes that begin nearer to
-# each other are not told apart, and the encoder learns to do with a few of them.
+# Spread of the first codes: about that of an untrained encoder's latents. Codes that begin nearer
+# to each other are not told apart, and the encoder learns to do with a few of them.
 FIRST_SPREAD = 0.5
 
 

@@ -126,7 +126,7 @@ def random_state(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str,
     rng, out = np.random.default_rng(seed), {}
     for name, shape in shapes.items():
         if len(shape) > 1:
-            values = rng.normal(0, (2 / np.prod(shape[1:])) ** 0.5, shape)
+            values = rng.standard_normal(shape, np.float32) * (2 / np.prod(shape[1:])) ** 0.5
         elif name.endswith("running_var"):
             values = rng.uniform(0.3, 1.5, shape)
         elif name.endswith("bn.weight"):

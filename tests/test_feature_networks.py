@@ -11,12 +11,13 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from benchmarks import torch_inception
 from benchmarks.parity import jit
 from condiff_jax import feature_networks
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.feature_networks import load_clip, load_inception
 from condiff_jax.models import clip, inception
-from tests import clips, torch_inception
+from tests import clips
 
 VISION = dict(hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2)
 VISION |= dict(image_size=16, patch_size=4)

@@ -48,10 +48,13 @@ class Statistics:
 ABOUT = ("count", "network", "sha256", "resolution")  # what only our files have
 
 
-def measure(network: FeatureNetwork, batches: Iterable[np.ndarray]) -> Statistics:
+def measure(
+    network: FeatureNetwork, batches: Iterable[np.ndarray], keep: list[np.ndarray] | None = None
+) -> Statistics:
     """Statistics of pictures uint8 (B, H, W, 3) that come in parts.
 
-    ValueError for fewer than 2 pictures, for mixed sizes, and as from the network.
+    keep: gets the features (B, D) of each part, for KID and precision/recall. ValueError for fewer
+    than 2 pictures, for mixed sizes, and as from the network.
     """
     moments, resolution = Moments(), None
     for images in batches:
@@ -59,7 +62,10 @@ def measure(network: FeatureNetwork, batches: Iterable[np.ndarray]) -> Statistic
         if resolution not in (None, size):
             raise ValueError(f"pictures of mixed sizes: {resolution} and {size} (height, width)")
         resolution = size
-        moments.add(network(images))
+        features = network(images)
+        moments.add(features)
+        if keep is not None:
+            keep.append(features)
     return Statistics(*moments.result(), moments.count, network.name, network.sha256, resolution)
 
 
@@ -67,8 +73,8 @@ def load(path: str) -> Statistics:
     """Statistics from a .npz file: ours, pytorch-fid's, clean-fid's or ADM's.
 
     `mu` and `sigma`, whatever else there is (ADM has `mu_s`, `sigma_s` and pictures), or `feats`
-    (N, D), which clean-fid keeps for KID. How others resize pictures before the network differs,
-    and their files do not say it. FileNotFoundError without the file, ValueError for others.
+    (N, D), which clean-fid keeps for KID. ADM resizes pictures as we do, pytorch-fid and clean-fid
+    otherwise unless told to, and the files do not say it. FileNotFoundError without the file, ValueError for others.
     """
     file = epath.Path(path)
     if not file.exists():

@@ -17,9 +17,10 @@ def statistics(dimensions=4, **about):
 
 
 def test_streaming_equals_the_whole_and_says_what_it_is_of():
-    images = pictures(9)
-    found = fid.measure(means(), np.split(images, [2, 3]))
+    images, kept = pictures(9), []
+    found = fid.measure(means(), np.split(images, [2, 3]), kept)
     features = images.mean((1, 2))
+    np.testing.assert_allclose(np.concatenate(kept), features, rtol=1e-5)
     np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-5)
     np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), rtol=1e-4)
     assert (found.count, found.network, found.resolution) == (9, "means", (4, 5))

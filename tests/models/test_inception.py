@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import torch_inception
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.models import inception
-from tests import torch_inception
 
 
 def pictures(height, width, n=1):

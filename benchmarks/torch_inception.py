@@ -1,7 +1,8 @@
-"""FID's Inception-v3 in plain PyTorch: written from its architecture, for want of a dependency.
+"""FID's Inception-v3 in plain PyTorch, what the tests compare with.
 
-torch-fidelity, whose network this is, cannot be imported without torchvision, and PyPI's builds of
-that do not load beside a CPU build of PyTorch. `benchmarks/fidelity.py` compares with it.
+Written from the architecture: torch-fidelity, whose network it is, cannot be imported without
+torchvision, and PyPI's builds of that do not load beside a CPU build of PyTorch. fidelity.py, in
+this folder, compares with torch-fidelity itself.
 """
 
 import numpy as np

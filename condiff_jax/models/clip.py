@@ -1,8 +1,9 @@
-"""CLIP's text tower and tokenizer, equal to transformers' CLIPTextModel and CLIPTokenizer."""
+"""CLIP's towers and tokenizer, equal to transformers' CLIPModel and CLIPTokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,22 @@ import numpy as np
 import tokenizers
 
 from condiff_jax.conditioning.cond import Text
-from condiff_jax.models.layers import Attention, Mlp
+from condiff_jax.models.layers import Attention, Mlp, patchify
 from condiff_jax.models.text_encoder import tokenize
 
 ACTIVATIONS = {  # by their names in config.json; OpenAI's models have the first
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": partial(nn.gelu, approximate=False),
 }
+# Of pixels in 0..1, by channel, of OpenAI's training pictures.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 CONFIG, WORDS = "config.json", ("vocab.json", "merges.txt")  # besides weights, what a folder holds
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Sizes and conventions of a tower, by default those of ViT-L/14.
+    """Sizes and conventions of a text tower, by default those of ViT-L/14.
 
     length: tokens of a text. end: id of the end token. OpenAI's files say 2, which it is not:
     there it is the largest id.
@@ -47,15 +51,7 @@ class Size:
         """From config.json of a CLIPTextModel or CLIPModel; ValueError if it is neither's."""
         from transformers import CLIPTextConfig
 
-        try:
-            config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # of transformers, its validation, or JSON
-            raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
-        if config.hidden_act not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(
-                f"{folder / CONFIG} has hidden_act {config.hidden_act!r}; known are {known}"
-            )
+        config = _read_config(CLIPTextConfig, folder)
         return cls(
             width=config.hidden_size,
             depth=config.num_hidden_layers,
@@ -69,14 +65,66 @@ class Size:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageSize:
+    """Sizes and conventions of an image tower, by default those of ViT-L/14.
+
+    side, patch: in pixels. embedding: dimensions of the space that pictures and texts share.
+    """
+
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    hidden: int = 4096
+    side: int = 224
+    patch: int = 14
+    embedding: int = 768
+    activation: str = "quick_gelu"
+    epsilon: float = 1e-5
+
+    @classmethod
+    def read(cls, folder: Path) -> ImageSize:
+        """From config.json of a CLIPModel or CLIPVisionModelWithProjection; else ValueError."""
+        from transformers import CLIPVisionConfig
+
+        config = _read_config(CLIPVisionConfig, folder)
+        # A CLIPModel says the embedding's width at the top.
+        top = json.loads((folder / CONFIG).read_text())
+        return cls(
+            width=config.hidden_size,
+            depth=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            hidden=config.intermediate_size,
+            side=config.image_size,
+            patch=config.patch_size,
+            embedding=top.get("projection_dim", config.projection_dim),
+            activation=config.hidden_act,
+            epsilon=config.layer_norm_eps,
+        )
+
+
+def _read_config(kind: Any, folder: Path) -> Any:
+    """A tower's config of transformers; ValueError where it cannot be read or is not ours."""
+    try:
+        config = kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of transformers, its validation, or JSON
+        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+    if config.hidden_act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(
+            f"{folder / CONFIG} has hidden_act {config.hidden_act!r}; known are {known}"
+        )
+    return config
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, (B, T, D) -> (B, T, D); bias (1, 1, T, T) masks attention."""
 
-    size: Size
+    size: Size | ImageSize
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, None]:
         size = self.size
         attention = Attention(size.heads, dtype=self.dtype, name="attention")
         mlp = Mlp(size.hidden, size.width, self.dtype, ACTIVATIONS[size.activation], name="mlp")
@@ -84,9 +132,21 @@ class Block(nn.Module):
         return x + mlp(norm(size, "norm2")(x).astype(self.dtype)), None
 
 
-def norm(size: Size, name: str) -> nn.LayerNorm:
+def norm(size: Size | ImageSize, name: str) -> nn.LayerNorm:
     """A LayerNorm with scale and bias, f32."""
     return nn.LayerNorm(size.epsilon, dtype=jnp.float32, name=name)
+
+
+def blocks(size: Size | ImageSize, dtype: Any) -> nn.Module:
+    """All blocks of a tower, (x, bias) -> (x, None)."""
+    stack = nn.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=size.depth,
+    )
+    return stack(size, dtype, name="blocks")
 
 
 class TextTower(nn.Module):
@@ -106,17 +166,39 @@ class TextTower(nn.Module):
         x = x + embed(size.length, name="positions")(jnp.arange(ids.shape[1]))
         seen = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))
         bias = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)[None, None]
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=size.depth,
-        )
-        x, _ = blocks(size, self.dtype, name="blocks")(x, bias)
+        x, _ = blocks(size, self.dtype)(x, bias)
         tokens = norm(size, "norm_out")(x).astype(self.dtype)
         end = jnp.argmax(ids if size.end == 2 else ids == size.end, axis=1)  # the first one
         return Text(tokens, mask, jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0])
+
+
+class ImageTower(nn.Module):
+    """Pictures (B, side, side, 3), as `normalise` gives them -> embeddings (B, embedding).
+
+    The embedding is not of length 1. It is the first token's, which no patch belongs to.
+    """
+
+    size: ImageSize
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        size = self.size
+        dense = partial(nn.Dense, use_bias=False, dtype=self.dtype)
+        x = dense(size.width, name="patch_embed")(patchify(images, size.patch))  # (B, N, D)
+        first = self.param("class_embed", nn.initializers.normal(0.02), (size.width,))
+        first = jnp.broadcast_to(first.astype(x.dtype), (len(x), 1, size.width))
+        x = jnp.concatenate([first, x], axis=1)
+        places = nn.Embed(x.shape[1], size.width, dtype=self.dtype, name="positions")
+        x = norm(size, "norm_in")(x + places(jnp.arange(x.shape[1]))).astype(self.dtype)
+        x, _ = blocks(size, self.dtype)(x, None)
+        x = norm(size, "norm_out")(x[:, 0]).astype(self.dtype)
+        return dense(size.embedding, name="projection")(x)
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """Pictures in 0..255 (..., 3) -> what the image tower takes."""
+    return (images / 255.0 - jnp.array(MEAN)) / jnp.array(DEVIATION)
 
 
 @dataclasses.dataclass(frozen=True)

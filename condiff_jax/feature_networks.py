@@ -1,0 +1,144 @@
+"""The published networks that metrics look at pictures with: where they come from, that they fit.
+
+Nothing of them comes with this package. Paths are local or remote files or folders, or hub ids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from condiff_jax.convert import published, weights
+from condiff_jax.convert.layout import from_torch
+from condiff_jax.encoders import local
+from condiff_jax.metrics.clip_score import ClipScore, square
+from condiff_jax.metrics.features import FeatureNetwork
+from condiff_jax.models import clip, inception
+from condiff_jax.startup import one_line
+
+INCEPTION_SOURCE = (
+    "pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid/releases/tag/"
+    "fid_weights, or weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases"
+)
+CLIP_SOURCE = "a folder or hub id of a CLIPModel, such as openai/clip-vit-large-patch14"
+TEXTS = 64  # captions at a time
+
+
+def load_inception(path: str) -> FeatureNetwork:
+    """FID's Inception-v3: features (N, 2048) of pictures of any size, which it resizes itself.
+
+    path: pytorch-fid's or torch-fidelity's weights, which are the same, as .pth (needs PyTorch to
+    be read) or .safetensors. FileNotFoundError without them, ValueError where they do not fit.
+    """
+    place = _locate(path, "Inception", INCEPTION_SOURCE)
+    example = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
+    shapes = jax.eval_shape(inception.InceptionV3().init, jax.random.key(0), example)["params"]
+    try:
+        # Training's count of batches is no parameter.
+        params = from_torch(weights.read(str(place), r".*\.num_batches_tracked"), shapes)
+    except ValueError as error:
+        raise ValueError(f"{path} is not {INCEPTION_SOURCE}: {one_line(error)}") from error
+    return FeatureNetwork(
+        name="Inception-v3 2015-12-05",
+        sha256=weights.sha256(weights.weight_files(place)),
+        width=inception.WIDTH,
+        params=params,
+        apply=inception.features,
+        prepare=inception.resize,
+    )
+
+
+def load_clip(path: str) -> ClipScore:
+    """CLIP score by a CLIPModel; its image tower alone, as a feature network, is `.images`.
+
+    path: a folder with config.json, vocab.json, merges.txt and weights, or a hub id, in
+    transformers' layout. FileNotFoundError without them, ValueError where they do not fit.
+    """
+    small = (clip.CONFIG, *clip.WORDS)
+    place = _locate(path, "CLIP", CLIP_SOURCE, small)
+    with local(place, small) as folder:
+        if not (folder / clip.CONFIG).exists():
+            raise FileNotFoundError(f"no {clip.CONFIG} in {path}: give {CLIP_SOURCE}")
+        size, image_size = clip.Size.read(folder), clip.ImageSize.read(folder)
+        tokenizer = clip.Tokenizer.read(folder)
+    towers = clip.TextTower(size), clip.ImageTower(image_size)
+    try:
+        tensors = weights.read(str(place))
+        text_params, image_params = _clip_params(tensors, *towers)
+    except ValueError as error:
+        raise ValueError(f"{path} is not {CLIP_SOURCE}: {one_line(error)}") from error
+    return ClipScore(
+        FeatureNetwork(
+            name=f"CLIP image tower {image_size.width} x {image_size.depth}",
+            sha256=weights.sha256(weights.weight_files(place)),
+            width=image_size.embedding,
+            params=image_params,
+            apply=partial(_embed_images, towers[1]),
+            prepare=partial(square, side=image_size.side),
+        ),
+        _text_embedder(towers[0], tokenizer, text_params),
+    )
+
+
+def _locate(path: str, name: str, source: str, others: Sequence[str] = ()) -> Any:
+    """The file or folder at a path or of a hub id; FileNotFoundError that says where to get it."""
+    try:
+        if not path:
+            raise FileNotFoundError(f"no path to {name}'s weights")
+        place = weights.locate(path, *others)
+        weights.weight_files(place)
+        return place
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{one_line(error)}; give {source}") from error
+
+
+def _clip_params(
+    tensors: Mapping[str, np.ndarray], text: clip.TextTower, image: clip.ImageTower
+) -> tuple[dict, dict]:
+    """Of the text tower, with the projection beside, and of the image tower."""
+
+    def fit(rules, others, shapes):
+        part = {name: a for name, a in tensors.items() if not re.fullmatch(others, name)}
+        return from_torch(published.from_published(part, rules), shapes)
+
+    key, side = jax.random.key(0), image.size.side
+    ids = jnp.zeros((1, text.size.length), jnp.int32)
+    shapes = jax.eval_shape(text.init, key, ids, ids > 0)["params"]
+    tower = fit(published.CLIP_TEXT, published.CLIP_OTHERS, shapes)
+    kernel = jax.ShapeDtypeStruct((text.size.width, image.size.embedding), jnp.float32)
+    shapes = {"text_projection": {"kernel": kernel}}
+    projection = fit(published.CLIP_PROJECTION, published.CLIP_PROJECTION_OTHERS, shapes)
+    shapes = jax.eval_shape(image.init, key, jnp.zeros((1, side, side, 3)))["params"]
+    rules = published.clip_image(image.size.patch)
+    return {"tower": tower, **projection}, fit(rules, published.CLIP_IMAGE_OTHERS, shapes)
+
+
+def _embed_images(tower: clip.ImageTower, params: dict, images: jax.Array) -> jax.Array:
+    return tower.apply({"params": params}, clip.normalise(images))
+
+
+def _text_embedder(
+    tower: clip.TextTower, tokenizer: clip.Tokenizer, params: dict
+) -> Callable[[Sequence[str]], np.ndarray]:
+    """Captions -> (N, E) f32, N > 0."""
+    params = jax.device_put(params)
+
+    @jax.jit
+    def embed(params, ids, mask):
+        with jax.default_matmul_precision("highest"):
+            pooled = tower.apply({"params": params["tower"]}, ids, mask).pooled
+            return pooled @ params["text_projection"]["kernel"]
+
+    def texts(captions):
+        pairs = [tokenizer(caption, tower.size.length) for caption in captions]
+        ids, mask = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+        parts = [slice(i, i + TEXTS) for i in range(0, len(ids), TEXTS)]
+        return np.concatenate([np.asarray(embed(params, ids[p], mask[p])) for p in parts])
+
+    return texts

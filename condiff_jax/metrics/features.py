@@ -1,0 +1,125 @@
+"""One contract for the frozen networks whose features FID, KID and precision/recall compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from PIL import Image
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureNetwork:
+    """Pictures uint8 (N, H, W, 3) -> features f32 (N, width).
+
+    name: for people. sha256: of the weights' files; numbers compare only where it is the same.
+    prepare: pictures (B, H, W, 3) -> what `apply(params, prepared) -> (B, width)` takes; best of
+    one size for all pictures, because `apply` is compiled for each. least_side: of H and W.
+    """
+
+    name: str
+    sha256: str
+    width: int
+    params: Any
+    apply: Callable[[Any, jax.Array], jax.Array]
+    prepare: Callable[[np.ndarray], Any] = lambda images: images
+    least_side: int = 1
+    batch: int = 64
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Features f32 (N, width); ValueError for other input, and for NaNs or infinities."""
+        check_images(images, self.least_side)
+        parts = []
+        for low in range(0, len(images), self.batch):
+            part = images[low : low + self.batch]
+            n = len(part)
+            if low and n < self.batch:  # of the others' size: one compilation does
+                part = np.concatenate([part, np.repeat(part[-1:], self.batch - n, 0)])
+            found = self._compiled(self._on_device, jnp.asarray(self.prepare(part)))
+            parts.append(np.asarray(found, np.float32)[:n])
+        out = np.concatenate(parts)
+        if not np.isfinite(out).all():
+            raise ValueError(f"{self.name} gives NaN or infinity as features")
+        return out
+
+    @cached_property
+    def _on_device(self) -> Any:
+        return jax.device_put(self.params)
+
+    @cached_property
+    def _compiled(self) -> Callable:
+        def precise(params, prepared):
+            # By default GPUs and TPUs multiply with fewer bits than these numbers are known for.
+            with jax.default_matmul_precision("highest"):
+                return self.apply(params, prepared)
+
+        return jax.jit(precise)
+
+
+def check_images(images: np.ndarray, least_side: int = 1) -> None:
+    """ValueError unless these are pictures uint8 (N > 0, H, W, 3) with large enough sides."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+    if min(images.shape[1:3]) < least_side:
+        raise ValueError(f"images must be {least_side} pixels or more a side, got {images.shape}")
+
+
+def check_features(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays; ValueError unless they are finite (N > 0, D) and (M > 0, D)."""
+    first, second = np.asarray(first), np.asarray(second)
+    shapes = [a.shape for a in (first, second)]
+    if any(a.ndim != 2 or not a.size for a in (first, second)) or shapes[0][1] != shapes[1][1]:
+        raise ValueError(f"features must be (N, D) and (M, D), got {shapes[0]} and {shapes[1]}")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("features hold NaN or infinity")
+    return first, second
+
+
+def read_folder(folder: str, batch: int = 64) -> Iterator[np.ndarray]:
+    """Pictures uint8 (B, H, W, 3) of the files in a folder and those below it, in order of names.
+
+    FileNotFoundError without any; ValueError for a file that is broken, not RGB, or of another
+    size than the first: neither colours nor sizes are guessed, because the numbers depend on both.
+    """
+    files = sorted(f for f in _walk(epath.Path(folder)) if f.suffix.lower() in ENDINGS)
+    if not files:
+        raise FileNotFoundError(f"no pictures ({', '.join(ENDINGS)}) in {folder}")
+    shape = None
+    for low in range(0, len(files), batch):
+        pictures = []
+        for file in files[low : low + batch]:
+            picture = _read_rgb(file)
+            shape = shape or picture.shape
+            if picture.shape != shape:
+                sizes = [f"{s[0]} x {s[1]}" for s in (picture.shape, shape)]
+                raise ValueError(f"{file} has {sizes[0]} pixels, but {files[0]} {sizes[1]}")
+            pictures.append(picture)
+        yield np.stack(pictures)
+
+
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files below; remote paths have no pattern for that."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _read_rgb(file: epath.Path) -> np.ndarray:
+    try:
+        with file.open("rb") as handle, Image.open(handle) as image:
+            mode, picture = image.mode, np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:  # all that Pillow raises for broken files
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if mode != "RGB":
+        raise ValueError(f"{file} is a picture of mode {mode}, not RGB")
+    return picture

@@ -101,6 +101,8 @@ CHOICES = {
     "sampling.size": ("fixed", "tied", "untied", "train"),
     "evaluation.metrics": METRICS,
     "evaluation.reference": ("train", "train_200k", "validation", "coco"),
+    "evaluation.save": ("", "png", "npz"),
+    "evaluation.protocol": ("", "imagenet_fid50k", "val_fid", "coco_clip", "lpips_size"),
 }
 # Bounds, both inclusive; None is open.
 BOUNDS = {
@@ -150,6 +152,8 @@ BOUNDS = {
     "evaluation.prompts": (1, None),
     "evaluation.samples": (2, None),
     "evaluation.size_prompts": (1, None),
+    "evaluation.every": (0, None),
+    "evaluation.every_samples": (2, None),
     "checkpoint.every": (1, None),
     "checkpoint.keep": (1, None),
     "checkpoint.keep_best": (0, None),
@@ -233,8 +237,8 @@ def _validate_data(config: Config) -> None:
             f"config: data.classes={data.classes}, but shapes has "
             + " or ".join(str(number) for number in LABELS if number)
         )
-    if config.evaluation.metrics and data.name != "shapes":
-        raise ConfigError("config: evaluation.metrics need data.name=shapes; set them to ()")
+    if config.evaluation.reference == "coco" and not config.evaluation.path:
+        raise ConfigError("config: evaluation.reference=coco needs evaluation.path, a prepared one")
     if data.name == "latents" and config.autoencoder.name == "pixels":
         raise ConfigError("config: data.name=latents needs autoencoder.name=kl or vq")
     low_high = config.sampling.size_range

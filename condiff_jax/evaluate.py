@@ -5,64 +5,60 @@ One line of evaluation.jsonl is one evaluation: its numbers, and all that they d
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from condiff_jax import sharding
+from condiff_jax import config as config_lib
+from condiff_jax import fidelity, protocols, sharding
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import Config, ConfigError
-from condiff_jax.data import augment, shapes
-from condiff_jax.data.pipeline import create_source
+from condiff_jax.data import shapes
+from condiff_jax.encoders import blaming
 from condiff_jax.grid import caption_grid
 from condiff_jax.metrics import lpips, prompt, response, shapes_features
-from condiff_jax.metrics.frechet import Moments, frechet_distance
 from condiff_jax.sample import Sampler, asked_control, requests, save_png, titles
+from condiff_jax.schema import Sampling
 from condiff_jax.system import System
 from condiff_jax.system import create as create_system
-from condiff_jax.workdir import Workdir, append_json, read_json_lines
+from condiff_jax.workdir import Workdir, append_json, read_json_lines, write
 
 # Numbers of the first samples of each metric: they share noise neither with each other nor with
 # the grids, which start at 0.
-FIRST_INDEX = {"prompt_accuracy": 10**6, "frechet_shapes": 10**7, "size_response": 2 * 10**6}
-# Where the reference of a distribution starts in a split. Training draws from 2**31 pictures, so
-# next to none of these is among those that it has seen.
-FIRST_RECORD = {"train": 2**30, "validation": 0}
+FIRST_INDEX = {"prompt_accuracy": 10**6, "size_response": 2 * 10**6}
+SIZE_PART = 32  # prompts of size_response whose pictures are in memory at a time
 # What an evaluation depends on besides the run; records that agree here are the same measurement.
 IDENTITY = ("step", "sampling", "evaluation", "features")
 
 
 def check(config: Config) -> None:
     """ConfigError where the evaluation that the config asks for cannot be made."""
-    settings = config.evaluation
-    if settings.metrics and config.data.resolution < shapes_features.LEAST_SIDE:
+    settings, metrics = config.evaluation, set(config.evaluation.metrics)
+    shapes_only = metrics & {"prompt_accuracy", "frechet_shapes"}
+    if shapes_only and config.data.name != "shapes":
+        names = ", ".join(sorted(shapes_only))
+        raise ConfigError(f"config: {names} of evaluation.metrics need data.name=shapes")
+    if shapes_only and config.data.resolution < shapes_features.LEAST_SIDE:
         raise ConfigError(
             f"config: evaluation.metrics need data.resolution={shapes_features.LEAST_SIDE} or more"
         )
-    if "frechet_shapes" in settings.metrics:
-        if settings.reference not in FIRST_RECORD:
-            raise ConfigError(
-                f"config: evaluation.reference={settings.reference} is not there for data.name="
-                f"shapes; choose from {', '.join(FIRST_RECORD)}"
-            )
-        count = len(shapes.Shapes(settings.reference)) - FIRST_RECORD[settings.reference]
-        if settings.samples > count:
-            raise ConfigError(
-                f"config: evaluation.samples={settings.samples}, but evaluation.reference="
-                f"{settings.reference} has {count} pictures"
-            )
+    if "clip_score" in metrics and config.data.semantics != "text":
+        raise ConfigError("config: clip_score of evaluation.metrics needs data.semantics=text")
+    if metrics & fidelity.NETWORK.keys():
+        fidelity.create_networks(config)
+        fidelity.Reference(config)
     if "size_response" in settings.metrics and settings.lpips:
-        try:
+        with blaming("evaluation.lpips"):
             lpips.load_weights(settings.lpips)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"evaluation.lpips: {error}") from error
 
 
 def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
@@ -71,8 +67,13 @@ def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
     evaluation: dict[str, Any] = {"metrics": sorted(settings.metrics)}
     if "prompt_accuracy" in settings.metrics:
         evaluation |= {"prompts": settings.prompts}
-    if "frechet_shapes" in settings.metrics:
+    networks = fidelity.create_networks(config)
+    if networks:
         evaluation |= {"samples": settings.samples, "reference": settings.reference}
+        evaluation |= {"path": settings.path} if settings.path else {}
+        if settings.statistics and "inception" in networks:
+            content = epath.Path(settings.statistics).read_bytes()
+            evaluation["statistics"] = hashlib.sha256(content).hexdigest()
     if "size_response" in settings.metrics:
         evaluation |= {"size_prompts": settings.size_prompts, "sizes": list(settings.sizes)}
         if settings.lpips:
@@ -84,7 +85,7 @@ def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
     sampling |= {"ema": ema, "control": asked_control(config)}
     if asked.size in ("tied", "untied"):
         sampling["size_range"] = list(asked.size_range)
-    features = shapes_features.sha256() if "frechet_shapes" in settings.metrics else None
+    features = fidelity.describe_networks(networks)
     return {"step": step, "sampling": sampling, "evaluation": evaluation, "features": features}
 
 
@@ -99,7 +100,9 @@ def measured(folder: Workdir, identity: dict[str, Any]) -> dict[str, Any] | None
 def measure(
     sampler: Sampler, params: dict, step: int, folder: Workdir, *, ema: bool
 ) -> dict[str, Any]:
-    """Run config.evaluation.metrics: one record, with pictures in samples/; pure but for those.
+    """Run config.evaluation.metrics: one record in evaluation.jsonl, with pictures in samples/.
+
+    A measurement that was killed goes on where it was, see `fidelity.generate`.
 
     ema: whether `params` are the averaged ones, for the record. ConfigError as from `check`.
     """
@@ -107,37 +110,45 @@ def measure(
     check(config)
     identity = describe(config, step, ema=ema)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    parts = folder.path / "evaluations" / f"{step}-{key}"
     metrics, grids = {}, {}
-    bar = tqdm(
-        config.evaluation.metrics, desc="evaluate", leave=False, disable=jax.process_index() != 0
-    )
-    for name in bar:
-        bar.set_postfix_str(name)
-        values, pictures = MEASURES[name](sampler, params, folder)
-        metrics |= values
-        grids |= pictures
+    for name, measure_one in MEASURES.items():
+        if name in config.evaluation.metrics:
+            values, pictures = measure_one(sampler, params, folder, parts)
+            metrics |= values
+            grids |= pictures
+    if fidelity.NETWORK.keys() & set(config.evaluation.metrics):
+        metrics |= fidelity.measure(sampler, params, folder, parts)
     pictures = {name: f"samples/{step}-{key}-{name}.png" for name in grids}
     if jax.process_index() == 0:
         folder.samples.mkdir(parents=True, exist_ok=True)
         for name, path in pictures.items():
             save_png(folder.path / path, grids[name])
     seconds = round(time.perf_counter() - start, 1)
-    return identity | {"metrics": metrics, "pictures": pictures, "seconds": seconds}
+    record = identity | {"metrics": metrics, "pictures": pictures, "seconds": seconds}
+    if jax.process_index() == 0:
+        append_json(folder.evaluation, record)
+    fidelity.forget(parts)
+    return record
 
 
 def subjects(system: System, n: int) -> list[Any]:
     """What to ask for in turn: the scenes of n unseen prompts, or n times the next class."""
-    if system.text_encoder is not None:
+    if system.text_encoder is None:
+        return [i % len(system.vocabulary.classes) for i in range(n)]
+    if system.config.data.name == "shapes":
         return shapes.prompts(n)
-    return [i % len(system.vocabulary.classes) for i in range(n)]
+    return fidelity.Reference(system.config).asked(n, system)
 
 
 def asked_for(system: System, wanted: Sequence[Any]) -> list[Any]:
     """The prompts of `subjects`, or their classes."""
-    return list(wanted) if system.text_encoder is None else [scene.caption for scene in wanted]
+    return [getattr(subject, "caption", subject) for subject in wanted]
 
 
-def prompt_accuracy(sampler: Sampler, params: dict, folder: Workdir) -> tuple[dict, dict]:
+def prompt_accuracy(
+    sampler: Sampler, params: dict, folder: Workdir, parts: epath.Path
+) -> tuple[dict, dict]:
     """Share of pictures that show what they were asked for, by attribute, and a grid of them."""
     system, config = sampler.system, sampler.system.config
     first = FIRST_INDEX["prompt_accuracy"]
@@ -154,55 +165,61 @@ def prompt_accuracy(sampler: Sampler, params: dict, folder: Workdir) -> tuple[di
     return values, {"grid": grid}
 
 
-def frechet_shapes(sampler: Sampler, params: dict, folder: Workdir) -> tuple[dict, dict]:
-    """Frechet distance on shapes features between a split's pictures and ones asked alike."""
-    system, config = sampler.system, sampler.system.config
-    settings, first = config.evaluation, FIRST_INDEX["frechet_shapes"]
-    source = create_source(config, settings.reference)
-    start = FIRST_RECORD[settings.reference]
-    reference, asked, parts = Moments(), [], range(0, settings.samples, shapes_features.BATCH)
-    for low in tqdm(parts, desc="reference pictures", leave=False, disable=len(parts) < 2):
-        high = min(low + shapes_features.BATCH, settings.samples)
-        records = [source[start + i] for i in range(low, high)]
-        pictures = [augment.center(r["image"], config.data.resolution)[0] for r in records]
-        reference.add(shapes_features.features(np.stack(pictures)))
-        name = "label" if system.text_encoder is None else "caption"
-        asked += [record[name] for record in records]
-    batch = requests(system, asked, first=first, seen=folder.load_control())
-    generated = Moments()
-    pictures = sampler(params, batch, first=first, label="frechet distance")
-    generated.add(shapes_features.features(pictures))
-    distance = frechet_distance(*reference.result(), *generated.result())
-    return {"frechet_shapes": distance}, {}
-
-
-def size_response(sampler: Sampler, params: dict, folder: Workdir) -> tuple[dict, dict]:
+def size_response(
+    sampler: Sampler, params: dict, folder: Workdir, parts: epath.Path
+) -> tuple[dict, dict]:
     """How pictures change with size control alone, and grids of that (Fig. 2), and of flips."""
     system, config = sampler.system, sampler.system.config
     settings, resolution = config.evaluation, config.data.resolution
     wanted = asked_for(system, subjects(system, settings.size_prompts))
     distance = lpips.create(settings.lpips) if settings.lpips else None
     sides = [{"height": size, "width": size, "aspect": 1.0} for size in settings.sizes]
-    pictures = controlled(sampler, params, wanted, sides, "sizes")
-    values = response.size_response(pictures, settings.sizes, resolution, distance)
-    grids = {"sizes": comparison(system, pictures, wanted, [f"{n} px" for n in settings.sizes])}
+    found, shown = [], wanted[:SIZE_PART]
+    grids = {}
+    for low in tqdm(
+        range(0, len(wanted), SIZE_PART), desc="sizes", disable=jax.process_index() != 0
+    ):
+        some, file = wanted[low : low + SIZE_PART], parts / f"sizes-{low:08d}.json"
+        if low and file.exists():
+            found.append((len(some), json.loads(file.read_text())))
+            continue
+        pictures = controlled(sampler, params, some, sides, "sizes", low)
+        found.append(
+            (len(some), response.size_response(pictures, settings.sizes, resolution, distance))
+        )
+        if not low:
+            names = [f"{n} px" for n in settings.sizes]
+            grids["sizes"] = comparison(system, pictures, shown, names)
+        elif jax.process_index() == 0:
+            parts.mkdir(parents=True, exist_ok=True)
+            write(file, json.dumps(found[-1][1]))
     if "flip" in config.conditioning.control:
-        pictures = controlled(sampler, params, wanted, [{"flip": 0.0}, {"flip": 1.0}], "flips")
-        grids["flip"] = comparison(system, pictures, wanted, ["not flipped", "flipped"])
-    return values, grids
+        flips = [{"flip": 0.0}, {"flip": 1.0}]
+        pictures = controlled(sampler, params, shown, flips, "flips", 0)
+        grids["flip"] = comparison(system, pictures, shown, ["not flipped", "flipped"])
+    return response.mean_response(found, settings.sizes), grids
 
 
 def controlled(
-    sampler: Sampler, params: dict, asked: Sequence[Any], variants: Sequence[dict], label: str
+    sampler: Sampler,
+    params: dict,
+    asked: Sequence[Any],
+    variants: Sequence[dict],
+    label: str,
+    first: int,
 ) -> np.ndarray:
-    """Pictures (P, V, R, R, 3) of P requests under V changes of control, each with one noise."""
+    """Pictures (P, V, R, R, 3) of P requests under V changes of control, each with one noise.
+
+    first: the number of the first request.
+    """
     base, columns = asked_control(sampler.system.config), []
     for variant in tqdm(variants, desc=label, leave=False, disable=jax.process_index() != 0):
         control = {
             name: np.full(len(asked), value, np.float32) for name, value in (base | variant).items()
         }
         batch = requests(sampler.system, asked, control)
-        columns.append(sampler(params, batch, first=FIRST_INDEX["size_response"], label=label))
+        index = FIRST_INDEX["size_response"] + first
+        columns.append(sampler(params, batch, first=index, label=label))
     return np.stack(columns, 1)
 
 
@@ -219,11 +236,7 @@ def comparison(system: System, pictures: np.ndarray, asked: Sequence[Any], names
     )
 
 
-MEASURES = {
-    "prompt_accuracy": prompt_accuracy,
-    "frechet_shapes": frechet_shapes,
-    "size_response": size_response,
-}
+MEASURES = {"prompt_accuracy": prompt_accuracy, "size_response": size_response}
 
 
 def summary(record: dict[str, Any]) -> list[str]:
@@ -233,11 +246,19 @@ def summary(record: dict[str, Any]) -> list[str]:
     if names:
         rates = ", ".join(f"{name.replace('_', '/')} {metrics[name]:.1%}" for name in names)
         lines.append(f"Prompt accuracy on {settings['prompts']} unseen prompts: {rates}")
+    against = f"{settings.get('samples')} pictures against {settings.get('reference')}"
     if "frechet_shapes" in metrics:
-        lines.append(
-            f"Frechet distance on shapes features, {settings['samples']} pictures against "
-            f"{settings['reference']}: {metrics['frechet_shapes']:.3f}"
-        )
+        distance = metrics["frechet_shapes"]
+        lines.append(f"Frechet distance on shapes features, {against}: {distance:.3f}")
+    for network, names in (
+        ("inception", ("fid", "kid", "precision", "recall")),
+        ("clip", ("clip_score",)),
+    ):
+        values = [f"{n} {metrics[n]:.4g}" for n in names if n in metrics]
+        if values:
+            lines.append(f"{record['features'][network]['name']}, {against}: {', '.join(values)}")
+    if metrics.get("fid_rank_deficient"):
+        lines.append("  (FID with fewer pictures than features: too large, for comparison alone)")
     if "size_l2" in metrics:
         kinds = ("size_l2", "size_l2_hr", "size_lpips", "size_lpips_hr", "sharpness_response")
         values = (f"{k} {metrics[k]:.4f}" for k in kinds if metrics.get(k) is not None)
@@ -246,11 +267,49 @@ def summary(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def run(config: Config, workdir: str) -> dict[str, Any]:
-    """Mode `evaluate`: the record of the newest checkpoint; measured unless it was before."""
+def grid(config: Config) -> dict[str, Config]:
+    """The configs of evaluation.grid, "field=value,value;..." of sampling, by what they change.
+
+    Without a grid the config itself, as "".
+
+    ConfigError for fields or values that `sampling` cannot have.
+    """
+    axes = []
+    for part in filter(None, config.evaluation.grid.split(";")):
+        name, _, values = part.partition("=")
+        kind = get_type_hints(Sampling).get(name.strip())
+        if kind not in (int, float, str) or not values:
+            raise ConfigError(
+                f"config: evaluation.grid={config.evaluation.grid!r}: {part!r} is not "
+                "field=value,value of sampling"
+            )
+        try:
+            axes.append([(name.strip(), kind(value.strip())) for value in values.split(",")])
+        except ValueError:
+            raise ConfigError(
+                f"config: evaluation.grid: sampling.{name} takes values of type {kind.__name__}, "
+                f"got {values}"
+            ) from None
+    points = {}
+    for point in itertools.product(*axes):
+        fields = dataclasses.asdict(config)
+        fields["sampling"] |= dict(point)
+        name = ", ".join(f"{key} {value}" for key, value in point)
+        points[name] = config_lib.create(fields)
+    return points
+
+
+def run(config: Config, workdir: str) -> list[dict[str, Any]]:
+    """Mode `evaluate`: the records of the newest checkpoint, one for each point of `grid`.
+
+    What was measured before is not measured again.
+    """
+    config = protocols.apply(config)
     if not config.evaluation.metrics:
         raise ConfigError("config: evaluation.metrics is empty; name what to measure")
-    check(config)
+    points = grid(config)
+    for point in points.values():
+        check(point)
     folder = Workdir(workdir)
     folder.check(config)
     checkpoints, ema = Checkpoints(folder.checkpoints, config), config.sampling.ema
@@ -259,27 +318,20 @@ def run(config: Config, workdir: str) -> dict[str, Any]:
         raise ConfigError(
             f"{workdir} has trained on past steps={config.steps}, to step {step}; set steps={step}"
         )
-    found = None if step is None else measured(folder, describe(config, step, ema=ema))
-    if found:
-        print(f"Step {step} is already measured so, in {folder.evaluation}:")
-        record = found
-    else:
-        mesh = sharding.create_mesh(config.parallel.fsdp)
-        system = create_system(config, folder.load_vocabulary())
-        step, params = checkpoints.restore_params(system, mesh, ema=ema)
-        frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
-        sampler = Sampler(system, mesh, config.sampling, frozen)
-        record = record_measure(sampler, params, step, folder, ema=ema)
-    if jax.process_index() == 0:
-        print("\n".join(summary(record)))
-    return record
-
-
-def record_measure(
-    sampler: Sampler, params: dict, step: int, folder: Workdir, *, ema: bool
-) -> dict[str, Any]:
-    """`measure`, and its record in evaluation.jsonl."""
-    record = measure(sampler, params, step, folder, ema=ema)
-    if jax.process_index() == 0:
-        append_json(folder.evaluation, record)
-    return record
+    sampler, records = None, []
+    for name, point in points.items():
+        record = None if step is None else measured(folder, describe(point, step, ema=ema))
+        if record:
+            print(f"Step {step} is already measured so, in {folder.evaluation}:")
+        else:
+            if sampler is None:
+                mesh = sharding.create_mesh(config.parallel.fsdp)
+                system = create_system(config, folder.load_vocabulary())
+                step, params = checkpoints.restore_params(system, mesh, ema=ema)
+                frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
+                sampler = Sampler(system, mesh, config.sampling, frozen)
+            record = measure(sampler.at(point), params, step, folder, ema=ema)
+        if jax.process_index() == 0:
+            print("\n".join([*([f"{name}:"] if name else []), *summary(record)]))
+        records.append(record)
+    return records

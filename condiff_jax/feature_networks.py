@@ -5,6 +5,7 @@ Nothing of them comes with this package. Paths are local or remote files or fold
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -47,6 +48,23 @@ def load_inception(path: str) -> FeatureNetwork:
     return FeatureNetwork(
         name="Inception-v3 2015-12-05",
         sha256=weights.sha256(weights.weight_files(place)),
+        width=inception.WIDTH,
+        params=params,
+        apply=inception.features,
+        prepare=inception.resize,
+    )
+
+
+def random_inception() -> FeatureNetwork:
+    """FID's network with weights that nobody trained: to try what needs it, not to measure."""
+    example = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
+    params = jax.jit(inception.InceptionV3().init)(jax.random.key(0), example)["params"]
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return FeatureNetwork(
+        name="Inception-v3 with random weights",
+        sha256=digest.hexdigest(),
         width=inception.WIDTH,
         params=params,
         apply=inception.features,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -119,12 +120,24 @@ class Reporter(Log):
         """
         lines = [f"Finished {step} steps."]
         if self.config.evaluation.metrics:
-            ema = self.config.sampling.ema
-            identity = evaluate.describe(self.config, step, ema=ema)
-            result = evaluate.measured(self.folder, identity)
-            result = result or evaluate.record_measure(
-                self.sampler, params, step, self.folder, ema=ema
-            )
-            lines += evaluate.summary(result)
+            lines += evaluate.summary(self.evaluate(step, params, self.config))
         self.samples(step, params, self.config.sampling.n)
         self.close([*lines, f"  pictures     {self.folder.grid(step)}"])
+
+    def early(self, step: int, params: dict) -> None:
+        """An evaluation in the middle of training, on evaluation.every_samples pictures."""
+        settings = self.config.evaluation
+        settings = dataclasses.replace(settings, samples=settings.every_samples)
+        self.evaluate(step, params, dataclasses.replace(self.config, evaluation=settings))
+
+    def evaluate(self, step: int, params: dict, config: Config) -> dict:
+        """The evaluation that `config` asks for, if it is not there yet, also in TensorBoard."""
+        ema = config.sampling.ema
+        found = evaluate.measured(self.folder, evaluate.describe(config, step, ema=ema))
+        if found:
+            return found
+        found = evaluate.measure(self.sampler.at(config), params, step, self.folder, ema=ema)
+        for name, value in found["metrics"].items() if self.chief else ():
+            if value is not None:
+                self.events.add_scalar(f"evaluation/{name}", value, step)
+        return found

@@ -11,7 +11,9 @@ from condiff_jax import startup
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
-MODES = ["train", "sample", "evaluate", "summary", "prepare", "encode", "import", "export"]
+MODES = [
+    "train", "sample", "evaluate", "reference", "summary", "prepare", "encode", "import", "export",
+]  # fmt: skip
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 
 
@@ -19,7 +21,7 @@ def main(_) -> None:
     """Dispatch to the mode; bad input ends with one line and exit code 2."""
     # Imported here so that bad flags are reported at once, not after loading JAX.
     from condiff_jax import config as config_lib
-    from condiff_jax import encode, evaluate, prepare, sample, summary, train
+    from condiff_jax import encode, evaluate, fidelity, prepare, sample, summary, train
     from condiff_jax.convert import exporting, importing
 
     try:
@@ -27,6 +29,8 @@ def main(_) -> None:
         without = {"summary": summary, "prepare": prepare, "encode": encode}  # a workdir
         if MODE.value in without:
             return without[MODE.value].run(config)
+        if MODE.value == "reference":
+            return fidelity.run_reference(config)
         if not WORKDIR.value:
             raise config_lib.ConfigError(f"--workdir is missing; mode {MODE.value} needs it")
         modes = {"train": train, "sample": sample, "evaluate": evaluate}

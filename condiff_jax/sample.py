@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +18,11 @@ from tqdm import tqdm
 from condiff_jax import sharding
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.data.augment import SCALARS
-from condiff_jax.diffusion.guidance import dual_guidance, scaled_guidance
+from condiff_jax.diffusion.guidance import (
+    dual_guidance,
+    needed_branches,
+    scaled_guidance,
+)
 from condiff_jax.diffusion.sampler import SAMPLERS, initial_noise
 from condiff_jax.grid import caption_grid
 from condiff_jax.schema import Config, ConfigError, Sampling
@@ -95,22 +101,42 @@ def requests(
     return batch
 
 
+class Program(NamedTuple):
+    """What a compiled sampler is made for; guidance scales are arguments of it."""
+
+    sampler: str
+    steps: int
+    spacing: str
+    eta: float
+    clip: bool
+    seed: int
+    needed: tuple[bool, bool, bool]  # see `dual_guidance`
+
+    @classmethod
+    def create(cls, settings: Sampling, resolution: int) -> tuple[Program, np.ndarray]:
+        """Of these settings, and their guidance scales (2,): lambda by Eq. 4 and beta of Eq. 2."""
+        scales = guidance_scale(settings, resolution), settings.control_guidance
+        fields = (getattr(settings, name) for name in cls._fields[:-1])
+        return cls(*fields, needed_branches(*scales)), np.array(scales, np.float32)
+
+
 def generate(
     params: dict,
     frozen: dict,
     batch: dict,
     index: jax.Array,
+    scales: jax.Array,
     *,
     system: System,
-    settings: Sampling,
+    program: Program,
 ) -> jax.Array:
     """Pictures uint8 (B, R, R, 3) for the requests in `batch`; pure, to be jitted.
 
     params, frozen: see `System.init` and `System.load_frozen`. index (B,) int32: the number of each
-    sample; its noise comes from (settings.seed, index).
+    sample; its noise comes from (program.seed, index). scales: see `Program.create`.
     """
     params = {**params, **frozen}
-    key = jax.random.key(settings.seed)
+    key = jax.random.key(program.seed)
     keys = jax.vmap(partial(jax.random.fold_in, key))(index)
     keys = jax.vmap(partial(jax.random.split, num=2))(keys)  # (B, 2): text padding, sampler
     text_noise = None
@@ -118,31 +144,38 @@ def generate(
         shape = (system.config.text_encoder.length, system.config.text_encoder.width)
         text_noise = jax.vmap(partial(jax.random.normal, shape=shape))(keys[:, 0])
     cond = system.condition(params, batch, text_noise)
-    scale = guidance_scale(settings, system.config.data.resolution)
-    denoise = dual_guidance(system.denoise(params), scale, settings.control_guidance)
-    x = SAMPLERS[settings.sampler](
+    denoise = dual_guidance(system.denoise(params), *scales, program.needed)
+    x = SAMPLERS[program.sampler](
         denoise,
         system.schedule,
         initial_noise(keys[:, 1], system.latent_shape),
         cond,
         keys[:, 1],
-        steps=settings.steps,
-        spacing=settings.spacing,
-        eta=settings.eta,
-        clip=system.autoencoder.bound if settings.clip else None,
+        steps=program.steps,
+        spacing=program.spacing,
+        eta=program.eta,
+        clip=system.autoencoder.bound if program.clip else None,
     )
     return system.autoencoder.decode(params.get("autoencoder"), x)
 
 
 class Sampler:
-    """`generate`, compiled once for batches of one size spread over a mesh."""
+    """`generate` for batches of one size spread over a mesh, compiled once a `Program`."""
 
     def __init__(self, system: System, mesh: Mesh, settings: Sampling, frozen: dict | None = None):
         self.system, self.mesh, self.settings, self.frozen = system, mesh, settings, frozen or {}
         self._generate = jax.jit(
-            partial(generate, system=system, settings=settings),
+            partial(generate, system=system),
+            static_argnames="program",
             out_shardings=sharding.replicated(mesh),
         )
+
+    def at(self, config: Config) -> Sampler:
+        """The same model sampled as another config's `sampling` says; what is compiled is kept."""
+        other = copy.copy(self)
+        other.system = dataclasses.replace(self.system, config=config)
+        other.settings = config.sampling
+        return other
 
     def __call__(self, params: dict, batch: dict, *, first: int = 0, label: str = "") -> np.ndarray:
         """Pictures uint8 (N, R, R, 3) for N requests, numbered from `first`."""
@@ -150,12 +183,14 @@ class Sampler:
         devices = self.mesh.size
         size = -(-min(self.settings.batch_size, n) // devices) * devices
         out = []
+        program, scales = Program.create(self.settings, self.system.config.data.resolution)
         starts = tqdm(range(0, n, size), desc=label or "sampling", disable=n <= size, leave=False)
         for start in starts:
             rows = np.arange(start, start + size) % n  # the last part is filled up
             part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
             index = (first + start + np.arange(size)).astype(np.int32)
-            out.append(self._generate(params, self.frozen, *put_global(self.mesh, (part, index))))
+            part, index = put_global(self.mesh, (part, index))
+            out.append(self._generate(params, self.frozen, part, index, scales, program=program))
         return np.concatenate([np.asarray(pictures) for pictures in out])[:n]
 
 

@@ -176,6 +176,15 @@ class Evaluation:
     size_prompts: int
     sizes: tuple[int, ...]
     lpips: str
+    inception: str
+    clip: str
+    path: str
+    statistics: str
+    save: str
+    grid: str
+    protocol: str
+    every: int
+    every_samples: int
 
 
 @dataclasses.dataclass(frozen=True)

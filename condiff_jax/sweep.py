@@ -157,7 +157,7 @@ def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
         return None
     names = ("metrics", "sampling", "evaluation", "features", "pictures")
     if run.config.evaluation.metrics:
-        found = evaluate.run(run.config, str(path))
+        (found,) = evaluate.run(run.config, str(path))
     else:  # as on the paper's data: training leaves a grid to look at
         grid = {"grid": f"samples/{run.config.steps}.png"}
         found = dict.fromkeys(names) | {"metrics": {}, "pictures": grid, "seconds": 0.0}

@@ -392,4 +392,8 @@ def loop(
             if every and step % every == 0:
                 reporter.samples(step, state.to_sample(train_state, config.sampling.ema))
                 meter.restart_clock()
+            every = config.evaluation.every
+            if every and step % every == 0 and config.evaluation.metrics:
+                reporter.early(step, state.to_sample(train_state, config.sampling.ema))
+                meter.restart_clock()
     return train_state

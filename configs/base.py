@@ -188,15 +188,30 @@ def get_config() -> ConfigDict:
     sampling.size_range = (512, 1024)  # pixels
 
     config.evaluation = evaluation = ConfigDict()
-    # What to measure when done: any of prompt_accuracy, frechet_shapes, size_response (data shapes)
+    # What to measure when done: any of prompt_accuracy, frechet_shapes (both for data shapes),
+    # size_response, fid, kid, precision_recall, clip_score
     evaluation.metrics = ()
     evaluation.prompts = 256  # prompts, or pictures of classes, of prompt_accuracy
     evaluation.samples = 1024  # pictures that distributions are compared on
-    # Pictures they are compared with: train | train_200k | validation | coco
+    # Pictures they are compared with, and that say what to ask for:
+    # train | train_200k | validation | coco (the validation split of the data set in path)
     evaluation.reference = "train"
+    evaluation.path = ""  # another data set of mode prepare for that than data.path
+    # .npz of mode reference, pytorch-fid, clean-fid or ADM: what FID compares with instead
+    evaluation.statistics = ""
+    evaluation.inception = ""  # FID's network, pytorch-fid's .pth; random: untrained, to try
+    evaluation.clip = ""  # CLIP score: a folder as transformers writes it, or a hub id
     evaluation.size_prompts = 16  # prompts, or classes, of size_response
     evaluation.sizes = (12, 24, 48)  # originals' sizes that size_response asks for, pixels
     evaluation.lpips = ""  # weights for LPIPS in size_response besides the pixels' distance
+    evaluation.save = ""  # keep the pictures: png | npz (arr_0, as ADM's evaluator takes them)
+    # mode evaluate: all combinations of fields of sampling, "guidance=1,1.5,2;size=train,fixed"
+    evaluation.grid = ""
+    # mode evaluate: imagenet_fid50k | val_fid | coco_clip | lpips_size instead of the metrics,
+    # reference and settings of sampling, see condiff_jax/protocols.py
+    evaluation.protocol = ""
+    evaluation.every = 0  # steps between evaluations in training; 0: only at the end
+    evaluation.every_samples = 1024  # evaluation.samples of those
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 1000  # steps

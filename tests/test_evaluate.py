@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from condiff_jax import evaluate, optim, sample, sharding, state
+from condiff_jax import evaluate, fidelity, optim, sample, sharding, state
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import ConfigError
 from condiff_jax.data import augment, shapes
 from condiff_jax.logs import Reporter
-from condiff_jax.metrics import METRICS, shapes_features
+from condiff_jax.metrics import shapes_features
 from condiff_jax.metrics.prompt import sharpness
 from condiff_jax.schema import ControlValues, Sampling
 from condiff_jax.workdir import Workdir
 from tests import tiny
 
+MEASURED = ("prompt_accuracy", "frechet_shapes", "size_response")  # needs nothing but us
 FIELDS = {
     "steps": 2,
-    "evaluation.metrics": METRICS,
+    "evaluation.metrics": MEASURED,
     "evaluation.prompts": 3,
     "evaluation.samples": 9,
     "evaluation.size_prompts": 2,
@@ -80,10 +81,10 @@ def test_the_end_of_training_measures_and_records(trained):
     assert set(metrics) == accuracies | others | {f"sharpness_{n}" for n in (12, 16, 24)}
     assert all(0 <= metrics[name] <= 1 for name in accuracies)
     assert metrics["frechet_shapes"] > 0 and metrics["size_l2"] > 0
-    assert record["features"] == shapes_features.sha256()
+    assert record["features"]["shapes"]["sha256"] == shapes_features.sha256()
     assert record["sampling"]["ema"] is True and record["sampling"]["control"]["height"] == 16
     assert record["evaluation"] == {
-        "metrics": sorted(METRICS), "prompts": 3, "samples": 9, "reference": "train",
+        "metrics": sorted(MEASURED), "prompts": 3, "samples": 9, "reference": "train",
         "size_prompts": 2, "sizes": [12, 16, 24],
     }  # fmt: skip
     assert set(record["pictures"]) == {"grid", "sizes", "flip"}
@@ -94,9 +95,9 @@ def test_the_end_of_training_measures_and_records(trained):
 def test_a_second_time_nothing_is_sampled(trained, capsys):
     path, fields = trained
     with no_sampling():
-        record = evaluate.run(tiny.config(**fields), str(path))
+        (record,) = evaluate.run(tiny.config(**fields), str(path))
         # What numbers do not depend on makes no other evaluation.
-        again = evaluate.run(tiny.config(**fields | {"sampling.n": 2, "steps": 3}), str(path))
+        (again,) = evaluate.run(tiny.config(**fields | {"sampling.n": 2, "steps": 3}), str(path))
     assert record == again == records(path)[0]
     out = capsys.readouterr().out
     assert "already measured" in out and "Prompt accuracy on 3 unseen prompts: colour" in out
@@ -107,7 +108,7 @@ def test_another_setting_is_another_record(trained):
     path, fields = trained
     before = records(path)
     fields = fields | {"evaluation.metrics": ("prompt_accuracy",)}
-    record = evaluate.run(tiny.config(**fields, **{"sampling.guidance": 2.0}), str(path))
+    (record,) = evaluate.run(tiny.config(**fields, **{"sampling.guidance": 2.0}), str(path))
     assert records(path) == [*before, record]
     assert record["sampling"]["guidance"] == 2 and record["features"] is None
     assert not set(record["pictures"].values()) & set(before[0]["pictures"].values())
@@ -135,7 +136,7 @@ def test_noise_is_one_for_all_sizes_and_no_metric_shares_it(tmp_path):
     fake = mock.Mock(side_effect=sampler, system=system)
     record = evaluate.measure(fake, {}, 2, Workdir(str(tmp_path)), ema=True)
     assert record["metrics"]["size_l2"] == 0  # the same noise: the same pictures
-    accuracy, frechet, *sized = calls
+    accuracy, *sized, frechet = calls
     assert (accuracy[0], frechet[0], [call[0] for call in sized]) == (3, 9, [2] * 5)
     assert len({call[1] for call in sized}) == 1
     assert len({accuracy[1], frechet[1], sized[0][1]}) == 3
@@ -158,7 +159,7 @@ def test_reference_is_unseen_and_asked_alike(tmp_path):
             return np.stack([augment.center(row["image"], 16)[0] for row in rows])
 
         fake = mock.Mock(side_effect=sampler, system=system)
-        values, _ = evaluate.frechet_shapes(fake, {}, Workdir(str(tmp_path)))
+        values = fidelity.measure(fake, {}, Workdir(str(tmp_path)), tmp_path / reference)
         assert values["frechet_shapes"] == pytest.approx(0, abs=1e-5)
 
 
@@ -243,7 +244,7 @@ def test_the_range_of_sizes_is_described_where_sizes_are_drawn_from_it(size, mat
 )
 def test_what_a_metric_depends_on_is_described_with_it(metric, fields):
     with_it = {"evaluation.metrics": (metric,)}
-    without = {"evaluation.metrics": tuple(name for name in METRICS if name != metric)}
+    without = {"evaluation.metrics": tuple(name for name in MEASURED if name != metric)}
     for name, value in fields.items():
         changed = {f"evaluation.{name}": value}
         assert described(**with_it, **changed) != described(**with_it), name
@@ -332,7 +333,7 @@ def responded(folder, **overrides):
     """(values, grids, requests) of size_response."""
     system, calls = tiny.system(tiny.config(**FIELDS | overrides)), []
     fake = mock.Mock(side_effect=partial(noted, calls), system=system)
-    return *evaluate.size_response(fake, {}, folder), calls
+    return *evaluate.size_response(fake, {}, folder, folder.path / "parts"), calls
 
 
 def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monkeypatch):
@@ -380,9 +381,11 @@ def test_drawn_sizes_are_those_of_the_samples_numbers(tmp_path):
     fields = FIELDS | {"sampling.size": "tied", "sampling.size_range": (20, 40)}
     system, calls = tiny.system(tiny.config(**fields)), []
     fake = mock.Mock(side_effect=partial(noted, calls), system=system)
-    for metric in ("prompt_accuracy", "frechet_shapes"):
-        evaluate.MEASURES[metric](fake, {}, Workdir(str(tmp_path)))
-        call, first = calls[-1], evaluate.FIRST_INDEX[metric]
+    folder = Workdir(str(tmp_path))
+    evaluate.prompt_accuracy(fake, {}, folder, tmp_path)
+    fidelity.measure(fake, {}, folder, tmp_path)
+    firsts = evaluate.FIRST_INDEX["prompt_accuracy"], fidelity.FIRST_INDEX
+    for call, first in zip(calls, firsts, strict=True):
         assert call["first"] == first
         expected = sample.control_values(system.config, len(call["height"]), first=first)
         np.testing.assert_array_equal(call["height"], expected["height"])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from condiff_jax import sample, sharding, train
 from condiff_jax.config import ConfigError
+from condiff_jax.diffusion.guidance import needed_branches
 from tests import tiny
 
 
@@ -74,6 +75,20 @@ def test_seed_prompt_and_control_matter(trained):
     assert np.abs(whole.astype(int) - sampler(params, request).astype(int)).max() > 1
 
 
+def test_other_guidance_scales_need_no_other_program(trained):
+    system, params = trained
+    request = sample.requests(system, PROMPTS[:2])
+    fields = {"sampling.batch_size": 64, "sampling.eta": 1.0}
+    sampler = sample.Sampler(system, sharding.create_mesh(), tiny.config(**fields).sampling)
+    made = []
+    for guidance in (2.0, 4.0):
+        other = sampler.at(tiny.config(**fields, **{"sampling.guidance": guidance}))
+        made.append(other(params, request))
+    assert other._generate._cache_size() == 1
+    assert np.abs(made[0].astype(int) - made[1]).max() > 5
+    assert_same(made[1], pictures(system, params, PROMPTS[:2], **{"sampling.guidance": 4.0}))
+
+
 SETTINGS = {  # each with a value other than the test's usual one
     "sampler": "ddpm", "steps": 7, "spacing": "linspace", "eta": 0.25, "guidance": 2.5,
     "control_guidance": 1.75, "base_resolution": 8, "clip": False,
@@ -101,11 +116,13 @@ def test_every_setting_reaches_guidance_and_sampler(trained, changed):
         mock.patch.object(sample, "SAMPLERS", samplers),
         mock.patch.object(sample, "dual_guidance", return_value="guided") as guidance,
     ):
-        generate = partial(sample.generate, system=system, settings=config.sampling)
+        program, scales = sample.Program.create(config.sampling, 16)
+        generate = partial(sample.generate, system=system, program=program)
         request = sample.requests(system, PROMPTS[:2])
-        jax.eval_shape(generate, params, {}, request, np.arange(2, dtype=np.int32))
+        jax.eval_shape(generate, params, {}, request, np.arange(2, dtype=np.int32), scales)
     scale = 2.0 if "base_resolution" in changed else settings["guidance"]  # Eq. 4
-    assert guidance.call_args.args[1:] == (scale, settings["control_guidance"])
+    np.testing.assert_allclose(scales, [scale, settings["control_guidance"]])
+    assert guidance.call_args.args[3] == needed_branches(scale, settings["control_guidance"])
     given = {name: settings[name] for name in ("steps", "spacing", "eta")}
     given["clip"] = system.autoencoder.bound if settings["clip"] else None
     assert calls == [(settings["sampler"], "guided", given)] and system.autoencoder.bound
@@ -127,8 +144,9 @@ def test_control_guidance_sampler_and_clip_change_pictures(trained):
 
     def made(**fields):
         settings = tiny.config(**fields).sampling
-        generate = partial(sample.generate, system=system, settings=settings)
-        return np.asarray(generate(trained[1], {}, request, np.arange(2))).astype(int)
+        program, scales = sample.Program.create(settings, 16)
+        generate = partial(sample.generate, system=system, program=program)
+        return np.asarray(generate(trained[1], {}, request, np.arange(2), scales)).astype(int)
 
     usual = made()
     for field, value in (("control_guidance", 1.0), ("sampler", "ddpm"), ("clip", False)):

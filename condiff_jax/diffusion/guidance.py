@@ -10,22 +10,38 @@ import jax.numpy as jnp
 Denoise = Callable[..., jax.Array]
 
 
-def dual_guidance(denoise: Denoise, scale: float = 1.0, control_scale: float = 1.0) -> Denoise:
+def needed_branches(scale: float, control_scale: float) -> tuple[bool, bool, bool]:
+    """Which of Eq. 2's eps(c,s), eps(0,s) and eps(0,0) have another weight than zero."""
+    return tuple(weight != 0 for weight in _weights(scale, control_scale))
+
+
+def _weights(scale, control_scale) -> tuple:
+    return scale * control_scale, scale * (1 - control_scale), 1 - scale
+
+
+def dual_guidance(
+    denoise: Denoise,
+    scale: float | jax.Array = 1.0,
+    control_scale: float | jax.Array = 1.0,
+    needed: tuple[bool, bool, bool] | None = None,
+) -> Denoise:
     """Eq. 2 with lambda = scale and beta = control_scale.
 
     eps = lambda [beta eps(c,s) + (1 - beta) eps(0,s)] + (1 - lambda) eps(0,0). Branches whose
     weight is zero are not computed: 3 in general, 2 when beta = 1 (plain classifier-free
     guidance) or lambda = 1, and 1 when both are 1. The rest is one batched call.
+
+    needed: `needed_branches`, where the scales are traced and cannot be looked at.
     """
+    needed = needed or needed_branches(scale, control_scale)
+    flags = ((False, False), (False, True), (True, True))  # drop semantics, drop control
     branches = [
-        # weight, drop semantics, drop control
-        (scale * control_scale, False, False),
-        (scale * (1 - control_scale), False, True),
-        (1 - scale, True, True),
+        (weight, *drops)
+        for weight, drops, kept in zip(_weights(scale, control_scale), flags, needed, strict=True)
+        if kept
     ]
-    branches = [branch for branch in branches if branch[0] != 0.0]
     n = len(branches)
-    weights = jnp.asarray([w for w, _, _ in branches], jnp.float32)
+    weights = jnp.stack([jnp.asarray(w, jnp.float32) for w, _, _ in branches])
     drop_semantics = jnp.asarray([s for _, s, _ in branches])
     drop_control = jnp.asarray([c for _, _, c in branches])
 

@@ -73,3 +73,18 @@ def size_response(
     values = sharpness_by_size(pictures)
     out |= {f"sharpness_{size}": float(value) for size, value in zip(sizes, values, strict=True)}
     return out | {"sharpness_response": log_slope(sizes, values)}
+
+
+def mean_response(
+    parts: Sequence[tuple[int, dict[str, float | None]]], sizes: Sequence[int]
+) -> dict[str, float | None]:
+    """The `size_response` of all prompts from (number of prompts, that of each part)."""
+    counts, values = [n for n, _ in parts], [part for _, part in parts]
+    out = {
+        name: None
+        if first is None
+        else float(np.average([v[name] for v in values], weights=counts))
+        for name, first in values[0].items()
+    }
+    sharpnesses = [out[f"sharpness_{size}"] for size in sizes]
+    return out | {"sharpness_response": log_slope(sizes, sharpnesses)}

@@ -46,6 +46,30 @@ def test_order_of_prompts_and_sizes_does_not_matter():
     assert whole == pytest.approx(turned)
 
 
+def test_parts_of_prompts_give_what_the_whole_gives():
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16, 3)).astype(np.uint8)
+    pictures[0] //= 4  # the first is unlike the others: parts are not all worth the same
+    arguments = (8, 16, 24), 16, lambda a, b: response.pixel_distance(a, b) ** 2
+    parts = response.SizeResponse(*arguments)
+    for part in np.split(pictures, [1, 3]):
+        parts.add(part)
+    assert parts.result() == pytest.approx(response.size_response(pictures, *arguments))
+    assert parts.count == 5
+
+
+def test_lpips_is_averaged_over_pairs_and_then_prompts():
+    """Sec. 3.1: ten pairs of five sizes, of which LPIPS/HR leaves those of 256, 512 and 1024."""
+    pictures = flat(0, 10, 30, 70, 150)  # levels whose differences tell pairs apart
+
+    def distances(a, b):
+        return np.abs(a.astype(int) - b).mean((1, 2, 3))
+
+    values = response.size_response(pictures, (64, 128, 256, 512, 1024), 256, distances)
+    pairs = [10, 30, 70, 150, 20, 60, 140, 40, 120, 80]
+    assert values["size_lpips"] == pytest.approx(np.mean(pairs))
+    assert values["size_lpips_hr"] == pytest.approx(np.mean([40, 120, 80]))
+
+
 def test_fewer_than_two_high_sizes_give_none():
     values = response.size_response(flat(0, 9), (8, 16), 16, response.pixel_distance)
     assert values["size_l2_hr"] is None and values["size_lpips_hr"] is None
@@ -80,6 +104,10 @@ def test_sharpness_rises_with_size():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match="a prompt or more"):
+        response.SizeResponse((8, 16), 8).result()
+    with pytest.raises(ValueError, match="pictures must be"):
+        response.SizeResponse((8, 16), 8).add(flat(0, 1)[:0])
     with pytest.raises(ValueError, match="two sizes"):
         response.size_distance(flat(1))
     with pytest.raises(ValueError, match="pictures must be"):

@@ -44,7 +44,7 @@ def load_inception(path: str) -> FeatureNetwork:
         # Training's count of batches is no parameter.
         params = from_torch(weights.read(str(place), r".*\.num_batches_tracked"), shapes)
     except ValueError as error:
-        raise ValueError(f"{path} is not {INCEPTION_SOURCE}: {one_line(error)}") from error
+        raise ValueError(_misfit(path, "Inception", error, INCEPTION_SOURCE)) from error
     return FeatureNetwork(
         name="Inception-v3 2015-12-05",
         sha256=weights.sha256(weights.weight_files(place)),
@@ -90,7 +90,7 @@ def load_clip(path: str) -> ClipScore:
         tensors = weights.read(str(place))
         text_params, image_params = _clip_params(tensors, *towers)
     except ValueError as error:
-        raise ValueError(f"{path} is not {CLIP_SOURCE}: {one_line(error)}") from error
+        raise ValueError(_misfit(path, "CLIP", error, CLIP_SOURCE)) from error
     return ClipScore(
         FeatureNetwork(
             name=f"CLIP image tower {image_size.width} x {image_size.depth}",
@@ -114,6 +114,10 @@ def _locate(path: str, name: str, source: str, others: Sequence[str] = ()) -> An
         return place
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{one_line(error)}; give {source}") from error
+
+
+def _misfit(path: str, name: str, error: ValueError, source: str) -> str:
+    return f"{path} does not do as {name}: {one_line(error)}; give {source}"
 
 
 def _clip_params(

@@ -62,7 +62,9 @@ def test_files_that_are_not_inception(inception_state, tmp_path):
     state["fc.bias"] = np.zeros(1000, np.float32)  # as torchvision's network has it
     del state["Mixed_5b.branch_pool.bn.running_mean"]
     save_file(state, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="is not pt_inception-2015-12-05") as error:
+    with pytest.raises(
+        ValueError, match="does not do as Inception: .*; give pt_inception-2015"
+    ) as error:
         load_inception(str(tmp_path / "weights.safetensors"))
     for problem in (
         "missing Mixed_5b.branch_pool.bn.running_mean",
@@ -72,7 +74,7 @@ def test_files_that_are_not_inception(inception_state, tmp_path):
         assert problem in str(error.value)
     broken = tmp_path / "weights.pth"
     broken.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is not pt_inception.*cannot be read") as error:
+    with pytest.raises(ValueError, match="does not do as Inception: .*cannot be read") as error:
         load_inception(str(broken))
     assert "\n" not in str(error.value)
 
@@ -165,7 +167,7 @@ def change(edit):
         (
             change(lambda s: s.pop("vision_model.post_layernorm.bias")),
             ValueError,
-            "is not a folder or hub id of a CLIPModel.*missing norm_out.bias",
+            "does not do as CLIP: .*missing norm_out.bias; give a folder",
         ),
     ],
 )

@@ -74,7 +74,8 @@ def load(path: str) -> Statistics:
 
     `mu` and `sigma`, whatever else there is (ADM has `mu_s`, `sigma_s` and pictures), or `feats`
     (N, D), which clean-fid keeps for KID. ADM resizes pictures as we do, pytorch-fid and clean-fid
-    otherwise unless told to, and the files do not say it. FileNotFoundError without the file, ValueError for others.
+    otherwise unless told to, and the files do not say it. FileNotFoundError without the file,
+    ValueError for others.
     """
     file = epath.Path(path)
     if not file.exists():

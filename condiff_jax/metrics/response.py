@@ -1,7 +1,9 @@
 """How pictures answer to size control: the same noise and prompt, another original's size.
 
-The paper measures with LPIPS between pictures of different sizes, over all sizes ("LPIPS") and over
-those from the resolution up ("LPIPS/HR"), which the model should treat alike (Sec. 3.2).
+The paper measures LPIPS between pictures of the same seed, prompt and noise but of different sizes,
+in pairs, averaged over 10k prompts (Sec. 3.1): over all sizes ("LPIPS" of Table 2a) and over those
+from the resolution up ("LPIPS/HR"), which the model should treat alike. The text speaks of ten
+generations, the table of five sizes: those make ten pairs.
 """
 
 from __future__ import annotations
@@ -79,12 +81,10 @@ def mean_response(
     parts: Sequence[tuple[int, dict[str, float | None]]], sizes: Sequence[int]
 ) -> dict[str, float | None]:
     """The `size_response` of all prompts from (number of prompts, that of each part)."""
-    counts, values = [n for n, _ in parts], [part for _, part in parts]
+    counts, values = zip(*parts, strict=True)
     out = {
-        name: None
-        if first is None
-        else float(np.average([v[name] for v in values], weights=counts))
-        for name, first in values[0].items()
+        name: None if one is None else float(np.average([v[name] for v in values], 0, counts))
+        for name, one in values[0].items()
     }
     sharpnesses = [out[f"sharpness_{size}"] for size in sizes]
     return out | {"sharpness_response": log_slope(sizes, sharpnesses)}

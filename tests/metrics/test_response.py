@@ -46,6 +46,32 @@ def test_order_of_prompts_and_sizes_does_not_matter():
     assert whole == pytest.approx(turned)
 
 
+def test_parts_of_prompts_give_what_the_whole_gives():
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16, 3)).astype(np.uint8)
+    pictures[0] //= 4  # the first is unlike the others: parts are not all worth the same
+    arguments = (8, 16, 24), 16, lambda a, b: response.pixel_distance(a, b) ** 2
+    parts = [
+        (len(part), response.size_response(part, *arguments)) for part in np.split(pictures, [1, 3])
+    ]
+    whole = response.size_response(pictures, *arguments)
+    assert response.mean_response(parts, arguments[0]) == pytest.approx(whole)
+    low = [(1, response.size_response(flat(0, 9), (8, 16), 16))]
+    assert response.mean_response(low, (8, 16))["size_l2_hr"] is None
+
+
+def test_lpips_is_averaged_over_pairs_and_then_prompts():
+    """Sec. 3.1: ten pairs of five sizes, of which LPIPS/HR leaves those of 256, 512 and 1024."""
+    pictures = flat(0, 10, 30, 70, 150)  # levels whose differences tell pairs apart
+
+    def distances(a, b):
+        return np.abs(a.astype(int) - b).mean((1, 2, 3))
+
+    values = response.size_response(pictures, (64, 128, 256, 512, 1024), 256, distances)
+    pairs = [10, 30, 70, 150, 20, 60, 140, 40, 120, 80]
+    assert values["size_lpips"] == pytest.approx(np.mean(pairs))
+    assert values["size_lpips_hr"] == pytest.approx(np.mean([40, 120, 80]))
+
+
 def test_fewer_than_two_high_sizes_give_none():
     values = response.size_response(flat(0, 9), (8, 16), 16, response.pixel_distance)
     assert values["size_l2_hr"] is None and values["size_lpips_hr"] is None

@@ -130,3 +130,11 @@ def test_params_are_put_on_the_device_once():
     network = means()
     assert network._on_device is network._on_device
     assert dataclasses.replace(network, params=np.float32(2))(pictures(1)).max() > 1
+
+
+def test_accelerators_multiply_with_all_bits():
+    network = means(
+        apply=lambda scale, x: scale * (x.astype(jnp.float32).mean((1, 2)) @ jnp.eye(3))
+    )
+    text = network._compiled.lower(network._on_device, pictures(2)).as_text()
+    assert "precision = [HIGHEST, HIGHEST]" in text

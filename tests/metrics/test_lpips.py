@@ -131,6 +131,18 @@ def test_zero_to_itself_symmetric_and_independent_of_batches(path, monkeypatch):
     np.testing.assert_allclose(distance(first, second), whole, rtol=1e-5)
 
 
+def test_accelerators_multiply_with_all_bits(path, monkeypatch):
+    seen = []
+
+    def distance(params, images1, images2):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return np.zeros(len(images1))
+
+    monkeypatch.setattr(lpips, "distance", distance)
+    lpips.create(str(path))(pictures(1, 16, 16), pictures(1, 16, 16))
+    assert seen == ["highest"]
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_both_layouts_and_formats_are_the_same(tmp_path, network):
     save_file(pytorch_names(network), tmp_path / "weights.safetensors")

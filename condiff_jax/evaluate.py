@@ -69,8 +69,12 @@ def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
         evaluation |= {"prompts": settings.prompts}
     networks = fidelity.create_networks(config)
     if networks:
-        evaluation |= {"samples": settings.samples, "reference": settings.reference}
+        evaluation["samples"] = settings.samples
+    prompted = "size_response" in settings.metrics and config.data.name != "shapes"
+    if networks or prompted:
+        evaluation["reference"] = settings.reference
         evaluation |= {"path": settings.path} if settings.path else {}
+    if networks:
         if settings.statistics and "inception" in networks:
             content = epath.Path(settings.statistics).read_bytes()
             evaluation["statistics"] = hashlib.sha256(content).hexdigest()

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
@@ -53,11 +54,21 @@ SUBSET = 200_000  # pictures of evaluation.reference=train_200k (App. C)
 RANDOM = "random"  # evaluation.inception: weights that nobody trained, to try the protocol
 
 
-def create_networks(config: Config) -> dict[str, FeatureNetwork | ClipScore]:
+def create_networks(
+    config: Config, mesh: Mesh | None = None
+) -> dict[str, FeatureNetwork | ClipScore]:
     """What evaluation.metrics look at pictures with, by name; ConfigError where it is missing."""
     settings = config.evaluation
     names = {NETWORK[metric] for metric in settings.metrics if metric in NETWORK}
-    return {name: _network(name, getattr(settings, name, "")) for name in sorted(names)}
+    found = {name: _network(name, getattr(settings, name, "")) for name in sorted(names)}
+    return {name: _placed(network, mesh) for name, network in found.items()} if mesh else found
+
+
+@functools.lru_cache(maxsize=8)  # what is compiled is kept
+def _placed(network: FeatureNetwork | ClipScore, mesh: Mesh) -> FeatureNetwork | ClipScore:
+    if isinstance(network, ClipScore):
+        return dataclasses.replace(network, images=network.images.on(mesh))
+    return network.on(mesh)
 
 
 @functools.lru_cache(maxsize=8)
@@ -171,7 +182,7 @@ def measure(
     parts: a folder of this measurement alone, for what `generate` keeps.
     """
     config = sampler.system.config
-    settings, networks = config.evaluation, create_networks(config)
+    settings, networks = config.evaluation, create_networks(config, sampler.mesh)
     reference = Reference(config)
     asked = reference.asked(settings.samples, sampler.system)
     made = generate(sampler, params, asked, networks, parts, folder.load_control())

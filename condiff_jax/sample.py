@@ -189,17 +189,9 @@ class Sampler:
             rows = np.arange(start, start + size) % n  # the last part is filled up
             part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
             index = (first + start + np.arange(size)).astype(np.int32)
-            part, index = put_global(self.mesh, (part, index))
+            part, index = sharding.put_global(self.mesh, (part, index))
             out.append(self._generate(params, self.frozen, part, index, scales, program=program))
         return np.concatenate([np.asarray(pictures) for pictures in out])[:n]
-
-
-def put_global(mesh: Mesh, batch):
-    """The same host arrays on every host -> one global batch over all devices."""
-    placed = sharding.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda a: jax.make_array_from_callback(a.shape, placed, lambda i, a=a: a[i]), batch
-    )
 
 
 def asked_for(config: Config, system: System) -> list[str] | list[int]:

@@ -105,3 +105,11 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(
         lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch
     )
+
+
+def put_global(mesh: Mesh, batch: Any) -> Any:
+    """The same numpy arrays (B, ...) on every host -> one global batch over all devices."""
+    placed = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, placed, lambda i, a=a: a[i]), batch
+    )

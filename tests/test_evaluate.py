@@ -133,7 +133,7 @@ def test_noise_is_one_for_all_sizes_and_no_metric_shares_it(tmp_path):
         calls.append((len(batch["label"]), first, control))
         return np.random.default_rng(0).integers(0, 255, (len(batch["label"]), 16, 16, 3), np.uint8)
 
-    fake = mock.Mock(side_effect=sampler, system=system)
+    fake = mock.Mock(side_effect=sampler, system=system, mesh=None)
     record = evaluate.measure(fake, {}, 2, Workdir(str(tmp_path)), ema=True)
     assert record["metrics"]["size_l2"] == 0  # the same noise: the same pictures
     accuracy, *sized, frechet = calls
@@ -158,7 +158,7 @@ def test_reference_is_unseen_and_asked_alike(tmp_path):
             np.testing.assert_array_equal(batch["ids"], asked)
             return np.stack([augment.center(row["image"], 16)[0] for row in rows])
 
-        fake = mock.Mock(side_effect=sampler, system=system)
+        fake = mock.Mock(side_effect=sampler, system=system, mesh=None)
         values = fidelity.measure(fake, {}, Workdir(str(tmp_path)), tmp_path / reference)
         assert values["frechet_shapes"] == pytest.approx(0, abs=1e-5)
 
@@ -249,6 +249,14 @@ def test_what_a_metric_depends_on_is_described_with_it(metric, fields):
         changed = {f"evaluation.{name}": value}
         assert described(**with_it, **changed) != described(**with_it), name
         assert described(**without, **changed) == described(**without), name
+
+
+def test_prompts_of_other_data_are_described_by_where_they_are_from():
+    fields = {"evaluation.metrics": ("size_response",), "data.name": "tfds", "data.path": "a"}
+    one = described(**fields)
+    assert one == described(**fields | {"data.path": "b"})
+    for change in ({"evaluation.reference": "validation"}, {"evaluation.path": "c"}):
+        assert one != described(**fields | change)
 
 
 def test_weights_of_lpips_are_described_by_their_content(tmp_path):
@@ -380,7 +388,7 @@ def test_lpips_is_measured_where_there_are_weights(tmp_path, monkeypatch):
 def test_drawn_sizes_are_those_of_the_samples_numbers(tmp_path):
     fields = FIELDS | {"sampling.size": "tied", "sampling.size_range": (20, 40)}
     system, calls = tiny.system(tiny.config(**fields)), []
-    fake = mock.Mock(side_effect=partial(noted, calls), system=system)
+    fake = mock.Mock(side_effect=partial(noted, calls), system=system, mesh=None)
     folder = Workdir(str(tmp_path))
     evaluate.prompt_accuracy(fake, {}, folder, tmp_path)
     fidelity.measure(fake, {}, folder, tmp_path)

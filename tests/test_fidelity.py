@@ -54,6 +54,7 @@ class Fake:
 
     def __init__(self, config, dies_at=None):
         self.system, self.calls, self.dies_at = tiny.system(config), [], dies_at
+        self.mesh = sharding.create_mesh()
 
     def __call__(self, params, batch, *, first=0, label=""):
         if self.dies_at is not None and first >= fidelity.FIRST_INDEX + self.dies_at:
@@ -106,7 +107,7 @@ def test_the_references_own_pictures_are_at_no_distance(tmp_path):
         np.testing.assert_array_equal(batch["ids"], asked[low : low + len(batch["ids"])])
         return pictures[low : low + len(batch["ids"])]
 
-    values = measure(tmp_path, mock.Mock(side_effect=own, system=fake.system))
+    values = measure(tmp_path, mock.Mock(side_effect=own, system=fake.system, mesh=None))
     assert values["fid"] == pytest.approx(0, abs=1e-6) and values["fid_rank_deficient"] is False
     assert values["precision"] == values["recall"] == 1
     features = np.asarray(means(1.0, pictures))

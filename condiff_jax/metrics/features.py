@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from PIL import Image
+
+from condiff_jax import sharding
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -33,6 +36,12 @@ class FeatureNetwork:
     prepare: Callable[[np.ndarray], Any] = lambda images: images
     least_side: int = 1
     batch: int = 64
+    mesh: Mesh | None = None  # devices, of all hosts, that share the work; else one a host
+
+    def on(self, mesh: Mesh) -> FeatureNetwork:
+        """The same network on the devices of a mesh; every host then gives it the same pictures."""
+        batch = -(-self.batch // mesh.size) * mesh.size
+        return dataclasses.replace(self, mesh=mesh, batch=batch)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features f32 (N, width); ValueError for other input, and for NaNs or infinities."""
@@ -41,9 +50,15 @@ class FeatureNetwork:
         for low in range(0, len(images), self.batch):
             part = images[low : low + self.batch]
             n = len(part)
-            if low and n < self.batch:  # of the others' size: one compilation does
-                part = np.concatenate([part, np.repeat(part[-1:], self.batch - n, 0)])
-            found = self._compiled(self._on_device, jnp.asarray(self.prepare(part)))
+            whole = n if not low else self.batch  # of the others' size: one compilation does
+            if self.mesh is not None:
+                whole = -(-whole // self.mesh.size) * self.mesh.size
+            if n < whole:
+                part = np.concatenate([part, np.repeat(part[-1:], whole - n, 0)])
+            prepared = self.prepare(part)
+            if self.mesh is not None:
+                prepared = sharding.put_global(self.mesh, np.asarray(prepared))
+            found = self._compiled(self._on_device, jnp.asarray(prepared))
             parts.append(np.asarray(found, np.float32)[:n])
         out = np.concatenate(parts)
         if not np.isfinite(out).all():
@@ -52,7 +67,9 @@ class FeatureNetwork:
 
     @cached_property
     def _on_device(self) -> Any:
-        return jax.device_put(self.params)
+        if self.mesh is None:
+            return jax.device_put(self.params)
+        return jax.device_put(self.params, sharding.replicated(self.mesh))
 
     @cached_property
     def _compiled(self) -> Callable:
@@ -61,7 +78,9 @@ class FeatureNetwork:
             with jax.default_matmul_precision("highest"):
                 return self.apply(params, prepared)
 
-        return jax.jit(precise)
+        if self.mesh is None:
+            return jax.jit(precise)
+        return jax.jit(precise, out_shardings=sharding.replicated(self.mesh))
 
 
 def check_images(images: np.ndarray, least_side: int = 1) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from condiff_jax import sharding
 from condiff_jax.metrics.features import FeatureNetwork, check_features, read_folder
 
 
@@ -39,6 +40,17 @@ def test_features_do_not_depend_on_batches(n):
     assert features.shape == (n, 3) and features.dtype == np.float32
     np.testing.assert_allclose(features, images.mean((1, 2)), rtol=1e-5)
     assert set(seen) == {(min(n, 4), 4, 5, 3)}  # one compilation
+
+
+@pytest.mark.parametrize("n", [1, 4, 21])
+def test_devices_share_the_work(n):
+    images, mesh = pictures(n), sharding.create_mesh()
+    assert mesh.size > 1
+    network = means(batch=10).on(mesh)
+    assert network.batch % mesh.size == 0
+    np.testing.assert_allclose(network(images), images.mean((1, 2)), rtol=1e-5)
+    lowered = network._compiled.lower(network._on_device, sharding.put_global(mesh, pictures(8)))
+    assert f"num_partitions = {mesh.size}" in lowered.as_text()
 
 
 def test_what_is_prepared_is_what_the_network_gets():

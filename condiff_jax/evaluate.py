@@ -25,7 +25,7 @@ from condiff_jax.config import Config, ConfigError
 from condiff_jax.data import shapes
 from condiff_jax.encoders import blaming
 from condiff_jax.grid import caption_grid
-from condiff_jax.metrics import lpips, prompt, response, shapes_features
+from condiff_jax.metrics import fid, lpips, prompt, response, shapes_features
 from condiff_jax.sample import Sampler, asked_control, requests, save_png, titles
 from condiff_jax.schema import Sampling
 from condiff_jax.system import System
@@ -56,6 +56,9 @@ def check(config: Config) -> None:
     if metrics & fidelity.NETWORK.keys():
         fidelity.create_networks(config)
         fidelity.Reference(config)
+        if settings.statistics:
+            with blaming("evaluation.statistics"):
+                fid.load(settings.statistics)
     if "size_response" in settings.metrics and settings.lpips:
         with blaming("evaluation.lpips"):
             lpips.load_weights(settings.lpips)
@@ -74,10 +77,9 @@ def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
     if networks or prompted:
         evaluation["reference"] = settings.reference
         evaluation |= {"path": settings.path} if settings.path else {}
-    if networks:
-        if settings.statistics and "inception" in networks:
-            content = epath.Path(settings.statistics).read_bytes()
-            evaluation["statistics"] = hashlib.sha256(content).hexdigest()
+    if settings.statistics and "inception" in networks:
+        content = epath.Path(settings.statistics).read_bytes()
+        evaluation["statistics"] = hashlib.sha256(content).hexdigest()
     if "size_response" in settings.metrics:
         evaluation |= {"size_prompts": settings.size_prompts, "sizes": list(settings.sizes)}
         if settings.lpips:

@@ -161,7 +161,9 @@ def check_space(builder: str, out: Path, jobs: list[Job], left: list[Job]) -> No
 
 def amount(size: float) -> str:
     """Bytes, for people."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next((u for u in units if size >= u[0]), units[-1])
+    return f"{size / unit:,.1f} {name}"
 
 
 def execute(jobs: list[Job], left: list[Job], settings: Settings, processes: int) -> None:

@@ -205,6 +205,19 @@ def test_coco(tmp_path, zipped):
     assert chosen == list("424223231110")  # for good: scores depend on it
 
 
+def test_coco_of_both_splits(tmp_path):
+    source = archives.coco(tmp_path / "in", n=2, splits=("train2014", "val2014"))
+    (source / "train2014" / "COCO_train2014_000000000001.jpg").unlink()
+    manifest, _, records = build("coco", source, tmp_path / "out")
+    assert manifest["images"] == {"train": 1, "validation": 2}
+    assert set(records["train"]) == {"COCO_train2014_000000000000"}
+    assert skipped(manifest) == {"missing file": ["COCO_train2014_000000000001.jpg"]}
+    for path in (source / "val2014").iterdir():  # the captions are of other pictures
+        path.rename(path.with_name(path.name.replace("2014", "2017")))
+    with pytest.raises(SourceError, match="val2014 holds none of the pictures of captions_val2"):
+        prepare("coco", source, tmp_path / "new")
+
+
 def test_coco_counts_what_is_missing(tmp_path):
     source = archives.coco(tmp_path / "in", n=5)
     path = source / "annotations" / "captions_val2014.json"

@@ -144,7 +144,7 @@ def test_the_documented_command(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == (
-        f"Prepared imagenet1k in {out}: 10 for train, 5 for validation."
+        f"Prepared imagenet1k in {out}: 10 for train, 5 for validation, 10 classes."
     )
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["settings"]["builder"] == "imagenet1k"

@@ -50,7 +50,10 @@ def prepare(
         return None
     if not source.exists():
         raise SourceError(f"{source} does not exist")
-    plan = BUILDERS[builder](source)
+    try:
+        plan = BUILDERS[builder](source)
+    except OSError as error:
+        raise SourceError(f"{error}; mend that and run the same command again") from error
     work = out / BEGUN
     with locked(out, work):
         begin(work, settings, plan.units)
@@ -61,7 +64,7 @@ def prepare(
             shared = Settings(work, plan.classes, shard_mb * MB, boxes)
             execute(jobs, left, shared, processes or os.cpu_count() or 1)
         manifest = finish.finish(out, settings, plan, jobs)
-    shutil.rmtree(work)
+        shutil.rmtree(work)
     return manifest
 
 
@@ -203,7 +206,9 @@ def finished(left: list[Job], settings: Settings, processes: int) -> Iterator[Jo
             "command to go on"
         ) from error
     except (OSError, RuntimeError) as error:
-        raise OutputError(f"{error}; mend that and run the same command to go on") from error
+        named = getattr(error, "filename", None) or settings.folder
+        kind = OutputError if Path(named).is_relative_to(settings.folder) else SourceError
+        raise kind(f"{error}; mend that and run the same command to go on") from error
 
 
 def follow_parent() -> None:
@@ -223,7 +228,10 @@ def report(manifest: dict | None, builder: str, out: Path) -> None:
         print(f"Nothing to do: {out} is prepared.")
         return
     counts = ", ".join(f"{n:,} for {split}" for split, n in manifest["images"].items())
-    print(f"Prepared {builder} in {out}: {counts}.")
+    classes = f", {manifest['classes']:,} classes" if manifest["classes"] else ""
+    print(f"Prepared {builder} in {out}: {counts}{classes}.")
+    if manifest["repeated_keys"]:
+        print(f"Kept {manifest['repeated_keys']:,} whose key one in another archive has too.")
     for reason, row in manifest["skipped"].items():
         where = sys.stderr if reason == "truncated tar" else sys.stdout
         some = ", ".join(row["examples"][:3]) + (", ..." if row["count"] > 3 else "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import io
 import json
 import math
@@ -81,6 +83,7 @@ class Tally:
     def __init__(self):
         self.skipped: dict[str, dict] = {}
         self.labels, self.words, self.blurred = Counter(), Counter(), []
+        self.keys = bytearray()  # 8 bytes of hash for each that is kept
 
     def skip(self, skip: Skip) -> None:
         """Count a sample that is left out."""
@@ -148,6 +151,7 @@ def examples(job: Job, settings: Settings, tally: Tally) -> Iterator[dict]:
             image = blur(pixels, boxes[found.key])
             tally.blurred.append(found.key)
         tally.labels[found.label] += 1
+        tally.keys += hashlib.blake2b(found.key.encode(), digest_size=8).digest()
         tally.words.update(count_words([found.caption]))
         height, width = found.original or pixels.shape[:2]
         yield {
@@ -192,6 +196,7 @@ def run(job: Job, settings: Settings) -> None:
         "labels": tally.labels,
         "words": tally.words,
         "blurred": len(tally.blurred),
+        "keys": base64.b64encode(tally.keys).decode(),
         "sha256": {unit.name: unit.sha256() for unit in job.units},
     }
     write_json(job.ledger(folder), ledger)

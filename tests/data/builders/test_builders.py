@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from condiff_jax.data.builders.prepare import prepare
+from condiff_jax.data.builders.prepare import prepare, report
 from condiff_jax.data.builders.units import SourceError
 from tests.data.builders import archives
 
@@ -162,6 +162,22 @@ def test_imagenet22k(tmp_path, nested):
         f"n{c:08d}_{i}": c for c in range(5) for i in range(2)
     }
     assert manifest["images"] == {"train": 10} and manifest["classes"] == 5
+    assert not manifest["skipped"]
+
+
+def test_imagenet22k_counts_classes_that_come_twice(tmp_path):
+    source = archives.imagenet22k(tmp_path / "in", classes=2, n=1)
+    inner = [(path.name, path.read_bytes()) for path in sorted(source.iterdir())]
+    (source / "a.tar").write_bytes(archives.tar(inner[:1]))
+    (source / "more").mkdir()
+    (source / "more" / "n00000001.tar").write_bytes(archives.class_tar("n00000001", 3))
+    (source / "n00000002.tar").symlink_to("/no/such")
+    manifest, _, _ = build("imagenet22k", source, tmp_path / "out")
+    assert skipped(manifest) == {
+        "duplicate key": ["n00000000.tar", "n00000001.tar"],
+        "missing file": ["n00000002.tar"],
+    }
+    assert manifest["images"] == {"train": 4} and manifest["classes"] == 2  # the first of each
 
 
 def test_cc12m(tmp_path):
@@ -188,6 +204,41 @@ def test_cc12m_splits_by_name(tmp_path):
     manifest, _, records = build("cc12m", source, tmp_path / "out")
     assert set(records["validation"]) == {"000000100", "000000101"}
     assert skipped(manifest) == {"wrong file name": ["other.tar"]}
+
+
+def test_splits_in_the_middle_of_names(tmp_path):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=2)  # as pixparse/cc3m-wds has them
+    (source / "00000.tar").rename(source / "cc3m-train-0000.tar")
+    (source / "00001.tar").rename(source / "cc3m-validation-0000.tar")
+    manifest, _, _ = build("cc12m", source, tmp_path / "out")
+    assert manifest["images"] == {"train": 2, "validation": 2}
+
+
+def test_keys_that_several_tars_have_are_kept_and_counted(tmp_path, capsys):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=3)
+    shutil.copy(source / "00000.tar", source / "00002.tar")  # or another download, counted anew
+    manifest = prepare("cc12m", source, tmp_path / "out", processes=1)
+    assert manifest["images"] == {"train": 9} and manifest["repeated_keys"] == 3
+    report(manifest, "cc12m", tmp_path / "out")
+    assert "Kept 3 whose key one in another archive has too" in capsys.readouterr().out
+
+
+def test_links_are_followed_and_what_is_no_file_is_counted(tmp_path):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=1)
+    (tmp_path / "far").mkdir()
+    (source / "00001.tar").rename(tmp_path / "far" / "00001.tar")
+    (source / "far").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(source)  # in a circle
+    (source / "gone.tar").symlink_to("/no/such")
+    (source / "folder.tar").mkdir()
+    manifest, _, records = build("cc12m", source, tmp_path / "out")
+    assert set(records["train"]) == {"000000000", "000000100"}
+    assert skipped(manifest) == {"missing file": ["gone.tar"]}
+    pictures = archives.classes(tmp_path / "pictures", splits=("train",), n=1)
+    (pictures / "train" / "dog").rename(tmp_path / "dog")
+    (pictures / "train" / "dog").symlink_to(tmp_path / "dog")
+    _, loaded, _ = build("folder", pictures, tmp_path / "out_pictures")
+    assert loaded.info.features["label"].names == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -309,16 +360,62 @@ def test_a_list_at_the_top_is_for_the_folders_of_splits_too(tmp_path):
     _, _, records = build("folder", source, tmp_path / "out")
     assert set(records) == {"train"} and set(records["train"]) == {"val/cat/0.jpg"}
     shutil.move(source / "captions.csv", source / "val" / "captions.csv")
-    (source / "val" / "captions.csv").write_text("file_name,caption\ncat/0.jpg,a cat\n")
+    (source / "val" / "captions.csv").write_text("file_name,caption,label\ncat/0.jpg,a cat,cat\n")
     _, _, records = build("folder", source, tmp_path / "new")
     assert records["validation"]["val/cat/0.jpg"]["caption"] == b"a cat"
     assert records["train"]["train/cat/0.jpg"]["caption"] == b""
 
 
-def test_folder_needs_its_columns(tmp_path):
-    (tmp_path / "captions.csv").write_text("file,text\na.jpg,b\n")
-    with pytest.raises(SourceError, match="captions.csv has no column file_name"):
-        prepare("folder", tmp_path, tmp_path.parent / "out")
+CSV, JSONL = "captions.csv", "captions.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        (CSV, b'\xef\xbb\xbffile_name,caption\r\n0.jpg,"a ""q"", b"\r\n', {"0": 'a "q", b'}),
+        (CSV, b'file_name, caption\n0.jpg, "a, b"\n1.jpg,\n', {"0": "a, b", "1": ""}),
+        (CSV, b"file_name,caption\n0.jpg,caf\xe9\n1.jpg\n", {"0": "caf\ufffd", "1": ""}),
+        (CSV, b"file_name,label\n0.jpg,x\n1.jpg,\n", {"0": "", "no label": "1.jpg"}),
+        (CSV, b'file_name,caption\n0.jpg,"a\n1.jpg,b\n', ", line 3: unexpected end of data"),
+        (CSV, b"file_name,text\n0.jpg,a\n", "has neither captions nor labels; its columns"),
+        (CSV, b"file_name;caption\n0.jpg;a\n", "no column file_name but 'file_name;caption'; its"),
+        (CSV, b"file,text\n0.jpg,b\n", "no column file_name but 'file', 'text'; its columns"),
+        (CSV, b"", "no column file_name but none; its columns"),
+        (CSV, b"file_name,caption\n", "in holds no pictures"),
+        (JSONL, b'{"file_name": "0.jpg", "caption": 5}\r\n', {"0": "5"}),
+        (JSONL, b'{"file_name": "0.jpg", "text": "a"}\n', "has neither captions nor labels"),
+        (
+            JSONL,
+            b'{"file_name": "0.jpg", "caption": ["a"]}\n{"file_name": "1.jpg", "caption": "b"}\n',
+            {"1": "b", "bad line": "captions.jsonl:1"},
+        ),
+        (
+            JSONL,
+            b'{"file_name": "0.jpg", "caption": "b"}\n{"file_name": "%s.jpg"}' % (b"x" * 300),
+            {"0": "b", "missing file": f"{'x' * 300}.jpg"},
+        ),
+        (
+            JSONL,
+            b'{"file_name": "0.jpg", "caption": "b"}\n{"file_name": "1.jpg", "split": ["val"]}',
+            {"0": "b", "bad line": "captions.jsonl:2"},
+        ),
+    ],
+)
+def test_lists_as_people_write_them(tmp_path, name, data, expected):
+    """expected: an error, or captions by key and what is skipped by reason."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(2):
+        (source / f"{number}.jpg").write_bytes(archives.jpeg(number))
+    (source / name).write_bytes(data)
+    if isinstance(expected, str):
+        with pytest.raises(SourceError, match=expected) as error:
+            prepare("folder", source, tmp_path / "out", processes=1)
+        assert "\n" not in str(error.value)
+        return
+    manifest, _, records = build("folder", source, tmp_path / "out")
+    found = {key.removesuffix(".jpg"): r["caption"].decode() for key, r in records["train"].items()}
+    assert found | {reason: keys[0] for reason, keys in skipped(manifest).items()} == expected
 
 
 @pytest.mark.parametrize("builder", ["imagenet1k", "imagenet22k", "cc12m", "coco", "folder"])
@@ -330,3 +427,6 @@ def test_a_source_without_anything(tmp_path, builder):
     with pytest.raises(SourceError, match="nowhere does not exist"):
         prepare(builder, tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match="file (is no folder|holds no)|1 truncated tar"):
+        prepare(builder, tmp_path / "file", tmp_path / "out", processes=1)

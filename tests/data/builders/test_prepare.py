@@ -349,6 +349,23 @@ def test_killed_between_any_two_renames_at_the_end(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
 
 
+@pytest.mark.parametrize("builder", ["cc12m", "coco", "folder", "imagenet1k"])
+def test_a_source_that_goes_away_is_no_damaged_one(tmp_path, monkeypatch, builder):
+    options = {"zipped": True} if builder == "coco" else {}
+    make = archives.classes if builder == "folder" else getattr(archives, builder)
+    source, original = make(tmp_path / "in", **options), driver.run
+
+    def run(job, settings):
+        source.rename(tmp_path / "away")
+        original(job, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(SourceError, match="No such file.*go on"):
+        patch.setattr(driver, "run", run)
+        prepare(builder, source, tmp_path / "out", processes=1)
+    (tmp_path / "away").rename(source)
+    assert not prepare(builder, source, tmp_path / "out", processes=1)["skipped"]
+
+
 def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
     source = archives.cc12m(tmp_path / "in", tars=1, n=1)
     out = tmp_path / "out"

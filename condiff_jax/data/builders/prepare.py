@@ -81,7 +81,7 @@ def locked(out: Path, work: Path, name: str = "lock") -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{out} is being prepared by another process") from None
+            raise OutputError(f"{out} is being made by another process") from None
         yield
 
 
@@ -205,7 +205,7 @@ def finished(left: list[Job], settings: Settings, processes: int) -> Iterator[Jo
             "a process was killed, maybe for its memory; lower prepare.processes and run the same "
             "command to go on"
         ) from error
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         named = getattr(error, "filename", None) or settings.folder
         kind = OutputError if Path(named).is_relative_to(settings.folder) else SourceError
         raise kind(f"{error}; mend that and run the same command to go on") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import io
@@ -202,16 +203,27 @@ def run(job: Job, settings: Settings) -> None:
     write_json(job.ledger(folder), ledger)
 
 
+@contextlib.contextmanager
+def reporting():
+    """What array_record says of a disk becomes an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
 def write_shard(path: Path, first: bytes, records: Iterator[bytes], limit: float):
     """Write records up to `limit` bytes; {"records", "bytes"}, and the first one for the next."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer, record, count, size = ArrayRecordWriter(str(path), OPTIONS), first, 0, 0
     while record is not None and (not count or size < limit):
-        writer.write(record)
+        with reporting():
+            writer.write(record)
         count, size = count + 1, size + len(record)
         record = next(records, None)
-    writer.close()
+    with reporting():
+        writer.close()
     if open_shard(str(path)).num_records() != count:
         raise OSError(f"{path} was not written whole; is the disk full?")
     return {"records": count, "bytes": path.stat().st_size}, record

@@ -376,7 +376,7 @@ def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
     (out / "dataset_info.json").write_text("{}")
     with pytest.raises(OutputError, match="mode prepare has not made"):
         prepare("cc12m", source, out)
-    busy = pytest.raises(OutputError, match="new is being prepared by another process")
+    busy = pytest.raises(OutputError, match="new is being made by another process")
     with driver.locked(tmp_path / "new", tmp_path / "new" / ".prepare"), busy:
         prepare("cc12m", source, tmp_path / "new")
 

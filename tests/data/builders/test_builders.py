@@ -254,11 +254,27 @@ def test_coco(tmp_path, zipped):
         chosen.append(record["caption"].decode()[-1])
     assert len(set(chosen)) > 2  # drawn, not the first
     assert chosen == list("424223231110")  # for good: scores depend on it
+    if zipped:
+        return
+    notes = source / "annotations" / "captions_val2014.json"  # in another order
+    notes.write_text(json.dumps({k: v[::-1] for k, v in json.loads(notes.read_text()).items()}))
+    _, _, again = build("coco", source, tmp_path / "again")
+    assert list(again["validation"].items()) == list(records["validation"].items())
+
+
+def test_a_broken_zip_is_one_error(tmp_path):
+    source = archives.coco(tmp_path / "in", zipped=True)
+    pictures = source / "val2014.zip"
+    pictures.write_bytes(pictures.read_bytes()[:-30])
+    with pytest.raises(SourceError, match="val2014.zip is truncated or no zip file .*fetch it ag"):
+        prepare("coco", source, tmp_path / "out")
 
 
 def test_coco_of_both_splits(tmp_path):
     source = archives.coco(tmp_path / "in", n=2, splits=("train2014", "val2014"))
     (source / "train2014" / "COCO_train2014_000000000001.jpg").unlink()
+    shutil.make_archive(source / "train2014", "zip", source, "train2014")
+    shutil.rmtree(source / "train2014")
     manifest, _, records = build("coco", source, tmp_path / "out")
     assert manifest["images"] == {"train": 1, "validation": 2}
     assert set(records["train"]) == {"COCO_train2014_000000000000"}

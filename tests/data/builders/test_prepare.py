@@ -97,7 +97,8 @@ def test_captions_and_keys_of_all_kinds(tmp_path):
         ("none.jpg", jpeg(1)),
         ("long.jpg", jpeg(2)), ("long.txt", long.encode()),
         ("bytes.jpg", jpeg(3)), ("bytes.txt", b"caf\xe9 \xff"),
-        ("lone.jpg", jpeg(4)), ("lone.json", rb'{"caption": "a \ud800 b", "original_width": true}'),
+        ("lone.jpg", jpeg(4)), ("lone.json", rb'{"caption": "a \ud800 b"}'),
+        ("true.jpg", jpeg(11)), ("true.json", b'{"original_width": true, "original_height": 9}'),
         ("twice.jpg", jpeg(5)), ("twice.jpg", jpeg(6)),
         ("bare.txt", b"no picture"),
         ("../../up.jpg", jpeg(7)), ("/root/abs.jpg", jpeg(8)), ("a/../b.jpg", jpeg(9)),
@@ -123,7 +124,7 @@ def test_captions_and_keys_of_all_kinds(tmp_path):
     captions = {key: record["caption"] for key, record in records.items()}
     assert captions == {
         "empty": "", "none": "", "long": long.strip(), "bytes": "caf\ufffd \ufffd", "lone": "a ? b",
-        "twice": "", "root/abs": "", "k?y": "", "wide": "", "text": "", "vast": "",
+        "twice": "", "root/abs": "", "k?y": "", "wide": "", "text": "", "vast": "", "true": "",
         "cut": "",
     }  # fmt: skip
     np.testing.assert_array_equal(records["twice"]["image"], decode(jpeg(5)))
@@ -194,6 +195,7 @@ def test_faces_are_blurred_and_all_else_is_left(tmp_path):
     assert raw(tmp_path / "out")[1]["image"] == data
     face, plain = records[0]["image"].astype(float), records[1]["image"].astype(float)
     assert face[24:56, 14:46].std() < 0.15 * plain[24:56, 14:46].std()
+    assert face[60, 14:46].std() < 0.3 * plain[60, 14:46].std()  # its last row in part
     inside = np.zeros((80, 100), bool)
     inside[16:64, 8:56] = True  # JPEG's blocks around the box
     assert np.abs(face - plain)[~inside].mean() < 8

@@ -49,6 +49,8 @@ def test_imagenet1k(tmp_path):
         assert record["image"] == archives.jpeg(900 + i)
         assert names[record["label"]] == archives.WNIDS[i % 10]
     assert manifest["images_of_a_class"]["train"]["least"] == 2
+    sizes = [(tmp_path / "out" / f).stat().st_size for f in loaded.info.splits["train"].filenames]
+    assert loaded.info.splits["train"].num_bytes == sum(sizes)
     assert manifest["images_of_a_class"]["validation"]["most"] == 2
     assert not manifest["skipped"]
     inner = next(s for s in manifest["sources"] if s["name"].endswith("n00000003.tar"))
@@ -106,19 +108,25 @@ def test_imagenet1k_counts_what_does_not_belong(tmp_path):
     ]
     (source / "ILSVRC2012_img_train.tar").write_bytes(archives.tar(outer))
     more = [("ILSVRC2012_val_00000001.JPEG", inner), ("ILSVRC2012_val_00000003.JPEG", inner)]
+    more += [("ILSVRC2012_val_00000000.JPEG", inner), ("ILSVRC2012_val_1.JPEG", inner)]
     more += [("val/ILSVRC2012_val_00000001.JPEG", inner), ("ILSVRC2012_val_00000001.JPEG", inner)]
     (source / "ILSVRC2012_img_val.tar").write_bytes(archives.tar(more))
     manifest, _, records = build("imagenet1k", source, tmp_path / "out")
+    strangers = ("00000003", "00000000", "1")
     assert skipped(manifest) == {
         "duplicate key": ["ILSVRC2012_val_00000001", "ILSVRC2012_val_00000001", f"{known}_1"],
         "no image name": ["notes.txt"],
         "unknown class": ["ILSVRC2012_img_train.tar/n77777777.tar"],
         "unsafe path": ["../n00000001.tar", "../../up.JPEG"],
-        "wrong file name": ["stray.txt", "ILSVRC2012_val_00000003.JPEG"],
+        "wrong file name": [
+            "stray.txt",
+            *(f"ILSVRC2012_val_{n}.JPEG" for n in ("00000003", "00000000", 1)),
+        ],
     }
     assert records["train"][f"{known}_1"]["image"] == inner  # the first of two
     assert manifest["images"] == {"train": 1, "validation": 1}
-    assert manifest["images_of_a_class"]["train"]["empty"]["count"] == 9
+    found = manifest["images_of_a_class"]["train"]
+    assert (found["empty"]["count"], found["median"], found["most"]) == (9, 0, 1)
 
 
 def test_truncated_outer_tar_keeps_what_is_readable(tmp_path):
@@ -135,6 +143,19 @@ def test_truncated_outer_tar_keeps_what_is_readable(tmp_path):
         "truncated tar": ["ILSVRC2012_img_train.tar", f"ILSVRC2012_img_train.tar/{second}.tar"]
     }
     assert manifest["images_of_a_class"]["train"]["empty"]["count"] == 8
+
+
+def test_truncated_validation_keeps_what_is_readable(tmp_path):
+    source = archives.imagenet1k(tmp_path / "in", n=1, validation=3)
+    pictures = source / "ILSVRC2012_img_val.tar"
+    whole = pictures.read_bytes()
+    pictures.write_bytes(whole[: whole.index(archives.jpeg(902)) + 300])
+    manifest, _, records = build("imagenet1k", source, tmp_path / "out")
+    assert len(records["validation"]) == 2
+    assert skipped(manifest) == {"truncated tar": ["ILSVRC2012_img_val.tar"]}
+    pictures.write_bytes(b"")
+    with pytest.raises(SourceError, match="img_val.tar holds no ILSVRC2012_val_########.JPEG"):
+        prepare("imagenet1k", source, tmp_path / "new")
 
 
 def test_truncated_inner_tar_stays_within_its_bounds(tmp_path):

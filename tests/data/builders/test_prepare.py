@@ -199,9 +199,10 @@ def test_faces_are_blurred_and_all_else_is_left(tmp_path):
     inside = np.zeros((80, 100), bool)
     inside[16:64, 8:56] = True  # JPEG's blocks around the box
     assert np.abs(face - plain)[~inside].mean() < 8
-    boxes.write_text('{"face": [[1, 2, 3]]}')
-    with pytest.raises(BoxesError, match="boxes.json cannot be read as"):
-        prepare("cc12m", tmp_path / "in", tmp_path / "new", processes=1, boxes=str(boxes))
+    for wrong in ("[1, 2, 3]", "[1, 2, 3, NaN]"):
+        boxes.write_text(f'{{"face": [{wrong}]}}')
+        with pytest.raises(BoxesError, match="boxes.json cannot be read as"):
+            prepare("cc12m", tmp_path / "in", tmp_path / "new", processes=1, boxes=str(boxes))
 
 
 def test_shards_have_about_the_size_that_is_asked_for(tmp_path, monkeypatch):
@@ -366,6 +367,31 @@ def test_a_source_that_goes_away_is_no_damaged_one(tmp_path, monkeypatch, builde
         prepare(builder, source, tmp_path / "out", processes=1)
     (tmp_path / "away").rename(source)
     assert not prepare(builder, source, tmp_path / "out", processes=1)["skipped"]
+
+
+@pytest.mark.parametrize("builder", ["coco", "folder"])
+def test_a_changed_picture_is_an_error(tmp_path, builder):
+    make = {"coco": archives.coco, "folder": archives.captions}[builder]
+    source = make(tmp_path / "in")
+    prepare(builder, source, tmp_path / "out", processes=1)
+    picture = min(source.rglob("*.jpg"))
+    picture.write_bytes(picture.read_bytes()[:-1] + b"x")  # as long as before
+    os.utime(picture, ns=(2**62, 2**62))
+    with pytest.raises(SourceError, match="has changed since"):
+        prepare(builder, source, tmp_path / "out", processes=1)
+
+
+def test_lost_shards_are_an_error(tmp_path, monkeypatch):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=1)
+
+    def lose(*_):
+        (tmp_path / "out" / ".prepare" / "00001-000.array_record").unlink()
+        return original(*_)
+
+    original = driver.finish.finish
+    monkeypatch.setattr(driver.finish, "finish", lose)
+    with pytest.raises(OutputError, match="00001-000.array_record is missing; delete .*out to pre"):
+        prepare("cc12m", source, tmp_path / "out", shard_mb=1, processes=1)
 
 
 def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):

@@ -118,10 +118,7 @@ def test_imagenet1k_counts_what_does_not_belong(tmp_path):
         "no image name": ["notes.txt"],
         "unknown class": ["ILSVRC2012_img_train.tar/n77777777.tar"],
         "unsafe path": ["../n00000001.tar", "../../up.JPEG"],
-        "wrong file name": [
-            "stray.txt",
-            *(f"ILSVRC2012_val_{n}.JPEG" for n in ("00000003", "00000000", 1)),
-        ],
+        "wrong file name": ["stray.txt", *(f"ILSVRC2012_val_{n}.JPEG" for n in strangers)],
     }
     assert records["train"][f"{known}_1"]["image"] == inner  # the first of two
     assert manifest["images"] == {"train": 1, "validation": 1}
@@ -155,6 +152,10 @@ def test_truncated_validation_keeps_what_is_readable(tmp_path):
     assert skipped(manifest) == {"truncated tar": ["ILSVRC2012_img_val.tar"]}
     pictures.write_bytes(b"")
     with pytest.raises(SourceError, match="img_val.tar holds no ILSVRC2012_val_########.JPEG"):
+        prepare("imagenet1k", source, tmp_path / "new")
+    outer = archives.tar([("n77777777.tar", archives.class_tar("n77777777"))])
+    (source / "ILSVRC2012_img_train.tar").write_bytes(outer)
+    with pytest.raises(SourceError, match="img_train.tar holds no tars of the classes in ILSVRC"):
         prepare("imagenet1k", source, tmp_path / "new")
 
 

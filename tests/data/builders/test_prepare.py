@@ -272,6 +272,8 @@ def test_resume_redoes_only_what_is_left(tmp_path, monkeypatch):
     source = begun(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="out is not finished; run mode prepare again"):
         TFDS(tmp_path / "out")
+    with pytest.raises(OutputError, match="another prepare.shard_mb .1, not 2"):
+        prepare("cc12m", source, tmp_path / "out", shard_mb=2, processes=1)
     (tmp_path / "out" / ".prepare" / "half.tmp").write_bytes(b"half a shard")
     with monkeypatch.context() as patch, pytest.raises(OutputError):
         stop_after(patch, 0)

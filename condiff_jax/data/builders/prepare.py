@@ -230,6 +230,8 @@ def report(manifest: dict | None, builder: str, out: Path) -> None:
     counts = ", ".join(f"{n:,} for {split}" for split, n in manifest["images"].items())
     classes = f", {manifest['classes']:,} classes" if manifest["classes"] else ""
     print(f"Prepared {builder} in {out}: {counts}{classes}.")
+    if manifest["settings"]["boxes"] != short_hash({}):
+        print(f"Blurred {manifest['blurred']:,} pictures, whose keys prepare.boxes has.")
     if manifest["repeated_keys"]:
         print(f"Kept {manifest['repeated_keys']:,} whose key one in another archive has too.")
     for reason, row in manifest["skipped"].items():

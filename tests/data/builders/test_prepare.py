@@ -168,7 +168,7 @@ def test_truncated_tars_warn_and_keep_the_rest(tmp_path, capsys):
     report(manifest, "cc12m", tmp_path / "out")
     out, err = capsys.readouterr()
     assert "Skipped 2 (truncated tar): 00000.tar, 00002.tar" in err
-    assert f"{manifest['images']['train']} for train" in out
+    assert f"{manifest['images']['train']} for train" in out and "Blurred" not in out
 
 
 def test_names_of_what_is_skipped_are_bounded(tmp_path):
@@ -181,7 +181,7 @@ def test_names_of_what_is_skipped_are_bounded(tmp_path):
     assert row["count"] == 150 and len(row["examples"]) == shards.EXAMPLES
 
 
-def test_faces_are_blurred_and_all_else_is_left(tmp_path):
+def test_faces_are_blurred_and_all_else_is_left(tmp_path, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), np.uint8)
     data = encode(noise, quality=98)
     (tmp_path / "in").mkdir()
@@ -190,7 +190,8 @@ def test_faces_are_blurred_and_all_else_is_left(tmp_path):
     boxes = tmp_path / "boxes.json"
     boxes.write_text(json.dumps({"face": [[10, 20, 50, 60.5], [-9, -9, -2, -2]], "other": []}))
     manifest = prepare("cc12m", tmp_path / "in", tmp_path / "out", processes=1, boxes=str(boxes))
-    assert manifest["blurred"] == 1
+    report(manifest, "cc12m", tmp_path / "out")
+    assert "Blurred 1 pictures" in capsys.readouterr().out and manifest["blurred"] == 1
     records = TFDS(tmp_path / "out")
     assert raw(tmp_path / "out")[1]["image"] == data
     face, plain = records[0]["image"].astype(float), records[1]["image"].astype(float)

@@ -231,6 +231,9 @@ def test_several_processes_make_the_same_and_finished_is_finished(tmp_path, monk
     before = {path: path.stat() for path in (tmp_path / "a").iterdir()}
     assert prepare("imagenet1k", source, tmp_path / "a", shard_mb=10) is None
     assert {path: path.stat() for path in (tmp_path / "a").iterdir()} == before
+    (tmp_path / "a" / ".prepare").mkdir()  # as if killed at the very end
+    assert prepare("imagenet1k", source, tmp_path / "a", shard_mb=10) is None
+    assert not (tmp_path / "a" / ".prepare").exists()
     report(None, "imagenet1k", tmp_path / "a")
     assert "Nothing to do" in capsys.readouterr().out
     with pytest.raises(OutputError, match="another prepare.shard_mb .10, not 20"):

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -385,6 +387,16 @@ def test_a_changed_picture_is_an_error(tmp_path, builder):
     os.utime(picture, ns=(2**62, 2**62))
     with pytest.raises(SourceError, match="has changed since"):
         prepare(builder, source, tmp_path / "out", processes=1)
+
+
+def test_killed_workers_are_an_error(tmp_path, monkeypatch):
+    pool = mock.MagicMock()
+    pool.return_value.__enter__.return_value.submit.side_effect = BrokenProcessPool("died")
+    pool.return_value.__exit__.return_value = False
+    monkeypatch.setattr(driver, "ProcessPoolExecutor", pool)
+    source = archives.cc12m(tmp_path / "in", tars=2, n=1)
+    with pytest.raises(OutputError, match="killed, maybe for its memory; lower prepare.processes"):
+        prepare("cc12m", source, tmp_path / "out", shard_mb=1, processes=2)
 
 
 def test_lost_shards_are_an_error(tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ def test_imagenet1k_counts_what_does_not_belong(tmp_path):
         ("n77777777.tar", archives.class_tar("n77777777")),
         ("stray.txt", b"x"),
         ("../n00000001.tar", archives.class_tar("n00000001")),
+        (f"again/{known}.tar", archives.class_tar(known)),
     ]
     (source / "ILSVRC2012_img_train.tar").write_bytes(archives.tar(outer))
     more = [("ILSVRC2012_val_00000001.JPEG", inner), ("ILSVRC2012_val_00000003.JPEG", inner)]
@@ -114,7 +115,7 @@ def test_imagenet1k_counts_what_does_not_belong(tmp_path):
     manifest, _, records = build("imagenet1k", source, tmp_path / "out")
     strangers = ("00000003", "00000000", "1")
     assert skipped(manifest) == {
-        "duplicate key": ["ILSVRC2012_val_00000001", "ILSVRC2012_val_00000001", f"{known}_1"],
+        "duplicate key": [f"again/{known}.tar", *2 * ["ILSVRC2012_val_00000001"], f"{known}_1"],
         "no image name": ["notes.txt"],
         "unknown class": ["ILSVRC2012_img_train.tar/n77777777.tar"],
         "unsafe path": ["../n00000001.tar", "../../up.JPEG"],

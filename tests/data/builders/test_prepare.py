@@ -399,6 +399,13 @@ def test_killed_workers_are_an_error(tmp_path, monkeypatch):
         prepare("cc12m", source, tmp_path / "out", shard_mb=1, processes=2)
 
 
+def test_shards_that_were_cut_in_writing_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "open_shard", lambda path: mock.Mock(**{"num_records()": 0}))
+    source = archives.cc12m(tmp_path / "in", tars=1, n=1)
+    with pytest.raises(OutputError, match="was not written whole; is the disk full"):
+        prepare("cc12m", source, tmp_path / "out", processes=1)
+
+
 def test_lost_shards_are_an_error(tmp_path, monkeypatch):
     source = archives.cc12m(tmp_path / "in", tars=2, n=1)
 

@@ -360,6 +360,7 @@ LINES = [
     {"file_name": "../up.jpg", "caption": "up"},
     {"file_name": "c.jpg", "caption": "c", "split": "dev"},
     {"caption": "nothing"},
+    {"file_name": "/etc/hosts", "caption": "root's"},
 ]
 
 
@@ -383,13 +384,13 @@ def test_folder_with_captions(tmp_path, form):
     assert train["caption"].decode() == "a café, no table" and validation["caption"] == b""
     assert loaded.info.features["label"].names == ["7", "x"]
     assert (train["label"], validation["label"]) == (1, 0)
-    bad = ["captions.csv:7"] if form == "csv" else [f"captions.jsonl:{n}" for n in (7, 8, 9)]
+    bad = ["captions.csv:7"] if form == "csv" else [f"captions.jsonl:{n}" for n in (7, 9, 10)]
     assert skipped(manifest) == {
         "bad line": bad,
         "duplicate key": ["a.jpg"],
         "missing file": ["gone.jpg"],
         "unknown split": ["c.jpg"],
-        "unsafe path": ["../up.jpg"],
+        "unsafe path": ["../up.jpg", "/etc/hosts"],
     }
 
 

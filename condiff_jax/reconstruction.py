@@ -149,7 +149,12 @@ def loss_fn(
         codes, _ = network.apply(variables, latents, method="quantise")
         parts["codebook"] = jnp.square(jax.lax.stop_gradient(latents) - codes).mean()
         commitment = jnp.square(latents - jax.lax.stop_gradient(codes)).mean()
-        loss += settings.codebook * (parts["codebook"] + settings.commitment * commitment)
+        anchors = network.apply(variables, latents, method="anchors")
+        codebook = params["autoencoder"]["codebook"]["embedding"]
+        parts["anchor"] = jnp.square(codebook - jax.lax.stop_gradient(anchors)).mean()
+        loss += settings.codebook * (
+            parts["codebook"] + settings.anchor * parts["anchor"] + settings.commitment * commitment
+        )
     verdict, critic_loss = judge(system.critic, params["critic"], images, decoded)
     loss += (noise["critic"] * verdict).mean()
     parts["critic"] = critic_loss

@@ -120,6 +120,7 @@ class Reconstruction:
     kl: float
     codebook: float
     commitment: float
+    anchor: float
     critic: float
     critic_start: int
 

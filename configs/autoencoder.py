@@ -12,13 +12,8 @@ from configs import base
 def get_config(args: str | None = None):
     """Arguments: reg (kl | vq), data (shapes | emoji, with --config.data.path)."""
     row = base.arguments(args, reg="kl", data="shapes")
-    for name, value, choices in (
-        ("reg", row.reg, ("kl", "vq")),
-        ("data", row.data, ("shapes", "emoji")),
-    ):
-        if value not in choices:
-            known = ", ".join(choices)
-            raise ValueError(f"config argument {name}={value} is unknown; choose from {known}")
+    base.choose("reg", row.reg, ("kl", "vq"))
+    base.choose("data", row.data, ("shapes", "emoji"))
     config = base.get_config()
     config.objective = "reconstruction"
     config.steps = 2000

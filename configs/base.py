@@ -24,6 +24,13 @@ def arguments(text: str | None, **defaults) -> ConfigDict:
     return values
 
 
+def choose(name: str, value, choices) -> None:
+    """ValueError that names the config argument and the values it can have."""
+    if value not in choices:
+        known = ", ".join(map(str, choices))
+        raise ValueError(f"config argument {name}={value} is unknown; choose from {known}")
+
+
 def get_config() -> ConfigDict:
     """The paper's model and recipe on the embedded data; a place to start, not an experiment."""
     config = ConfigDict()
@@ -138,6 +145,8 @@ def get_config() -> ConfigDict:
     reconstruction.kl = 1e-6  # autoencoder.name=kl: of the divergence from a standard normal
     reconstruction.codebook = 1.0  # autoencoder.name=vq: of the codes' distance to the latents
     reconstruction.commitment = 0.25  # and of the latents' to the codes, times this
+    # and of each code's to the nearest latent, times this: none lies idle (as in arXiv:2307.15139)
+    reconstruction.anchor = 0.25
     reconstruction.critic = 0.1  # of the patch critic's verdict
     reconstruction.critic_start = 10_000  # steps before the critic is heard
 

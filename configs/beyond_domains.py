@@ -42,9 +42,9 @@ def _stage(data: str, path: str, scale: str):
 def get_config(args: str | None = None):
     """Arguments: data (emoji | shapes), init (none | shapes | emoji), path, scale."""
     row = base.arguments(args, data="shapes", init="none", path="", scale="paper")
-    recipes.choose("scale", row.scale, recipes.SCALES)
-    recipes.choose("data", row.data, ("emoji", "shapes"))
-    recipes.choose("init", row.init, ("none", "emoji" if row.data == "shapes" else "shapes"))
+    base.choose("scale", row.scale, recipes.SCALES)
+    base.choose("data", row.data, ("emoji", "shapes"))
+    base.choose("init", row.init, ("none", "emoji" if row.data == "shapes" else "shapes"))
     config = _stage(row.data, row.path, row.scale)
     if row.init != "none":
         config.init.pretrain = _stage(row.init, row.path, row.scale)

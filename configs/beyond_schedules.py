@@ -41,8 +41,8 @@ def get_config(args: str | None = None):
         rescale="",
         scale="paper",
     )
-    recipes.choose("schedule", row.schedule, SCHEDULES)
-    recipes.choose("rescale", row.rescale, ("", "true", "false"))
+    base.choose("schedule", row.schedule, SCHEDULES)
+    base.choose("rescale", row.rescale, ("", "true", "false"))
     if row.rescale:
         config = recipes.resolution_shift()
         config.steps = 40_000  # as Fig. 8b

@@ -7,8 +7,12 @@ from configs import base
 
 
 def get_config(args: str | None = None):
-    """No arguments; set --config.data.path to the folder of tar shards."""
-    base.arguments(args)
+    """Arguments: space (pixels | kl | vq: latents of configs/autoencoder.py:data=emoji,reg=...).
+
+    Set --config.data.path to the folder of tar shards.
+    """
+    row = base.arguments(args, space="pixels")
+    base.choose("space", row.space, ("pixels", "kl", "vq"))
     config = base.get_config()
     config.steps = 20_000
     config.batch_size = 8  # see configs/quickstart.py
@@ -18,11 +22,17 @@ def get_config(args: str | None = None):
     config.data.resolution = 64
     config.data.crop = (0.9, 1.0)
     config.data.flip = True
-    # Noise levels made for latents of unit variance leave the layout of pictures visible at
-    # t = T; Eq. 3 from 16 to 64 pixels hides it, so that the text is needed.
-    config.diffusion.base_resolution = 16
     config.diffusion.prediction = "v"  # layout sooner than with epsilon, see configs/quickstart.py
-    config.autoencoder.scale = 2.0
+    if row.space == "pixels":
+        config.autoencoder.scale = 2.0
+        # Noise levels made for latents of unit variance leave the layout of pictures visible at
+        # t = T; Eq. 3 from 16 to 64 pixels hides it, so that the text is needed.
+        config.diffusion.base_resolution = 16
+    else:
+        config.autoencoder.name = row.space
+        config.autoencoder.size = "tiny"
+        config.autoencoder.path = "runs/autoencoder/autoencoder"
+        config.model.size = "tiny/2"  # 8 x 8 tokens
     config.text_encoder.length = 16
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "rsqrt"

@@ -27,8 +27,8 @@ NOTES = (
 def get_config(args: str | None = None):
     """Arguments: crop (global | local | mix), resolution (256 | 512), scale."""
     row = base.arguments(args, crop="local", resolution=512, scale="paper")
-    recipes.choose("crop", row.crop, recipes.CROPS)
-    recipes.choose("resolution", row.resolution, (256, 512))
+    base.choose("crop", row.crop, recipes.CROPS)
+    base.choose("resolution", row.resolution, (256, 512))
     config = recipes.resolution_shift()
     config.init.pretrain.data.crop = recipes.CROPS[row.crop]
     if row.resolution == 256:

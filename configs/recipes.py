@@ -32,13 +32,6 @@ RESOLUTIONS = (
 )
 
 
-def choose(name: str, value, choices) -> None:
-    """ValueError that names the config argument and the values it can have."""
-    if value not in choices:
-        known = ", ".join(map(str, choices))
-        raise ValueError(f"config argument {name}={value} is unknown; choose from {known}")
-
-
 def paper(arch: str, data: str, resolution: int, init: str = "none") -> ConfigDict:
     """An architecture on Stable Diffusion's latents, as the paper trains it (Sec. 3.1, App. C).
 
@@ -46,10 +39,10 @@ def paper(arch: str, data: str, resolution: int, init: str = "none") -> ConfigDi
     with uniform weights (SDXL's), zero padding, extrapolated positions and noise levels as they
     are. init: none | low_res (at 512: the same at 256 pixels) | imagenet1k | imagenet22k.
     """
-    choose("data", data, CLASSES)
-    choose("resolution", resolution, (256, 512))
+    base.choose("data", data, CLASSES)
+    base.choose("resolution", resolution, (256, 512))
     others = (name for name in ("imagenet1k", "imagenet22k") if name != data)
-    choose("init", init, ("none", *(("low_res",) if resolution == 512 else ()), *others))
+    base.choose("init", init, ("none", *(("low_res",) if resolution == 512 else ()), *others))
     config = base.get_config()
     text = not CLASSES[data]
     config.steps = STEPS[data]
@@ -106,7 +99,7 @@ def paper(arch: str, data: str, resolution: int, init: str = "none") -> ConfigDi
 
 def weigh(config: ConfigDict, name: str) -> None:
     """Set gamma_c of Eq. 1 by its name in Tables 2a and A6."""
-    choose("weighting", name, WEIGHTINGS)
+    base.choose("weighting", name, WEIGHTINGS)
     config.conditioning.update(WEIGHTINGS[name])
 
 
@@ -145,7 +138,7 @@ def scaled(config: ConfigDict, scale: str, keep: tuple[str, ...] = ()) -> Config
     Both are the same experiment on `shapes`, without files. keep: fields (dotted names) that the
     rows of a table are about, left as they are.
     """
-    choose("scale", scale, SCALES)
+    base.choose("scale", scale, SCALES)
     if scale == "paper":
         return config
     for stage in all_stages(config):

@@ -28,7 +28,7 @@ NOTES = (
 def get_config(args: str | None = None):
     """Arguments: size (512 | tied | untied | train), weighting (as in Table 2a), scale."""
     row = base.arguments(args, size="train", weighting="cos8", scale="paper")
-    recipes.choose("size", row.size, ("512", "tied", "untied", "train"))
+    base.choose("size", row.size, ("512", "tied", "untied", "train"))
     config = recipes.weighted(row.weighting)
     config.sampling.size = row.size
     if row.size == "512":

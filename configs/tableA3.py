@@ -80,7 +80,7 @@ def get_config(args: str | None = None):
     """Arguments: ladder (conditioning | transfer), step, data (imagenet1k | cc12m), scale."""
     row = base.arguments(args, ladder="transfer", step=1, data="cc12m", scale="paper")
     ladders = {"conditioning": (_conditioning, CONDITIONING), "transfer": (_transfer, TRANSFER)}
-    recipes.choose("ladder", row.ladder, ladders)
+    base.choose("ladder", row.ladder, ladders)
     build, names = ladders[row.ladder]
-    recipes.choose("step", row.step, range(1, len(names) + 1))
+    base.choose("step", row.step, range(1, len(names) + 1))
     return recipes.scaled(build(row.step, row.data), row.scale)

@@ -24,7 +24,7 @@ from condiff_jax.models.autoencoder import Latents, to_float
 from condiff_jax.models.discriminator import PatchDiscriminator
 from condiff_jax.models.kl import Size, mean_and_std
 from condiff_jax.models.vq import AutoencoderVQ
-from configs import autoencoder, latent_shapes
+from configs import autoencoder, emoji_64, latent_shapes
 from tests import tiny
 
 SMALL = Size((8, 16), latent=3, codes=12)
@@ -32,7 +32,9 @@ NOISE = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
 
 
-WEIGHTS = {"kl": 0.5, "codebook": 3.0, "commitment": 0.5, "critic": 0.3, "critic_start": 7}
+WEIGHTS = {
+    "kl": 0.5, "codebook": 3.0, "commitment": 0.5, "anchor": 0.2, "critic": 0.3, "critic_start": 7,
+}  # fmt: skip
 
 
 @functools.cache
@@ -120,10 +122,15 @@ def test_codes_move_to_latents_and_latents_to_codes():
     latents = network.apply(variables, to_float(IMAGES), method="encode")
     codes, indices = network.apply(variables, latents, method="quantise")
     assert parts["codebook"] == pytest.approx(float(np.square(latents - codes).mean()), rel=1e-3)
-    # Only the codebook's own term reaches the codes: 3 * d/de mean (z - e)^2.
+    # Two terms reach the codes: 3 * d/de mean (z - e)^2, over latents z, over codes' nearest z.
+    book = np.asarray(variables["params"]["codebook"]["embedding"])
+    points = np.asarray(latents).reshape(-1, 3)
+    nearest = points[np.linalg.norm(book[:, None] - points, axis=-1).argmin(1)]
+    assert parts["anchor"] == pytest.approx(float(np.square(book - nearest).mean()), rel=1e-3)
     expected = np.zeros((SMALL.codes, 3))
     np.add.at(expected, np.asarray(indices).ravel(), np.asarray(codes - latents).reshape(-1, 3))
-    expected *= 3 * 2 / latents.size
+    assert len(set(np.asarray(indices).ravel())) < SMALL.codes  # some have the second alone
+    expected = 3 * 2 * (expected / latents.size + 0.2 * (book - nearest) / book.size)
     found = gradient["autoencoder"]["codebook"]["embedding"]
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-5)
 
@@ -233,10 +240,12 @@ def test_an_autoencoder_is_not_sampled():
 def test_configs_train_what_they_say():
     for reg in ("kl", "vq"):
         config = config_lib.create(autoencoder.get_config(f"reg={reg}"))
-        latent = config_lib.create(latent_shapes.get_config(f"reg={reg}"))
-        assert config.objective == "reconstruction" and latent.objective == "diffusion"
-        assert config.autoencoder.name == latent.autoencoder.name == reg
-        assert config.autoencoder.size == latent.autoencoder.size
-        assert latent.autoencoder.scale == 1 and latent.autoencoder.shift == 0
+        assert config.objective == "reconstruction" and config.autoencoder.name == reg
+        latents = latent_shapes.get_config(f"reg={reg}"), emoji_64.get_config(f"space={reg}")
+        for latent in map(config_lib.create, latents):
+            assert latent.objective == "diffusion"
+            assert config.autoencoder.name == latent.autoencoder.name
+            assert config.autoencoder.size == latent.autoencoder.size
+            assert latent.autoencoder.scale == 1 and latent.autoencoder.shift == 0
     with pytest.raises(ValueError, match="reg=gan is unknown"):
         autoencoder.get_config("reg=gan")

@@ -42,7 +42,7 @@ class Size:
         return 2 ** (len(self.channels) - 1)
 
 
-SIZES = {"tiny": Size((16, 32, 32), resnets=1, codes=256), "sd": Size((128, 256, 512, 512))}
+SIZES = {"tiny": Size((16, 32, 32), resnets=1, codes=1024), "sd": Size((128, 256, 512, 512))}
 
 
 class SelfAttention(nn.Module):

@@ -14,10 +14,16 @@ import jax.numpy as jnp
 
 from condiff_jax.models.kl import Decoder, Encoder, Size
 
+# Spread of the first codes: about that of an untrained encoder's latents. Codes that begin nearer
+# to each other are not told apart, and the encoder learns to do with a few of them.
+FIRST_SPREAD = 0.5
 
-def near_zero(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """First codes (K, C): uniform within 1 / K, so that none is far from the first latents."""
-    return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])
+
+def squared_distances(latents: jax.Array, codes: jax.Array) -> jax.Array:
+    """Between latents (..., C) and codes (K, C): (..., K)."""
+    product = jnp.einsum("...c,kc->...k", latents, codes)
+    lengths = jnp.square(latents).sum(-1, keepdims=True)
+    return lengths - 2 * product + jnp.square(codes).sum(-1)
 
 
 class AutoencoderVQ(nn.Module):
@@ -32,7 +38,9 @@ class AutoencoderVQ(nn.Module):
         self.decoder = Decoder(size, self.dtype)
         self.quant_conv = nn.Conv(size.latent, (1, 1))
         self.post_quant_conv = nn.Conv(size.latent, (1, 1))
-        self.codebook = nn.Embed(size.codes, size.latent, embedding_init=near_zero)
+        self.codebook = nn.Embed(
+            size.codes, size.latent, embedding_init=nn.initializers.normal(FIRST_SPREAD)
+        )
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images (B, H, W, 3) after coding and decoding; initialises everything."""
@@ -44,11 +52,14 @@ class AutoencoderVQ(nn.Module):
 
     def quantise(self, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The nearest codes of latents (B, h, w, C): the same shape, and indices (B, h, w)."""
-        # |z - e|^2 without |z|^2, which is the same for all codes
         codebook = self.codebook.embedding
-        product = jnp.einsum("bhwc,kc->bhwk", latents, codebook)
-        indices = (jnp.square(codebook).sum(-1) - 2 * product).argmin(-1)
+        indices = squared_distances(latents, codebook).argmin(-1)
         return codebook[indices], indices
+
+    def anchors(self, latents: jax.Array) -> jax.Array:
+        """The one of the latents (B, h, w, C) that is nearest to each code: (K, C)."""
+        latents = latents.reshape(-1, latents.shape[-1])
+        return latents[squared_distances(latents, self.codebook.embedding).argmin(0)]
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Images (B, H, W, 3) of the latents' nearest codes, near [-1, 1] but not clipped.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -36,7 +37,7 @@ from condiff_jax.data.builders.prepare import MB, amount, locked
 from condiff_jax.data.builders.shards import write_json, write_shard
 from condiff_jax.data.builders.units import OutputError
 from condiff_jax.data.encoded import BEGUN, FEATURES, MANIFEST, MOMENTS, Cache, pack, views
-from condiff_jax.data.records import read_record
+from condiff_jax.data.records import Records, read_record
 from condiff_jax.system import System, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
 
@@ -247,7 +248,7 @@ def encode(system: System, source, out: Path) -> dict | None:
     """
     config, process = system.config, jax.process_index()
     texts = TEXT_FIELDS if config.encode.text else ()
-    made_of = settings(system, IMAGE_FIELDS + texts + SOURCE_FIELDS) | {"data.path": len(source)}
+    made_of = settings(system, IMAGE_FIELDS + texts + SOURCE_FIELDS) | {"data.path": stamp(source)}
     if (out / MANIFEST).exists():
         compare(out, json.loads((out / MANIFEST).read_text())["settings"], made_of)
         shutil.rmtree(out / BEGUN, ignore_errors=True)  # left when killed at the very end
@@ -264,6 +265,12 @@ def encode(system: System, source, out: Path) -> dict | None:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("encoded")
         return finish(encoder, source, out, shards, made_of) if process == 0 else {}
+
+
+def stamp(source) -> str:
+    """A sha256 that differs between sources with other files, or of other length."""
+    files = source.files() if isinstance(source, Records) else []
+    return hashlib.sha256(json.dumps([len(source), files]).encode()).hexdigest()
 
 
 def compare(out: Path, before: dict, now: dict) -> None:

@@ -66,21 +66,25 @@ class Autoencoder:
         if not self.path:
             raise ConfigError("config: autoencoder.path is empty; latents need an autoencoder")
         with blaming("autoencoder.path"):
-            return weights.locate(self.path)
+            place = weights.locate(self.path)
+            return place / "vae" if (place / "vae").is_dir() else place  # of Stable Diffusion
 
     def files(self) -> list[epath.Path]:
         """What the latents depend on."""
         with blaming("autoencoder.path"):
             return weights.weight_files(self.place)
 
-    def load(self) -> dict:
-        """The parameters, f32; ConfigError where the files do not fit."""
+    def shapes(self) -> dict:
+        """Those of the parameters."""
         side = 8 * self.network.size.factor
         image = jnp.zeros((1, side, side, 3))
-        shapes = jax.eval_shape(self.network.init, jax.random.key(0), image)["params"]
+        return jax.eval_shape(self.network.init, jax.random.key(0), image)["params"]
+
+    def load(self) -> dict:
+        """The parameters, f32; ConfigError where the files do not fit."""
         place = str(self.place)
         with blaming("autoencoder.path"):
-            return weights.load_published(place, published.AUTOENCODER, shapes)
+            return weights.load_published(place, published.AUTOENCODER, self.shapes())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,23 +107,34 @@ class Clip:
                 "hub id such as openai/clip-vit-large-patch14"
             )
         with blaming("text_encoder.path"):
-            folder = weights.locate(self.settings.path, clip.CONFIG, *clip.WORDS)
-            if not (folder / clip.CONFIG).exists():
-                raise FileNotFoundError(f"no {clip.CONFIG} in {folder}")
-            return folder
+            return weights.locate(self.settings.path, clip.CONFIG, *clip.WORDS)
+
+    @cached_property
+    def parts(self) -> tuple[epath.Path, epath.Path]:
+        """The folders of the tower and of its words: one, or two within Stable Diffusion's."""
+        for tower, words in (("", ""), ("text_encoder", "tokenizer")):
+            if (self.place / tower / clip.CONFIG).exists():
+                return self.place / tower, self.place / words
+        with blaming("text_encoder.path"):
+            raise FileNotFoundError(f"no {clip.CONFIG} in {self.place}")
 
     @property
     def name(self) -> str:
         """What others load it by: the hub id, or the absolute path."""
         path = self.settings.path
-        return str(self.place.resolve()) if epath.Path(path).exists() else path
+        whole = self.parts[0] == self.place  # not a folder of Stable Diffusion's
+        return path if whole and not epath.Path(path).exists() else str(self.place.resolve())
 
     @cached_property
     def _opened(self) -> tuple[clip.Size, clip.Tokenizer]:
         """What the small files say; ConfigError where it disagrees with the config."""
-        settings, small = self.settings, (clip.CONFIG, *clip.WORDS)
-        with blaming("text_encoder.path"), local(self.place, small) as folder:
-            size, tokenizer = clip.Size.read(folder), clip.Tokenizer.read(folder)
+        settings, (tower, words) = self.settings, self.parts
+        with (
+            blaming("text_encoder.path"),
+            local(tower, (clip.CONFIG,)) as tower,
+            local(words, clip.WORDS) as words,
+        ):
+            size, tokenizer = clip.Size.read(tower), clip.Tokenizer.read(words)
             most = max(tokenizer.backend.get_vocab().values())
             if most >= size.words or size.end not in (2, tokenizer.end):
                 raise ValueError(
@@ -142,14 +157,18 @@ class Clip:
 
     def files(self) -> list[epath.Path]:
         """What the text features depend on, besides config.json."""
+        tower, words = self.parts
         with blaming("text_encoder.path"):
-            return [*weights.weight_files(self.place), *(self.place / n for n in clip.WORDS)]
+            return [*weights.weight_files(tower), *(words / name for name in clip.WORDS)]
+
+    def shapes(self) -> dict:
+        """Those of the parameters; ConfigError where config.json does not say."""
+        ids = jnp.zeros((1, self.settings.length), jnp.int32)
+        return jax.eval_shape(self.network.init, jax.random.key(0), ids, ids > 0)["params"]
 
     def load(self) -> dict:
         """Its parameters, matrices in the type they are computed with; ConfigError on misfit."""
-        ids = jnp.zeros((1, self.settings.length), jnp.int32)
-        shapes = jax.eval_shape(self.network.init, jax.random.key(0), ids, ids > 0)["params"]
-        place, rules = str(self.place), published.CLIP_TEXT
+        place, rules, shapes = str(self.parts[0]), published.CLIP_TEXT, self.shapes()
         with blaming("text_encoder.path"):
             params = weights.load_published(place, rules, shapes, published.CLIP_OTHERS)
         return jax.tree_util.tree_map_with_path(

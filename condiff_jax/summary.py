@@ -7,7 +7,7 @@ import json
 import jax
 from clu import parameter_overview
 
-from condiff_jax.config import Config
+from condiff_jax.config import Config, ConfigError
 from condiff_jax.system import System, Vocabulary, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
 from condiff_jax.train import forward_flops
@@ -39,4 +39,9 @@ def run(config: Config) -> None:
     system = create_system(config, vocabulary(config))
     params = jax.eval_shape(system.init, jax.random.key(0))
     print(parameter_overview.get_parameter_overview(params, include_stats=False))
+    for name, encoder in system.frozen.items():
+        try:
+            print(f"Frozen besides: {name}, {count_parameters(encoder.shapes()):,} parameters")
+        except ConfigError as error:
+            print(f"Frozen besides: {name}, of unknown size ({error})")
     print(json.dumps(summarize(system)))

@@ -50,6 +50,11 @@ class Vocabulary:
 
 def open_source(config: Config):
     """The training data; ConfigError where it cannot be read."""
+    if config.data.path and config.data.name == "shapes":
+        raise ConfigError(
+            f"config: data.path={config.data.path}, but data.name=shapes reads no files; set it to "
+            "tfds (what mode prepare makes), webdataset or latents"
+        )
     try:
         return create_source(config)
     except (OSError, ValueError) as error:

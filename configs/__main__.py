@@ -38,8 +38,9 @@ leaves empty; `diverged` is its cross. CLIP_COCO is with other sampling than FID
 Models for own experiments, for any architecture and start (but `unet` from captions to classes or
 back, whose two sizes differ): `imagenet1k_256.py`,
 `imagenet1k_512.py`, `imagenet22k_256.py`, `cc12m_256.py`, `cc12m_512.py`; without any download
-`quickstart.py`; for small pictures with captions `emoji_64.py`. `base.py` documents every field,
-`recipes.py` holds what the tables share.
+`quickstart.py`; for small pictures of your own `pictures_64.py` (made by mode prepare, of classes
+or captions) and `emoji_64.py` (webdataset tars). `base.py` documents every field, `recipes.py`
+holds what the tables share.
 """
 TAIL = """\
 ## What has no rows

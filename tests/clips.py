@@ -32,6 +32,19 @@ TOKENS, MERGES = vocabulary()
 START, END = TOKENS["<|startoftext|>"], TOKENS["<|endoftext|>"]
 
 
+def split(folder: Path) -> Path:
+    """Make of such a folder one of Stable Diffusion's, with other parts as it has them."""
+    for name in ("text_encoder", "tokenizer", "unet"):
+        (folder / name).mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(folder / "text_encoder" / name)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).rename(folder / "tokenizer" / name)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no text")
+    return folder
+
+
 def write(
     folder: Path, *, seed: int = 0, whole: bool = False, vision: dict | None = None, **settings
 ) -> Path:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 from etils import epath
 
 from benchmarks.parity import jit, random_like
@@ -22,6 +23,7 @@ from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import NETWORKS
 from condiff_jax.system import open_source
 from tests import clips, tiny
+from tests.data.builders import archives
 
 PICTURES, VIEWS = 5, 4  # of the caches here; two crops, each in both flips
 
@@ -282,6 +284,30 @@ def test_a_finished_cache_is_left_alone(config_of, caches, capsys):
             encode.run(config_of(**{"encode.path": str(caches["kl"])} | fields))
         assert "\n" not in str(error.value)
     assert contents(caches["kl"]) == before
+
+
+def test_a_full_disk_is_one_line(encoder, config_of, tmp_path, monkeypatch):
+    class Full(array_record_module.ArrayRecordWriter):
+        def close(self):
+            super().close()
+            raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(ConfigError, match="^encode.path: write.. failed: No space left"):
+        encode.run(config_of(**{"encode.path": str(tmp_path / "c")}))
+
+
+def test_as_many_other_pictures_are_not_taken_for_the_same(encoder, config_of, tmp_path):
+    fields = {"data.name": "webdataset", "encode.path": str(tmp_path / "c"), "encode.records": 0}
+    for name, side in (("a", 20), ("b", 300)):
+        (tmp_path / name).mkdir()
+        pictures = [(f"{i}.jpg", archives.jpeg(i, side, side)) for i in range(2)]
+        (tmp_path / name / "0.tar").write_bytes(archives.tar(pictures))
+    encode.run(config_of(**fields, **{"data.path": str(tmp_path / "a")}))
+    (tmp_path / "a").rename(tmp_path / "moved")
+    encode.run(config_of(**fields, **{"data.path": str(tmp_path / "moved")}))
+    with pytest.raises(ConfigError, match="another data.path .sha256 .*, not sha256"):
+        encode.run(config_of(**fields, **{"data.path": str(tmp_path / "b")}))
 
 
 class SomeBroken:

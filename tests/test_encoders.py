@@ -133,6 +133,21 @@ def test_nothing_is_read_where_nothing_is_encoded():
         system.load_frozen()
 
 
+def test_summary_tells_what_is_frozen_besides(folder, capsys):
+    latents = {"autoencoder.name": "kl", "autoencoder.size": "tiny"}
+    summary.run(config(folder, **latents))
+    lines = capsys.readouterr().out.splitlines()
+    network = tiny.system(config(folder, **latents)).frozen["autoencoder"].shapes()
+    count = summary.count_parameters(network)
+    assert f"Frozen besides: autoencoder, {count:,} parameters" in lines
+    count = sum(a.size for a in jax.tree.leaves(tiny.system(config(folder)).load_frozen()))
+    assert f"Frozen besides: text_encoder, {count:,} parameters" in lines
+    assert json.loads(lines[-1]).keys() == {"parameters", "gflop_forward"}
+    summary.run(config(""))
+    told = capsys.readouterr().out
+    assert "Frozen besides: text_encoder, of unknown size (config: text_encoder.path is em" in told
+
+
 def test_bf16_runs_encode_in_bf16(folder):
     system = tiny.system(config(folder, **{"model.dtype": "bfloat16"}))
     batch, frozen = sample.requests(system, ["a ring"]), system.load_frozen()

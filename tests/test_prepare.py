@@ -1,5 +1,6 @@
 """From archives to training with the paper's configs: one command to prepare, one to train."""
 
+import functools
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from condiff_jax.config import ConfigError
 from condiff_jax.data.builders import BUILDERS
 from condiff_jax.data.builders import prepare as driver
 from condiff_jax.system import create_vocabulary, open_source
-from configs import cc12m_512, imagenet1k_256, imagenet22k_256
+from configs import cc12m_512, imagenet1k_256, imagenet22k_256, pictures_64
 from configs.recipes import CLASSES, all_stages
 from tests.data.builders import archives
 
@@ -23,13 +24,28 @@ CONFIGS = {
     "imagenet1k": imagenet1k_256,
     "imagenet22k": imagenet22k_256,
     "cc12m": cc12m_512,
+    "coco": pictures_64,
+    "folder": pictures_64,
+}
+
+
+# What each builder makes is trained from, with these arguments of its config.
+SOURCES = {
+    "imagenet1k": archives.imagenet1k,
+    "imagenet22k": archives.imagenet22k,
+    "cc12m": archives.cc12m,
+    "coco": functools.partial(archives.coco, splits=("train2014", "val2014"), zipped=True),
+    "folder of classes": archives.classes,
+    "folder with captions": archives.captions,
 }
 
 
 def configured(name, out, args="scale=tiny"):
-    values = CONFIGS[name].get_config(args)
+    """The config of a builder with the smallest model, and its stages, on the folder `out`."""
+    builder = name.split()[0]
+    values = CONFIGS[builder].get_config(args)
     for stage in all_stages(values):
-        stage.data.name, stage.data.path = "tfds", str(out)
+        stage.data.name, stage.data.path, stage.prepare.builder = "tfds", str(out), builder
     return values
 
 
@@ -38,10 +54,17 @@ def created(values, **fields):
     return config_lib.create(values)
 
 
-@pytest.mark.parametrize("name", ["imagenet1k", "cc12m"])
+@pytest.mark.parametrize("name", SOURCES)
 def test_prepares_and_trains_from_it(name, tmp_path, trainer):
-    source = getattr(archives, name)(tmp_path / "in")
-    config = created(configured(name, tmp_path / "out"), prepare__source=str(source))
+    source, fields = SOURCES[name](tmp_path / "in"), {}
+    args = "scale=tiny"
+    if CONFIGS[name.split()[0]] is pictures_64:
+        args = f"semantics={'class' if name.endswith('classes') else 'text'}"
+        # As many words as coco's, so that it is compiled once; more steps, so that it is trained.
+        steps = 3 if name.endswith("captions") else 2
+        fields = {"steps": steps, "model__unroll": 1, "sampling__steps": 2, "sampling__n": 4}
+    values = configured(name, tmp_path / "out", args)
+    config = created(values, prepare__source=str(source), **fields)
     prepare.run(config)
     assert trainer([config]) == ""
 
@@ -56,11 +79,18 @@ def test_imagenet22k_has_the_classes_that_its_config_expects(tmp_path):
         create_vocabulary(paper, open_source(paper))
 
 
+def test_a_path_that_nothing_is_read_from_is_an_error():
+    config = created(imagenet1k_256.get_config("scale=tiny"), data__path="/prepared")
+    with pytest.raises(ConfigError, match="config: data.path=/prepared, but data.name=shapes"):
+        open_source(config)
+
+
 def test_recipes_name_their_builder():
-    assert set(CLASSES) <= set(BUILDERS)
+    assert set(CLASSES) <= set(CONFIGS) == set(BUILDERS)
     for name, module in CONFIGS.items():
         config = module.get_config()
-        assert (config.data.name, config.prepare.builder) == ("tfds", name)
+        builder = "folder" if module is pictures_64 else name
+        assert (config.data.name, config.prepare.builder) == ("tfds", builder)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +144,7 @@ def test_the_documented_command(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == (
-        f"Prepared imagenet1k in {out}: 10 for train, 5 for validation."
+        f"Prepared imagenet1k in {out}: 10 for train, 5 for validation, 10 classes."
     )
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["settings"]["builder"] == "imagenet1k"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from condiff_jax import sample, sharding, train
+from condiff_jax import sample, sharding, state, train
 from condiff_jax.config import ConfigError
 from condiff_jax.diffusion.guidance import needed_branches
 from tests import tiny
@@ -215,7 +215,9 @@ def test_mode_sample_writes_what_was_asked(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na green ring\n")
     fields = {"sampling.prompt_file": str(prompts), "sampling.n": 3, "sampling.seed": 5}
-    folder = sample.run(tiny.config(**fields), str(tmp_path))
+    with mock.patch.object(state, "to_sample", wraps=state.to_sample) as chosen:
+        folder = sample.run(tiny.config(**fields, **{"sampling.ema": False}), str(tmp_path))
+    assert [call.args[1] for call in chosen.call_args_list] == [False]
     assert sorted(p.name for p in folder.iterdir()) == [
         "000000.png", "000001.png", "000002.png", "captions.txt", "grid.png",
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -187,8 +188,10 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
 
 def test_class_conditional_training_runs_and_learns(tmp_path):
     fields = {"data.semantics": "class", "model.name": "mmdit", "sampling.n": 2}
-    config = tiny.config(steps=30, **fields, **{"log.every": 10, "checkpoint.every": 100})
-    train.run(config, str(tmp_path))
+    fields |= {"log.every": 10, "checkpoint.every": 100, "sampling.ema": False}
+    with mock.patch.object(state, "to_sample", wraps=state.to_sample) as chosen:
+        train.run(tiny.config(steps=30, **fields), str(tmp_path))
+    assert [call.args[1] for call in chosen.call_args_list] == [False]  # of its last grid
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
     assert losses[-1] < 0.9 * losses[0]
 

@@ -11,6 +11,8 @@ from `generator`.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
@@ -95,8 +97,11 @@ class ConditionedPipeline(DiffusionPipeline):
         if self.clip is None:
             from transformers import CLIPTextModel, CLIPTokenizer
 
-            tower = CLIPTextModel.from_pretrained(source)
-            self.clip = CLIPTokenizer.from_pretrained(source), tower.eval()
+            split = (Path(source) / "text_encoder").is_dir()  # a folder of Stable Diffusion
+            parts = ("text_encoder", "tokenizer") if split else ("", "")
+            tower = CLIPTextModel.from_pretrained(source, subfolder=parts[0])
+            tokenizer = CLIPTokenizer.from_pretrained(source, subfolder=parts[1])
+            self.clip = tokenizer, tower.eval()
         tokenizer, tower = self.clip
         length = self.network.text_shape[0]
         found = tokenizer(

@@ -4,6 +4,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from absl import logging
@@ -12,10 +13,11 @@ from absl import logging
 class Records:
     """A random-access sequence of pictures, some of which may not decode.
 
-    Subclasses set `path` and `split`, and define `__len__`, `_record(i)` (whose image is `Encoded`;
-    it raises anything for a bad one), `_caption(i)` and `_where(i)`. Items are {"image": uint8
-    (H, W, 3), "caption": str, "label": int32, "broken": int32, the bad records skipped to get
-    there}, and where the picture was made smaller, "size": its original (height, width) in pixels.
+    Subclasses set `path`, `split` and `_shards` (paths), and define `__len__`, `_record(i)` (whose
+    image is `Encoded`; it raises anything for a bad one), `_caption(i)` and `_where(i)`. Items are
+    {"image": uint8 (H, W, 3), "caption": str, "label": int32, "broken": int32, the bad records
+    skipped to get there}, and where the picture was made smaller, "size": its original (height,
+    width) in pixels.
     """
 
     def __init__(self):
@@ -38,6 +40,11 @@ class Records:
     def __getitem__(self, i) -> dict:
         """The first good record at or after i (mod n); ValueError when there is none."""
         return self.first(i, lambda record: record | {"image": record["image"].decode()})
+
+    def files(self) -> list[tuple[str, int]]:
+        """Name and size in bytes of each file with records: with another list they are others."""
+        paths = map(Path, self._shards)
+        return [(path.name, path.stat().st_size) for path in paths]
 
     def first(self, i, read: Callable[[dict], dict]) -> dict:
         """read(record), and "broken", of the first record at or after i (mod n) that allows it.

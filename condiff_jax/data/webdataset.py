@@ -19,7 +19,8 @@ from condiff_jax.data.images import Encoded
 from condiff_jax.data.records import Records
 from condiff_jax.data.tars import members
 
-PREFIXES = {"train": ("train-",), "validation": ("val-", "validation-")}
+# In names of shards, such as train-0.tar or cc3m-validation-0001.tar.
+SPLITS = {"train": "train", "val": "validation", "validation": "validation"}
 COLUMNS = {"png": 0, "jpg": 0, "jpeg": 0, "webp": 0, "txt": 1, "json": 2}  # of Index.spans
 IMAGE, TEXT, JSON = range(3)
 VERSION = 1  # of the index; raise it when the fields or their meaning change
@@ -96,21 +97,27 @@ class _Shard:
 
 
 def find_shards(path: Path, split: str) -> list[Path]:
-    """The split's tar shards by name; without prefixed names every tar is "train"."""
-    if split not in PREFIXES:
-        raise ValueError(f"split={split!r}: choose one of {', '.join(PREFIXES)}")
+    """The split's tar shards by name; every tar is "train" where no name has a split."""
+    if split not in SPLITS.values():
+        raise ValueError(f"split={split!r}: choose one of train, validation")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a folder of tar shards or a tar file")
     tars = sorted(p.resolve() for p in path.glob("*.tar")) if path.is_dir() else [path.resolve()]
     if not tars:
         raise FileNotFoundError(f"{path} holds no *.tar shards; give the folder that does")
-    shards = {s: [p for p in tars if p.name.startswith(PREFIXES[s])] for s in PREFIXES}
+    shards = {s: [p for p in tars if split_of(p.name) == s] for s in SPLITS.values()}
     if not any(shards.values()):
         shards["train"] = tars
     if not shards[split]:
-        other = next(s for s in PREFIXES if shards[s])
+        other = next(s for s in shards if shards[s])
         raise ValueError(f"{path} has no {split} shards, only {other}; use split={other!r}")
     return shards[split]
+
+
+def split_of(name: str) -> str | None:
+    """The split that a shard's name says it is of, if it does."""
+    found = re.match(r"(?:.*[-_])?(train|val|validation)[-_]", name)
+    return SPLITS[found[1]] if found else None
 
 
 def load_or_build(shards: list[Path], split: str, cache=None) -> Index:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import diffusers
 import jax
@@ -227,8 +229,9 @@ def test_latents_are_decoded_if_the_autoencoder_is_there(whole, tmp_path):
     assert np.abs(system.autoencoder.decode(frozen, x) - pictures).max() <= 1
 
 
-def test_clip_is_named_and_its_features_are_ours(tmp_path):
-    source = clips.write(tmp_path / "clip")
+@pytest.mark.parametrize("form", [Path, clips.split], ids=["CLIP's", "Stable Diffusion's"])
+def test_clip_is_named_and_its_features_are_ours(tmp_path, form):
+    source = form(clips.write(tmp_path / "clip"))
     fields = {"text_encoder.name": "clip", "text_encoder.path": str(source)}
     with tiny.few_layers():
         system, params = create("mmdit", **fields)
@@ -245,7 +248,32 @@ def test_clip_is_named_and_its_features_are_ours(tmp_path):
         theirs = pipe.embed(asked, torch.tensor(noise))
     np.testing.assert_allclose(theirs.tokens, ours.tokens, atol=1e-5)
     np.testing.assert_allclose(theirs.pooled, ours.pooled, atol=1e-5)
+    if form is Path:
+        return
     assert pipe("a ring", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        (
+            {"autoencoder.name": "vq", "autoencoder.path": "VQ"},
+            "network/ has no VQModel",
+        ),
+        ({"autoencoder.name": "kl"}, "autoencoder.path is empty"),
+    ],
+)
+def test_autoencoders_that_are_left_out(fields, word, tmp_path, monkeypatch, capsys):
+    with tiny.few_layers():
+        system, params = create("dit_ln", **fields, **{"autoencoder.size": "tiny"})
+        Workdir(str(tmp_path)).open(system.config, system.vocabulary)
+        checkpoints = mock.Mock(**{"restore_params.return_value": (2, params)})
+        monkeypatch.setattr(exporting, "Checkpoints", lambda *_: checkpoints)
+        out = exporting.run(system.config, str(tmp_path))
+    assert f"no autoencoder, as {word}" in (told := capsys.readouterr().out)
+    assert "samples end as latents" in told and len(told.splitlines()) == 3
+    names = importing.weights.read(str(out))
+    assert names and all(name.startswith("model.") for name in names)
 
 
 def system_control(system, **values):

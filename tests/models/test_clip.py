@@ -143,6 +143,17 @@ def test_captions_are_tokenized_fast(folder):
     assert (time.process_time() - start) / 200 < 2e-3  # 40 us where nothing else runs
 
 
+def test_folders_of_stable_diffusion(folder, tmp_path):
+    whole, split = encoder(folder), encoder(clips.split(clips.write(tmp_path / "sd")))
+    assert [path.read_bytes() for path in split.files()] == [p.read_bytes() for p in whole.files()]
+    jax.tree.map(np.testing.assert_array_equal, split.load(), whole.load())
+    np.testing.assert_array_equal(split.tokenize("a ring"), whole.tokenize("a ring"))
+    assert split.name == str(tmp_path / "sd")
+    (tmp_path / "sd" / "tokenizer" / "vocab.json").unlink()
+    with pytest.raises(ConfigError, match="text_encoder.path: no vocab.json in .*sd/tokenizer"):
+        encoder(tmp_path / "sd").load()
+
+
 def config_with(folder, **values):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

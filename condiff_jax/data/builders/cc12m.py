@@ -12,12 +12,13 @@ from condiff_jax.data.builders.units import (
     Skip,
     SourceError,
     Tar,
+    files_below,
     span_of,
     text,
     unsafe,
 )
 from condiff_jax.data.images import Encoded
-from condiff_jax.data.webdataset import IMAGE, JSON, PREFIXES, TEXT, caption, scan
+from condiff_jax.data.webdataset import IMAGE, JSON, TEXT, caption, scan, split_of
 
 SIDE = 1_000_000  # a side in pixels that no picture has
 
@@ -58,16 +59,19 @@ def original_size(image: bytes, details: bytes | None) -> tuple[int, int] | None
 
 
 def cc12m(source: Path) -> Plan:
-    """Tars named train-* and val-* are these splits; all are for training where none has a name."""
-    tars = sorted(source.rglob("*.tar")) if source.is_dir() else [source]
+    """Tars with train- or val- in their names are these splits; all are train if none has that."""
+    files = files_below(source) if source.is_dir() else [source]
+    tars = [path for path in files if path.suffix == ".tar" or path == source]
+    gone = [Skip("missing file", path.name) for path in tars if not path.is_file()]
+    tars = [path for path in tars if path.is_file()]
     if not tars:
         raise SourceError(f"{source} holds no *.tar; give the folder that img2dataset wrote")
-    named = {path: s for s in PREFIXES for path in tars if path.name.startswith(PREFIXES[s])}
+    named = {path: split for path in tars if (split := split_of(path.name))}
     root = source if source.is_dir() else source.parent
     units = [
         span_of(path, named.get(path, "train"), str(path.relative_to(root)), Captioned)
         for path in tars
         if path in named or not named
     ]
-    skipped = tuple(Skip("wrong file name", p.name) for p in tars if named and p not in named)
-    return Plan(units, skipped=skipped)
+    other = [Skip("wrong file name", p.name) for p in tars if named and p not in named]
+    return Plan(units, skipped=tuple(gone + other))

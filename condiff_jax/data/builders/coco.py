@@ -1,4 +1,4 @@
-"""COCO's validation pictures of 2014 with one caption each, which FID and CLIP scores are over."""
+"""COCO's pictures of 2014 with one caption each; FID and CLIP scores are over the validation's."""
 
 import json
 import zipfile
@@ -8,41 +8,48 @@ import numpy as np
 
 from condiff_jax.data.builders.units import Item, Plan, Skip, SourceError, chunks, need, text
 
-CAPTIONS, ARCHIVE = "captions_val2014.json", "annotations_trainval2014.zip"
-PICTURES = "val2014"
+FOLDERS = {"train": "train2014", "validation": "val2014"}
+ARCHIVE = "annotations_trainval2014.zip"
 SEED = 0  # of the choice among a picture's captions
 
 
 def coco(source: Path) -> Plan:
-    """One of about five captions a picture, drawn by its id; the split is validation."""
-    images, captions = read_captions(source)
-    pictures = need(source, PICTURES, f"{PICTURES}.zip")
-    files, mtime = find_pictures(pictures)
-    items, skipped = {}, []
-    for number, name in sorted(images, key=lambda image: image[1]):
-        key, known = name.rsplit(".", 1)[0], captions.get(number, [])
-        if key in items:
-            skipped.append(Skip("duplicate key", key))
-        elif name not in files:
-            skipped.append(Skip("missing file", name))
-        elif not known:
-            skipped.append(Skip("no caption", key))
-        else:
-            chosen = known[int(np.random.default_rng([SEED, number]).integers(len(known)))]
-            items[key] = Item(key, **files[name], caption=chosen)
-    if not items:
-        raise SourceError(f"{pictures} holds none of the pictures of {CAPTIONS}")
-    units = chunks(pictures.name, "validation", items.values(), mtime)
+    """One of about five captions a picture, drawn by its id, of the splits that are there."""
+    units, skipped = [], []
+    there = {split: f for split, f in FOLDERS.items() if has_pictures(source, f)}
+    for split, folder in (there or {"validation": FOLDERS["validation"]}).items():
+        pictures, items = need(source, folder, f"{folder}.zip"), {}
+        images, captions = read_captions(source, f"captions_{folder}.json")
+        files, mtime = find_pictures(pictures)
+        for number, name in sorted(images, key=lambda image: image[1]):
+            key, known = name.rsplit(".", 1)[0], captions.get(number, [])
+            if key in items:
+                skipped.append(Skip("duplicate key", key))
+            elif name not in files:
+                skipped.append(Skip("missing file", name))
+            elif not known:
+                skipped.append(Skip("no caption", key))
+            else:
+                chosen = known[int(np.random.default_rng([SEED, number]).integers(len(known)))]
+                items[key] = Item(key, **files[name], caption=chosen)
+        if not items:
+            raise SourceError(f"{pictures} holds none of the pictures of captions_{folder}.json")
+        units += chunks(pictures.name, split, items.values(), mtime)
     return Plan(units, skipped=tuple(skipped))
 
 
-def read_captions(source: Path) -> tuple[list[tuple[int, str]], dict[int, list[str]]]:
+def has_pictures(source: Path, folder: str) -> bool:
+    """Whether a split's pictures are there, in a folder or zipped."""
+    return (source / folder).exists() or (source / f"{folder}.zip").exists()
+
+
+def read_captions(source: Path, name: str) -> tuple[list[tuple[int, str]], dict[int, list[str]]]:
     """Id and file name of each picture, and captions in their order by its id."""
-    path = need(source, f"annotations/{CAPTIONS}", CAPTIONS, ARCHIVE)
+    path = need(source, f"annotations/{name}", name, ARCHIVE)
     try:
         if path.name == ARCHIVE:
             with zipfile.ZipFile(path) as archive:
-                data = json.loads(archive.read(f"annotations/{CAPTIONS}"))
+                data = json.loads(archive.read(f"annotations/{name}"))
         else:
             data = json.loads(path.read_bytes())
         captions = {}
@@ -50,7 +57,7 @@ def read_captions(source: Path) -> tuple[list[tuple[int, str]], dict[int, list[s
             captions.setdefault(entry["image_id"], []).append(text(entry["caption"]).strip())
         return [(int(entry["id"]), text(entry["file_name"])) for entry in data["images"]], captions
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise SourceError(f"{path} is no {CAPTIONS} ({error}); fetch it again") from error
+        raise SourceError(f"{path} is no {name} ({error}); fetch it again") from error
 
 
 def find_pictures(path: Path) -> tuple[dict[str, dict], int]:

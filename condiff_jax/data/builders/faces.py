@@ -19,7 +19,7 @@ def load_boxes(path: str) -> dict[str, list]:
     if not path:
         return {}
     try:
-        boxes = json.loads(Path(path).read_bytes())
+        boxes = json.loads(Path(path).expanduser().read_bytes())
         for key, found in boxes.items():
             if not all(len(box) == 4 and np.isfinite(np.float64(box)).all() for box in found):
                 raise ValueError(f"{key} has {found}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,8 @@ import shutil
 import statistics
 from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from condiff_jax import __version__
 from condiff_jax.data.builders.shards import EXAMPLES, Job, add_skip, features, write_json
@@ -120,6 +123,7 @@ def create_manifest(
         if plan.classes
         else {},
         "blurred": sum(ledger["blurred"] for ledger in ledgers),
+        "repeated_keys": count_repeated(ledgers),
         "skipped": dict(sorted(skipped.items())),
         "sources": [
             {
@@ -151,6 +155,13 @@ def class_summary(counts: Counter, classes: tuple[str, ...]) -> dict:
         "most": max(numbers),
         "empty": {"count": len(empty), "examples": empty[:EXAMPLES]},
     }
+
+
+def count_repeated(ledgers: list[dict]) -> int:
+    """Pictures whose key an earlier one has, of any split and archive."""
+    keys = b"".join(base64.b64decode(ledger["keys"]) for ledger in ledgers)
+    found = np.frombuffer(keys, np.uint64)  # hashes: of 12 million keys, two agree by 4e-6
+    return len(found) - len(np.unique(found))
 
 
 def total(ledgers: list[dict], name: str, split: str) -> Counter:

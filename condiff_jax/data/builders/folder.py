@@ -5,6 +5,7 @@ Either at the top, or in each of the folders train and val (or validation) there
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from condiff_jax.data.builders.units import (
     Skip,
     SourceError,
     chunks,
+    files_below,
     text,
     unsafe,
 )
@@ -46,8 +48,10 @@ def folder(source: Path) -> Plan:
         key = text(row.path.relative_to(source).as_posix())
         if key in items:
             skipped.append(Skip("duplicate key", key))
-        elif not row.path.is_file():
+        elif not os.path.isfile(row.path):  # also for names that no file can have
             skipped.append(Skip("missing file", key))
+        elif row.name is None and classes:
+            skipped.append(Skip("no label", key))
         else:
             stat = row.path.stat()
             newest = max(newest, stat.st_mtime_ns)
@@ -80,7 +84,7 @@ def find(source: Path) -> Iterator[Row | Skip]:
 
 def walk(top: Path, split: str) -> Iterator[Row | Skip]:
     """The pictures in the folders of classes, however deep, in order of their names."""
-    for path in sorted(path for path in top.rglob("*") if not path.is_dir()):
+    for path in files_below(top):
         inner = path.relative_to(top)
         if len(inner.parts) < 2:
             yield Skip("outside of class folders", text(str(inner)))
@@ -92,19 +96,25 @@ def walk(top: Path, split: str) -> Iterator[Row | Skip]:
 
 def read_list(path: Path, split: str) -> Iterator[Row | Skip]:
     """The lines of captions.csv or captions.jsonl, whose pictures lie beside it."""
+    described = lines = 0
     for number, line in enumerate(read_lines(path), 1):
-        name = line.get("file_name")
-        if not name or not isinstance(name, str):
+        name, values = line.get("file_name"), [line.get(c) for c in ("caption", "label", "split")]
+        described += "caption" in line or "label" in line
+        lines += bool(line)
+        plain = all(value is None or isinstance(value, str | int | float) for value in values)
+        if not (name and isinstance(name, str) and plain):
             yield Skip("bad line", f"{path.name}:{number}")
         elif unsafe(name):
             yield Skip("unsafe path", text(name))
-        elif (line.get("split") or split) not in SPLITS:
+        elif (values[2] or split) not in SPLITS:
             yield Skip("unknown split", text(name))
         else:
-            caption, label = (line.get(column) for column in ("caption", "label"))
+            caption, label = values[:2]
             words = text(str("" if caption is None else caption)).strip()
             known = None if label in (None, "") else text(str(label))
-            yield Row(SPLITS[line.get("split") or split], path.parent / name, words, known)
+            yield Row(SPLITS[values[2] or split], path.parent / name, words, known)
+    if lines and not described:
+        raise SourceError(f"{path} has neither captions nor labels; its columns are {COLUMNS}")
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -118,10 +128,14 @@ def read_lines(path: Path) -> Iterator[dict]:
                     value = {}
                 yield value if isinstance(value, dict) else {}
             return
-        lines = csv.DictReader(file)
+        lines = csv.DictReader(file, skipinitialspace=True, strict=True)
         try:
-            if "file_name" not in (lines.fieldnames or ()):
-                raise SourceError(f"{path} has no column file_name; its columns are {COLUMNS}")
+            found = lines.fieldnames or ()
+            if "file_name" not in found:
+                raise SourceError(
+                    f"{path} has no column file_name but {', '.join(map(repr, found)) or 'none'}; "
+                    f"its columns are {COLUMNS}, separated by commas, in UTF-8"
+                )
             yield from lines
         except csv.Error as error:
-            raise SourceError(f"{path}, line {lines.line_num}: {error}") from error
+            raise SourceError(f"{path}, line {lines.reader.line_num}: {error}") from error

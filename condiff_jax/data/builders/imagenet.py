@@ -15,6 +15,7 @@ from condiff_jax.data.builders.units import (
     SourceError,
     chunks,
     class_tars,
+    files_below,
     inner_tars,
     need,
     span_of,
@@ -93,14 +94,17 @@ def imagenet22k(source: Path) -> Plan:
     There are 21,841 classes in the release of fall 2011, which the paper uses.
     """
     tars, skipped = {}, []
-    for path in sorted(source.rglob("*.tar")) if source.is_dir() else [source]:
+    for path in files_below(source) if source.is_dir() else [source]:
         name = re.fullmatch(CLASS_TAR, path.name)
-        if name:
-            tars.setdefault(name[1], span_of(path))
-        else:
-            inner, wrong = inner_tars(path, CLASS_TAR)
-            tars = inner | tars
-            skipped += wrong
+        if path.suffix != ".tar" and path != source:
+            continue
+        if not path.is_file():
+            skipped.append(Skip("missing file", path.name))
+            continue
+        found, wrong = ({name[1]: span_of(path)}, []) if name else inner_tars(path, CLASS_TAR)
+        again = sorted(tars.keys() & found.keys())
+        skipped += [*wrong, *(Skip("duplicate key", found[name].name) for name in again)]
+        tars = found | tars
     if not tars:
         raise SourceError(f"{source} holds no n########.tar, nor a plain tar of such")
     names = tuple(sorted(tars))

@@ -50,7 +50,10 @@ def prepare(
         return None
     if not source.exists():
         raise SourceError(f"{source} does not exist")
-    plan = BUILDERS[builder](source)
+    try:
+        plan = BUILDERS[builder](source)
+    except OSError as error:
+        raise SourceError(f"{error}; mend that and run the same command again") from error
     work = out / BEGUN
     with locked(out, work):
         begin(work, settings, plan.units)
@@ -61,7 +64,7 @@ def prepare(
             shared = Settings(work, plan.classes, shard_mb * MB, boxes)
             execute(jobs, left, shared, processes or os.cpu_count() or 1)
         manifest = finish.finish(out, settings, plan, jobs)
-    shutil.rmtree(work)
+        shutil.rmtree(work)
     return manifest
 
 
@@ -78,7 +81,7 @@ def locked(out: Path, work: Path, name: str = "lock") -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{out} is being prepared by another process") from None
+            raise OutputError(f"{out} is being made by another process") from None
         yield
 
 
@@ -161,7 +164,9 @@ def check_space(builder: str, out: Path, jobs: list[Job], left: list[Job]) -> No
 
 def amount(size: float) -> str:
     """Bytes, for people."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    unit, name = next((u for u in units if size >= u[0]), units[-1])
+    return f"{size / unit:,.1f} {name}"
 
 
 def execute(jobs: list[Job], left: list[Job], settings: Settings, processes: int) -> None:
@@ -200,8 +205,10 @@ def finished(left: list[Job], settings: Settings, processes: int) -> Iterator[Jo
             "a process was killed, maybe for its memory; lower prepare.processes and run the same "
             "command to go on"
         ) from error
-    except (OSError, RuntimeError) as error:
-        raise OutputError(f"{error}; mend that and run the same command to go on") from error
+    except OSError as error:
+        named = getattr(error, "filename", None) or settings.folder
+        kind = OutputError if Path(named).is_relative_to(settings.folder) else SourceError
+        raise kind(f"{error}; mend that and run the same command to go on") from error
 
 
 def follow_parent() -> None:
@@ -221,7 +228,12 @@ def report(manifest: dict | None, builder: str, out: Path) -> None:
         print(f"Nothing to do: {out} is prepared.")
         return
     counts = ", ".join(f"{n:,} for {split}" for split, n in manifest["images"].items())
-    print(f"Prepared {builder} in {out}: {counts}.")
+    classes = f", {manifest['classes']:,} classes" if manifest["classes"] else ""
+    print(f"Prepared {builder} in {out}: {counts}{classes}.")
+    if manifest["settings"]["boxes"] != short_hash({}):
+        print(f"Blurred {manifest['blurred']:,} pictures, whose keys prepare.boxes has.")
+    if manifest["repeated_keys"]:
+        print(f"Kept {manifest['repeated_keys']:,} whose key one in another archive has too.")
     for reason, row in manifest["skipped"].items():
         where = sys.stderr if reason == "truncated tar" else sys.stdout
         some = ", ".join(row["examples"][:3]) + (", ..." if row["count"] > 3 else "")

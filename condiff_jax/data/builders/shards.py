@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import functools
+import hashlib
 import io
 import json
 import math
@@ -81,6 +84,7 @@ class Tally:
     def __init__(self):
         self.skipped: dict[str, dict] = {}
         self.labels, self.words, self.blurred = Counter(), Counter(), []
+        self.keys = bytearray()  # 8 bytes of hash for each that is kept
 
     def skip(self, skip: Skip) -> None:
         """Count a sample that is left out."""
@@ -148,6 +152,7 @@ def examples(job: Job, settings: Settings, tally: Tally) -> Iterator[dict]:
             image = blur(pixels, boxes[found.key])
             tally.blurred.append(found.key)
         tally.labels[found.label] += 1
+        tally.keys += hashlib.blake2b(found.key.encode(), digest_size=8).digest()
         tally.words.update(count_words([found.caption]))
         height, width = found.original or pixels.shape[:2]
         yield {
@@ -192,9 +197,19 @@ def run(job: Job, settings: Settings) -> None:
         "labels": tally.labels,
         "words": tally.words,
         "blurred": len(tally.blurred),
+        "keys": base64.b64encode(tally.keys).decode(),
         "sha256": {unit.name: unit.sha256() for unit in job.units},
     }
     write_json(job.ledger(folder), ledger)
+
+
+@contextlib.contextmanager
+def reporting():
+    """What array_record says of a disk becomes an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def write_shard(path: Path, first: bytes, records: Iterator[bytes], limit: float):
@@ -203,10 +218,12 @@ def write_shard(path: Path, first: bytes, records: Iterator[bytes], limit: float
 
     writer, record, count, size = ArrayRecordWriter(str(path), OPTIONS), first, 0, 0
     while record is not None and (not count or size < limit):
-        writer.write(record)
+        with reporting():
+            writer.write(record)
         count, size = count + 1, size + len(record)
         record = next(records, None)
-    writer.close()
+    with reporting():
+        writer.close()
     if open_shard(str(path)).num_records() != count:
         raise OSError(f"{path} was not written whole; is the disk full?")
     return {"records": count, "bytes": path.stat().st_size}, record

@@ -69,7 +69,7 @@ class Unit:
         raise NotImplementedError
 
     def read(self) -> Iterator[Sample | Skip]:
-        """The samples in a fixed order; what cannot be read is a Skip, never an error."""
+        """The samples in a fixed order; what is damaged is a Skip. OSError if the file is gone."""
         raise NotImplementedError
 
     def metadata(self) -> str:
@@ -164,7 +164,7 @@ class Items(Unit):
         return short_hash([[item.key, item.caption, item.label] for item in self.items])
 
     def load(self) -> Iterator[bytes | None]:
-        """The bytes of each item, None where it cannot be read any more."""
+        """The bytes of each item, None where it cannot be read; OSError where it is gone."""
         with contextlib.ExitStack() as stack:
             opened = functools.cache(lambda path: stack.enter_context(zipfile.ZipFile(path)))
             for item in self.items:
@@ -174,6 +174,8 @@ class Items(Unit):
                     else:
                         yield b"".join(read_span(item.path, item.offset, item.size))
                 except UNREADABLE:
+                    if not item.path.exists():  # a source that is gone, not a damaged file
+                        raise
                     yield None
 
     def blocks(self) -> Iterator[bytes]:
@@ -253,12 +255,35 @@ def read_span(path: Path, offset: int, size: int) -> Iterator[bytes]:
 
 def need(source: Path, *names: str) -> Path:
     """The first of the names that the source folder has; SourceError if it has none of them."""
+    if not source.is_dir():
+        raise SourceError(f"{source} is no folder; give the one with {' or '.join(names)}")
     for name in names:
         if (source / name).exists():
             return source / name
     here = sorted(path.name for path in source.iterdir())
     found = ", ".join(here[:5]) + (", ..." if len(here) > 5 else "") if here else "nothing"
     raise SourceError(f"{source} has no {' or '.join(names)}, only {found}")
+
+
+def files_below(top: Path) -> list[Path]:
+    """All files of a folder and of those within, links to folders included, in order.
+
+    OSError for a folder that cannot be read.
+    """
+
+    def fail(error):
+        raise error
+
+    found, seen = [], set()
+    for folder, names, files in os.walk(top, onerror=fail, followlinks=True):
+        names.sort()
+        real = os.path.realpath(folder)
+        if real in seen:  # links in a circle
+            names.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in files]
+    return sorted(found)
 
 
 def short_hash(value) -> str:

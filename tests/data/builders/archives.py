@@ -115,28 +115,30 @@ def cc12m(folder, tars=2, n=8):
     return folder
 
 
-def coco(folder, n=4, zipped=False):
+def coco(folder, n=4, zipped=False, splits=("val2014",)):
     folder.mkdir(parents=True)
-    names = [f"COCO_val2014_{i:012d}.jpg" for i in range(n)]
-    images = [{"id": i, "file_name": name, "height": 20} for i, name in enumerate(names)]
-    notes = [
-        {"id": 100 + 5 * i + j, "image_id": i, "caption": f"picture {i} text {j}\n"}
-        for j in range(5)
-        for i in range(n)
-    ]
-    captions = json.dumps({"images": images, "annotations": notes})
-    if zipped:
-        with zipfile.ZipFile(folder / "val2014.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            for i, name in enumerate(names):
-                archive.writestr(f"val2014/{name}", jpeg(i))
-        with zipfile.ZipFile(folder / "annotations_trainval2014.zip", "w") as archive:
-            archive.writestr("annotations/captions_val2014.json", captions)
-    else:
-        (folder / "val2014").mkdir()
-        (folder / "annotations").mkdir()
-        for i, name in enumerate(names):
-            (folder / "val2014" / name).write_bytes(jpeg(i))
-        (folder / "annotations" / "captions_val2014.json").write_text(captions)
+    files = {}  # by archive
+    for split in splits:
+        names = [f"COCO_{split}_{i:012d}.jpg" for i in range(n)]
+        images = [{"id": i, "file_name": name, "height": 20} for i, name in enumerate(names)]
+        notes = [
+            {"id": 100 + 5 * i + j, "image_id": i, "caption": f"picture {i} text {j}\n"}
+            for j in range(5)
+            for i in range(n)
+        ]
+        captions = json.dumps({"images": images, "annotations": notes}).encode()
+        notes_of = files.setdefault("annotations_trainval2014.zip", {})
+        notes_of[f"annotations/captions_{split}.json"] = captions
+        files[f"{split}.zip"] = {f"{split}/{name}": jpeg(i) for i, name in enumerate(names)}
+    for name, members in files.items():
+        if zipped:
+            with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
+                for member, data in members.items():
+                    archive.writestr(member, data)
+        else:
+            for member, data in members.items():
+                (folder / member).parent.mkdir(exist_ok=True)
+                (folder / member).write_bytes(data)
     return folder
 
 
@@ -148,4 +150,18 @@ def classes(folder, names=("cat", "dog"), n=3, splits=("train", "val")):
             for i in range(n):
                 data = jpeg(100 * s + 10 * c + i)
                 (folder / split / name / f"{i}.jpg").write_bytes(data)
+    return folder
+
+
+def captions(folder, n=4, name="captions.csv"):
+    """Pictures beside a list of their captions, which have the words of `coco`'s."""
+    folder.mkdir(parents=True)
+    for i in range(n):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+    rows = [{"file_name": f"{i}.jpg", "caption": f"picture {i}, text {n}"} for i in range(n)]
+    if name.endswith("jsonl"):
+        (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    else:
+        lines = [f'{row["file_name"]},"{row["caption"]}"' for row in rows]
+        (folder / name).write_text("\n".join(["file_name,caption", *lines]))
     return folder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from condiff_jax.data.builders.prepare import prepare
+from condiff_jax.data.builders.prepare import prepare, report
 from condiff_jax.data.builders.units import SourceError
 from tests.data.builders import archives
 
@@ -49,6 +49,8 @@ def test_imagenet1k(tmp_path):
         assert record["image"] == archives.jpeg(900 + i)
         assert names[record["label"]] == archives.WNIDS[i % 10]
     assert manifest["images_of_a_class"]["train"]["least"] == 2
+    sizes = [(tmp_path / "out" / f).stat().st_size for f in loaded.info.splits["train"].filenames]
+    assert loaded.info.splits["train"].num_bytes == sum(sizes)
     assert manifest["images_of_a_class"]["validation"]["most"] == 2
     assert not manifest["skipped"]
     inner = next(s for s in manifest["sources"] if s["name"].endswith("n00000003.tar"))
@@ -103,22 +105,26 @@ def test_imagenet1k_counts_what_does_not_belong(tmp_path):
         ("n77777777.tar", archives.class_tar("n77777777")),
         ("stray.txt", b"x"),
         ("../n00000001.tar", archives.class_tar("n00000001")),
+        (f"again/{known}.tar", archives.class_tar(known)),
     ]
     (source / "ILSVRC2012_img_train.tar").write_bytes(archives.tar(outer))
     more = [("ILSVRC2012_val_00000001.JPEG", inner), ("ILSVRC2012_val_00000003.JPEG", inner)]
+    more += [("ILSVRC2012_val_00000000.JPEG", inner), ("ILSVRC2012_val_1.JPEG", inner)]
     more += [("val/ILSVRC2012_val_00000001.JPEG", inner), ("ILSVRC2012_val_00000001.JPEG", inner)]
     (source / "ILSVRC2012_img_val.tar").write_bytes(archives.tar(more))
     manifest, _, records = build("imagenet1k", source, tmp_path / "out")
+    strangers = ("00000003", "00000000", "1")
     assert skipped(manifest) == {
-        "duplicate key": ["ILSVRC2012_val_00000001", "ILSVRC2012_val_00000001", f"{known}_1"],
+        "duplicate key": [f"again/{known}.tar", *2 * ["ILSVRC2012_val_00000001"], f"{known}_1"],
         "no image name": ["notes.txt"],
         "unknown class": ["ILSVRC2012_img_train.tar/n77777777.tar"],
         "unsafe path": ["../n00000001.tar", "../../up.JPEG"],
-        "wrong file name": ["stray.txt", "ILSVRC2012_val_00000003.JPEG"],
+        "wrong file name": ["stray.txt", *(f"ILSVRC2012_val_{n}.JPEG" for n in strangers)],
     }
     assert records["train"][f"{known}_1"]["image"] == inner  # the first of two
     assert manifest["images"] == {"train": 1, "validation": 1}
-    assert manifest["images_of_a_class"]["train"]["empty"]["count"] == 9
+    found = manifest["images_of_a_class"]["train"]
+    assert (found["empty"]["count"], found["median"], found["most"]) == (9, 0, 1)
 
 
 def test_truncated_outer_tar_keeps_what_is_readable(tmp_path):
@@ -135,6 +141,23 @@ def test_truncated_outer_tar_keeps_what_is_readable(tmp_path):
         "truncated tar": ["ILSVRC2012_img_train.tar", f"ILSVRC2012_img_train.tar/{second}.tar"]
     }
     assert manifest["images_of_a_class"]["train"]["empty"]["count"] == 8
+
+
+def test_truncated_validation_keeps_what_is_readable(tmp_path):
+    source = archives.imagenet1k(tmp_path / "in", n=1, validation=3)
+    pictures = source / "ILSVRC2012_img_val.tar"
+    whole = pictures.read_bytes()
+    pictures.write_bytes(whole[: whole.index(archives.jpeg(902)) + 300])
+    manifest, _, records = build("imagenet1k", source, tmp_path / "out")
+    assert len(records["validation"]) == 2
+    assert skipped(manifest) == {"truncated tar": ["ILSVRC2012_img_val.tar"]}
+    pictures.write_bytes(b"")
+    with pytest.raises(SourceError, match="img_val.tar holds no ILSVRC2012_val_########.JPEG"):
+        prepare("imagenet1k", source, tmp_path / "new")
+    outer = archives.tar([("n77777777.tar", archives.class_tar("n77777777"))])
+    (source / "ILSVRC2012_img_train.tar").write_bytes(outer)
+    with pytest.raises(SourceError, match="img_train.tar holds no tars of the classes in ILSVRC"):
+        prepare("imagenet1k", source, tmp_path / "new")
 
 
 def test_truncated_inner_tar_stays_within_its_bounds(tmp_path):
@@ -162,6 +185,22 @@ def test_imagenet22k(tmp_path, nested):
         f"n{c:08d}_{i}": c for c in range(5) for i in range(2)
     }
     assert manifest["images"] == {"train": 10} and manifest["classes"] == 5
+    assert not manifest["skipped"]
+
+
+def test_imagenet22k_counts_classes_that_come_twice(tmp_path):
+    source = archives.imagenet22k(tmp_path / "in", classes=2, n=1)
+    inner = [(path.name, path.read_bytes()) for path in sorted(source.iterdir())]
+    (source / "a.tar").write_bytes(archives.tar(inner[:1]))
+    (source / "more").mkdir()
+    (source / "more" / "n00000001.tar").write_bytes(archives.class_tar("n00000001", 3))
+    (source / "n00000002.tar").symlink_to("/no/such")
+    manifest, _, _ = build("imagenet22k", source, tmp_path / "out")
+    assert skipped(manifest) == {
+        "duplicate key": ["n00000000.tar", "n00000001.tar"],
+        "missing file": ["n00000002.tar"],
+    }
+    assert manifest["images"] == {"train": 4} and manifest["classes"] == 2  # the first of each
 
 
 def test_cc12m(tmp_path):
@@ -190,6 +229,41 @@ def test_cc12m_splits_by_name(tmp_path):
     assert skipped(manifest) == {"wrong file name": ["other.tar"]}
 
 
+def test_splits_in_the_middle_of_names(tmp_path):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=2)  # as pixparse/cc3m-wds has them
+    (source / "00000.tar").rename(source / "cc3m-train-0000.tar")
+    (source / "00001.tar").rename(source / "cc3m-validation-0000.tar")
+    manifest, _, _ = build("cc12m", source, tmp_path / "out")
+    assert manifest["images"] == {"train": 2, "validation": 2}
+
+
+def test_keys_that_several_tars_have_are_kept_and_counted(tmp_path, capsys):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=3)
+    shutil.copy(source / "00000.tar", source / "00002.tar")  # or another download, counted anew
+    manifest = prepare("cc12m", source, tmp_path / "out", processes=1)
+    assert manifest["images"] == {"train": 9} and manifest["repeated_keys"] == 3
+    report(manifest, "cc12m", tmp_path / "out")
+    assert "Kept 3 whose key one in another archive has too" in capsys.readouterr().out
+
+
+def test_links_are_followed_and_what_is_no_file_is_counted(tmp_path):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=1)
+    (tmp_path / "far").mkdir()
+    (source / "00001.tar").rename(tmp_path / "far" / "00001.tar")
+    (source / "far").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(source)  # in a circle
+    (source / "gone.tar").symlink_to("/no/such")
+    (source / "folder.tar").mkdir()
+    manifest, _, records = build("cc12m", source, tmp_path / "out")
+    assert set(records["train"]) == {"000000000", "000000100"}
+    assert skipped(manifest) == {"missing file": ["gone.tar"]}
+    pictures = archives.classes(tmp_path / "pictures", splits=("train",), n=1)
+    (pictures / "train" / "dog").rename(tmp_path / "dog")
+    (pictures / "train" / "dog").symlink_to(tmp_path / "dog")
+    _, loaded, _ = build("folder", pictures, tmp_path / "out_pictures")
+    assert loaded.info.features["label"].names == ["cat", "dog"]
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_coco(tmp_path, zipped):
     source = archives.coco(tmp_path / "in", n=12, zipped=zipped)
@@ -203,6 +277,35 @@ def test_coco(tmp_path, zipped):
         chosen.append(record["caption"].decode()[-1])
     assert len(set(chosen)) > 2  # drawn, not the first
     assert chosen == list("424223231110")  # for good: scores depend on it
+    if zipped:
+        return
+    notes = source / "annotations" / "captions_val2014.json"  # in another order
+    notes.write_text(json.dumps({k: v[::-1] for k, v in json.loads(notes.read_text()).items()}))
+    _, _, again = build("coco", source, tmp_path / "again")
+    assert list(again["validation"].items()) == list(records["validation"].items())
+
+
+def test_a_broken_zip_is_one_error(tmp_path):
+    source = archives.coco(tmp_path / "in", zipped=True)
+    pictures = source / "val2014.zip"
+    pictures.write_bytes(pictures.read_bytes()[:-30])
+    with pytest.raises(SourceError, match="val2014.zip is truncated or no zip file .*fetch it ag"):
+        prepare("coco", source, tmp_path / "out")
+
+
+def test_coco_of_both_splits(tmp_path):
+    source = archives.coco(tmp_path / "in", n=2, splits=("train2014", "val2014"))
+    (source / "train2014" / "COCO_train2014_000000000001.jpg").unlink()
+    shutil.make_archive(source / "train2014", "zip", source, "train2014")
+    shutil.rmtree(source / "train2014")
+    manifest, _, records = build("coco", source, tmp_path / "out")
+    assert manifest["images"] == {"train": 1, "validation": 2}
+    assert set(records["train"]) == {"COCO_train2014_000000000000"}
+    assert skipped(manifest) == {"missing file": ["COCO_train2014_000000000001.jpg"]}
+    for path in (source / "val2014").iterdir():  # the captions are of other pictures
+        path.rename(path.with_name(path.name.replace("2014", "2017")))
+    with pytest.raises(SourceError, match="val2014 holds none of the pictures of captions_val2"):
+        prepare("coco", source, tmp_path / "new")
 
 
 def test_coco_counts_what_is_missing(tmp_path):
@@ -257,6 +360,7 @@ LINES = [
     {"file_name": "../up.jpg", "caption": "up"},
     {"file_name": "c.jpg", "caption": "c", "split": "dev"},
     {"caption": "nothing"},
+    {"file_name": "/etc/hosts", "caption": "root's"},
 ]
 
 
@@ -280,13 +384,13 @@ def test_folder_with_captions(tmp_path, form):
     assert train["caption"].decode() == "a café, no table" and validation["caption"] == b""
     assert loaded.info.features["label"].names == ["7", "x"]
     assert (train["label"], validation["label"]) == (1, 0)
-    bad = ["captions.csv:7"] if form == "csv" else [f"captions.jsonl:{n}" for n in (7, 8, 9)]
+    bad = ["captions.csv:7"] if form == "csv" else [f"captions.jsonl:{n}" for n in (7, 9, 10)]
     assert skipped(manifest) == {
         "bad line": bad,
         "duplicate key": ["a.jpg"],
         "missing file": ["gone.jpg"],
         "unknown split": ["c.jpg"],
-        "unsafe path": ["../up.jpg"],
+        "unsafe path": ["../up.jpg", "/etc/hosts"],
     }
 
 
@@ -296,16 +400,62 @@ def test_a_list_at_the_top_is_for_the_folders_of_splits_too(tmp_path):
     _, _, records = build("folder", source, tmp_path / "out")
     assert set(records) == {"train"} and set(records["train"]) == {"val/cat/0.jpg"}
     shutil.move(source / "captions.csv", source / "val" / "captions.csv")
-    (source / "val" / "captions.csv").write_text("file_name,caption\ncat/0.jpg,a cat\n")
+    (source / "val" / "captions.csv").write_text("file_name,caption,label\ncat/0.jpg,a cat,cat\n")
     _, _, records = build("folder", source, tmp_path / "new")
     assert records["validation"]["val/cat/0.jpg"]["caption"] == b"a cat"
     assert records["train"]["train/cat/0.jpg"]["caption"] == b""
 
 
-def test_folder_needs_its_columns(tmp_path):
-    (tmp_path / "captions.csv").write_text("file,text\na.jpg,b\n")
-    with pytest.raises(SourceError, match="captions.csv has no column file_name"):
-        prepare("folder", tmp_path, tmp_path.parent / "out")
+CSV, JSONL = "captions.csv", "captions.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        (CSV, b'\xef\xbb\xbffile_name,caption\r\n0.jpg,"a ""q"", b"\r\n', {"0": 'a "q", b'}),
+        (CSV, b'file_name, caption\n0.jpg, "a, b"\n1.jpg,\n', {"0": "a, b", "1": ""}),
+        (CSV, b"file_name,caption\n0.jpg,caf\xe9\n1.jpg\n", {"0": "caf\ufffd", "1": ""}),
+        (CSV, b"file_name,label\n0.jpg,x\n1.jpg,\n", {"0": "", "no label": "1.jpg"}),
+        (CSV, b'file_name,caption\n0.jpg,"a\n1.jpg,b\n', ", line 3: unexpected end of data"),
+        (CSV, b"file_name,text\n0.jpg,a\n", "has neither captions nor labels; its columns"),
+        (CSV, b"file_name;caption\n0.jpg;a\n", "no column file_name but 'file_name;caption'; its"),
+        (CSV, b"file,text\n0.jpg,b\n", "no column file_name but 'file', 'text'; its columns"),
+        (CSV, b"", "no column file_name but none; its columns"),
+        (CSV, b"file_name,caption\n", "in holds no pictures"),
+        (JSONL, b'{"file_name": "0.jpg", "caption": 5}\r\n', {"0": "5"}),
+        (JSONL, b'{"file_name": "0.jpg", "text": "a"}\n', "has neither captions nor labels"),
+        (
+            JSONL,
+            b'{"file_name": "0.jpg", "caption": ["a"]}\n{"file_name": "1.jpg", "caption": "b"}\n',
+            {"1": "b", "bad line": "captions.jsonl:1"},
+        ),
+        (
+            JSONL,
+            b'{"file_name": "0.jpg", "caption": "b"}\n{"file_name": "%s.jpg"}' % (b"x" * 300),
+            {"0": "b", "missing file": f"{'x' * 300}.jpg"},
+        ),
+        (
+            JSONL,
+            b'{"file_name": "0.jpg", "caption": "b"}\n{"file_name": "1.jpg", "split": ["val"]}',
+            {"0": "b", "bad line": "captions.jsonl:2"},
+        ),
+    ],
+)
+def test_lists_as_people_write_them(tmp_path, name, data, expected):
+    """expected: an error, or captions by key and what is skipped by reason."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(2):
+        (source / f"{number}.jpg").write_bytes(archives.jpeg(number))
+    (source / name).write_bytes(data)
+    if isinstance(expected, str):
+        with pytest.raises(SourceError, match=expected) as error:
+            prepare("folder", source, tmp_path / "out", processes=1)
+        assert "\n" not in str(error.value)
+        return
+    manifest, _, records = build("folder", source, tmp_path / "out")
+    found = {key.removesuffix(".jpg"): r["caption"].decode() for key, r in records["train"].items()}
+    assert found | {reason: keys[0] for reason, keys in skipped(manifest).items()} == expected
 
 
 @pytest.mark.parametrize("builder", ["imagenet1k", "imagenet22k", "cc12m", "coco", "folder"])
@@ -317,3 +467,6 @@ def test_a_source_without_anything(tmp_path, builder):
     with pytest.raises(SourceError, match="nowhere does not exist"):
         prepare(builder, tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match="file (is no folder|holds no)|1 truncated tar"):
+        prepare(builder, tmp_path / "file", tmp_path / "out", processes=1)

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -97,7 +99,8 @@ def test_captions_and_keys_of_all_kinds(tmp_path):
         ("none.jpg", jpeg(1)),
         ("long.jpg", jpeg(2)), ("long.txt", long.encode()),
         ("bytes.jpg", jpeg(3)), ("bytes.txt", b"caf\xe9 \xff"),
-        ("lone.jpg", jpeg(4)), ("lone.json", rb'{"caption": "a \ud800 b", "original_width": true}'),
+        ("lone.jpg", jpeg(4)), ("lone.json", rb'{"caption": "a \ud800 b"}'),
+        ("true.jpg", jpeg(11)), ("true.json", b'{"original_width": true, "original_height": 9}'),
         ("twice.jpg", jpeg(5)), ("twice.jpg", jpeg(6)),
         ("bare.txt", b"no picture"),
         ("../../up.jpg", jpeg(7)), ("/root/abs.jpg", jpeg(8)), ("a/../b.jpg", jpeg(9)),
@@ -123,7 +126,7 @@ def test_captions_and_keys_of_all_kinds(tmp_path):
     captions = {key: record["caption"] for key, record in records.items()}
     assert captions == {
         "empty": "", "none": "", "long": long.strip(), "bytes": "caf\ufffd \ufffd", "lone": "a ? b",
-        "twice": "", "root/abs": "", "k?y": "", "wide": "", "text": "", "vast": "",
+        "twice": "", "root/abs": "", "k?y": "", "wide": "", "text": "", "vast": "", "true": "",
         "cut": "",
     }  # fmt: skip
     np.testing.assert_array_equal(records["twice"]["image"], decode(jpeg(5)))
@@ -167,7 +170,7 @@ def test_truncated_tars_warn_and_keep_the_rest(tmp_path, capsys):
     report(manifest, "cc12m", tmp_path / "out")
     out, err = capsys.readouterr()
     assert "Skipped 2 (truncated tar): 00000.tar, 00002.tar" in err
-    assert f"{manifest['images']['train']} for train" in out
+    assert f"{manifest['images']['train']} for train" in out and "Blurred" not in out
 
 
 def test_names_of_what_is_skipped_are_bounded(tmp_path):
@@ -180,7 +183,7 @@ def test_names_of_what_is_skipped_are_bounded(tmp_path):
     assert row["count"] == 150 and len(row["examples"]) == shards.EXAMPLES
 
 
-def test_faces_are_blurred_and_all_else_is_left(tmp_path):
+def test_faces_are_blurred_and_all_else_is_left(tmp_path, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), np.uint8)
     data = encode(noise, quality=98)
     (tmp_path / "in").mkdir()
@@ -189,17 +192,20 @@ def test_faces_are_blurred_and_all_else_is_left(tmp_path):
     boxes = tmp_path / "boxes.json"
     boxes.write_text(json.dumps({"face": [[10, 20, 50, 60.5], [-9, -9, -2, -2]], "other": []}))
     manifest = prepare("cc12m", tmp_path / "in", tmp_path / "out", processes=1, boxes=str(boxes))
-    assert manifest["blurred"] == 1
+    report(manifest, "cc12m", tmp_path / "out")
+    assert "Blurred 1 pictures" in capsys.readouterr().out and manifest["blurred"] == 1
     records = TFDS(tmp_path / "out")
     assert raw(tmp_path / "out")[1]["image"] == data
     face, plain = records[0]["image"].astype(float), records[1]["image"].astype(float)
     assert face[24:56, 14:46].std() < 0.15 * plain[24:56, 14:46].std()
+    assert face[60, 14:46].std() < 0.3 * plain[60, 14:46].std()  # its last row in part
     inside = np.zeros((80, 100), bool)
     inside[16:64, 8:56] = True  # JPEG's blocks around the box
     assert np.abs(face - plain)[~inside].mean() < 8
-    boxes.write_text('{"face": [[1, 2, 3]]}')
-    with pytest.raises(BoxesError, match="boxes.json cannot be read as"):
-        prepare("cc12m", tmp_path / "in", tmp_path / "new", processes=1, boxes=str(boxes))
+    for wrong in ("[1, 2, 3]", "[1, 2, 3, NaN]"):
+        boxes.write_text(f'{{"face": [{wrong}]}}')
+        with pytest.raises(BoxesError, match="boxes.json cannot be read as"):
+            prepare("cc12m", tmp_path / "in", tmp_path / "new", processes=1, boxes=str(boxes))
 
 
 def test_shards_have_about_the_size_that_is_asked_for(tmp_path, monkeypatch):
@@ -227,6 +233,9 @@ def test_several_processes_make_the_same_and_finished_is_finished(tmp_path, monk
     before = {path: path.stat() for path in (tmp_path / "a").iterdir()}
     assert prepare("imagenet1k", source, tmp_path / "a", shard_mb=10) is None
     assert {path: path.stat() for path in (tmp_path / "a").iterdir()} == before
+    (tmp_path / "a" / ".prepare").mkdir()  # as if killed at the very end
+    assert prepare("imagenet1k", source, tmp_path / "a", shard_mb=10) is None
+    assert not (tmp_path / "a" / ".prepare").exists()
     report(None, "imagenet1k", tmp_path / "a")
     assert "Nothing to do" in capsys.readouterr().out
     with pytest.raises(OutputError, match="another prepare.shard_mb .10, not 20"):
@@ -269,6 +278,8 @@ def test_resume_redoes_only_what_is_left(tmp_path, monkeypatch):
     source = begun(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="out is not finished; run mode prepare again"):
         TFDS(tmp_path / "out")
+    with pytest.raises(OutputError, match="another prepare.shard_mb .1, not 2"):
+        prepare("cc12m", source, tmp_path / "out", shard_mb=2, processes=1)
     (tmp_path / "out" / ".prepare" / "half.tmp").write_bytes(b"half a shard")
     with monkeypatch.context() as patch, pytest.raises(OutputError):
         stop_after(patch, 0)
@@ -349,6 +360,65 @@ def test_killed_between_any_two_renames_at_the_end(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
 
 
+@pytest.mark.parametrize("builder", ["cc12m", "coco", "folder", "imagenet1k"])
+def test_a_source_that_goes_away_is_no_damaged_one(tmp_path, monkeypatch, builder):
+    options = {"zipped": True} if builder == "coco" else {}
+    make = archives.classes if builder == "folder" else getattr(archives, builder)
+    source, original = make(tmp_path / "in", **options), driver.run
+
+    def run(job, settings):
+        source.rename(tmp_path / "away")
+        original(job, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(SourceError, match="No such file.*go on"):
+        patch.setattr(driver, "run", run)
+        prepare(builder, source, tmp_path / "out", processes=1)
+    (tmp_path / "away").rename(source)
+    assert not prepare(builder, source, tmp_path / "out", processes=1)["skipped"]
+
+
+@pytest.mark.parametrize("builder", ["coco", "folder"])
+def test_a_changed_picture_is_an_error(tmp_path, builder):
+    make = {"coco": archives.coco, "folder": archives.captions}[builder]
+    source = make(tmp_path / "in")
+    prepare(builder, source, tmp_path / "out", processes=1)
+    picture = min(source.rglob("*.jpg"))
+    picture.write_bytes(picture.read_bytes()[:-1] + b"x")  # as long as before
+    os.utime(picture, ns=(2**62, 2**62))
+    with pytest.raises(SourceError, match="has changed since"):
+        prepare(builder, source, tmp_path / "out", processes=1)
+
+
+def test_killed_workers_are_an_error(tmp_path, monkeypatch):
+    pool = mock.MagicMock()
+    pool.return_value.__enter__.return_value.submit.side_effect = BrokenProcessPool("died")
+    pool.return_value.__exit__.return_value = False
+    monkeypatch.setattr(driver, "ProcessPoolExecutor", pool)
+    source = archives.cc12m(tmp_path / "in", tars=2, n=1)
+    with pytest.raises(OutputError, match="killed, maybe for its memory; lower prepare.processes"):
+        prepare("cc12m", source, tmp_path / "out", shard_mb=1, processes=2)
+
+
+def test_shards_that_were_cut_in_writing_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "open_shard", lambda path: mock.Mock(**{"num_records()": 0}))
+    source = archives.cc12m(tmp_path / "in", tars=1, n=1)
+    with pytest.raises(OutputError, match="was not written whole; is the disk full"):
+        prepare("cc12m", source, tmp_path / "out", processes=1)
+
+
+def test_lost_shards_are_an_error(tmp_path, monkeypatch):
+    source = archives.cc12m(tmp_path / "in", tars=2, n=1)
+
+    def lose(*_):
+        (tmp_path / "out" / ".prepare" / "00001-000.array_record").unlink()
+        return original(*_)
+
+    original = driver.finish.finish
+    monkeypatch.setattr(driver.finish, "finish", lose)
+    with pytest.raises(OutputError, match="00001-000.array_record is missing; delete .*out to pre"):
+        prepare("cc12m", source, tmp_path / "out", shard_mb=1, processes=1)
+
+
 def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
     source = archives.cc12m(tmp_path / "in", tars=1, n=1)
     out = tmp_path / "out"
@@ -359,7 +429,7 @@ def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
     (out / "dataset_info.json").write_text("{}")
     with pytest.raises(OutputError, match="mode prepare has not made"):
         prepare("cc12m", source, out)
-    busy = pytest.raises(OutputError, match="new is being prepared by another process")
+    busy = pytest.raises(OutputError, match="new is being made by another process")
     with driver.locked(tmp_path / "new", tmp_path / "new" / ".prepare"), busy:
         prepare("cc12m", source, tmp_path / "new")
 
@@ -368,7 +438,7 @@ def test_too_small_a_disk_is_an_error_before_the_start(tmp_path, monkeypatch):
     source = archives.cc12m(tmp_path / "in", tars=1, n=1)
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(driver.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match="needs about 0.0 MB, and .*out has 0.0 MB free"):
+    with pytest.raises(OutputError, match=r"needs about 1\d\.\d kB, and .*out has 0.1 kB free"):
         prepare("cc12m", source, tmp_path / "out", processes=1)
     assert not list((tmp_path / "out").rglob("*.array_record*"))
 

@@ -49,8 +49,7 @@ class Preprocess(grain.transforms.RandomMap):
     """The number of a source's record -> one training example of fixed shapes.
 
     image uint8 (R, R, 3), label int32, control {scalar: float32}, broken int32 (records skipped
-    to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,). From a cache
-    moments float16 (h, w, C) take the place of image, and, if it has them, features that of ids.
+    to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,).
     """
 
     source: Any
@@ -64,49 +63,62 @@ class Preprocess(grain.transforms.RandomMap):
 
         def draw(record: dict) -> dict:
             rng.bit_generator.state = state  # whatever a bad record before this one has drawn
-            picture, control = self._draw(record, rng)
-            return record | {"picture": picture, "control": control}
+            image, control = augment(
+                record["image"], rng,
+                resolution=self.resolution, crop=self.crop, flip=self.flip,
+                original=record.get("size"),
+            )  # fmt: skip
+            return record | {"image": image, "control": control}
 
         record = read_record(self.source, i, draw)
         example = {
-            **record["picture"],
+            "image": record["image"],
             "label": np.int32(record["label"]),
-            "control": {name: np.float32(record["control"][name]) for name in SCALARS},
+            "control": record["control"],
             "broken": np.int32(record.get("broken", 0)),
         }
-        if "features" in record:
-            example |= record["features"]
-        elif self.encode_text is not None:
+        if self.encode_text is not None:
             example["ids"], example["mask"] = self.encode_text(record["caption"])
         return example
 
-    def _draw(self, record: dict, rng: np.random.Generator) -> tuple[dict, dict]:
-        if "views" in record:
-            views = record["views"]
-            moments, control = views[rng.integers(len(views))]
-            return {"moments": moments}, control
-        image, control = augment(
-            record["image"], rng,
-            resolution=self.resolution, crop=self.crop, flip=self.flip, original=record.get("size"),
-        )  # fmt: skip
-        return {"image": image}, control
+
+@dataclasses.dataclass(frozen=True)
+class Draw(grain.transforms.RandomMap):
+    """Number of a picture in a cache -> one of its views, which `Cache.batch` makes an example."""
+
+    source: Cache
+    encode_text: Any = None  # caption -> (ids, mask); features, where there are any, replace them
+
+    def random_map(self, i: int, rng: np.random.Generator) -> dict:
+        encode_text = None if self.source.features else self.encode_text
+        k = int(rng.integers(self.source.views))
+        view = self.source.view(i, k, caption=encode_text is not None)
+        if encode_text is not None:
+            view["ids"], view["mask"] = encode_text(view["caption"])
+        return view
 
 
 def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
-    """The endless stream of examples; number i depends on (config.seed, i) alone."""
+    """The endless stream of examples; number i depends on (config.seed, i) alone.
+
+    Those of a cache are to be parsed by its `batch`, many at a time.
+    """
     data = config.data
+    if isinstance(source, Cache):
+        process = Draw(source, encode_text)
+    else:
+        process = Preprocess(source, data.resolution, data.crop, data.flip, encode_text)
     return (
-        grain.MapDataset.range(len(source))
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        .random_map(Preprocess(source, data.resolution, data.crop, data.flip, encode_text))
+        grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat().random_map(process)
     )
 
 
 def first_controls(config: Config, source, n: int = 1024) -> np.ndarray:
     """SCALARS of the first n examples that training sees, (n, 8) f32."""
     stream = examples(config, source)
+    if isinstance(source, Cache):
+        control = source.batch([stream[i] for i in range(n)])["control"]
+        return np.stack([control[name] for name in SCALARS], 1)
     controls = (stream[i]["control"] for i in range(n))
     return np.array([[control[name] for name in SCALARS] for control in controls], np.float32)
 
@@ -120,7 +132,11 @@ def batches(
     """
     data = config.data
     dataset = examples(config, source, encode_text)[process::processes]
-    dataset = dataset.batch(config.batch_size // processes, drop_remainder=True)
+    dataset = dataset.batch(
+        config.batch_size // processes,
+        drop_remainder=True,
+        batch_fn=source.batch if isinstance(source, Cache) else None,
+    )
     # Pillow lets threads decode side by side; each makes a batch of its own.
     threads = 1 if data.workers else min(os.cpu_count() or 1, 8)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))

@@ -85,28 +85,29 @@ class Cache(Records):
         return len(self._shards)
 
     def __getitem__(self, i) -> dict:
-        """{"caption", "label", "broken"} of a picture."""
-        return self._first(i, lambda number: json.loads(self._read(number, 0)))
+        """{"caption", "label"} of a picture."""
+        return json.loads(self._read(range(len(self))[i], 0))
 
     def _read(self, i: int, number: int) -> bytes:
         shard, position = self._shards.find(i)
         return shard.read([position * (self._before + self.views) + number])[0]
 
     def view(self, i: int, k: int, caption: bool = False) -> dict:
-        """View k of picture i, or of the first good one after it (mod n), for `batch` to parse.
+        """View k of picture i, or the first good one after it, for `batch` to parse.
 
-        caption: whether "caption" is to be there, too; ValueError where no picture is good.
+        caption: whether "caption" is to be there, too; ValueError where no view is good.
         """
 
-        def read(i: int) -> dict:
+        def read(number: int) -> dict:
+            i, k = divmod(number, self.views)
             view = {"view": self._read(i, self._before + k)}
             if len(view["view"]) != self._size:
-                raise ValueError(f"view {k} has {len(view['view'])} bytes")
+                raise ValueError(f"it has {len(view['view'])} bytes")
             if self.features:
                 view |= self._padded(self._read(i, 1))
             return view | {"caption": self._caption(i)} if caption else view
 
-        return self._first(i, read)
+        return self._first(i * self.views + k, len(self) * self.views, read)
 
     def batch(self, found: Sequence[dict]) -> dict:
         """B times `view` -> a training batch.
@@ -131,7 +132,7 @@ class Cache(Records):
         return {"tokens": out, "mask": np.arange(length) < len(tokens), "pooled": pooled}
 
     def _where(self, i: int) -> str:
-        return f"{i} of {self.path}"
+        return f"{i // self.views}, view {i % self.views}, of {self.path}"
 
     def _caption(self, i: int) -> str:
         return json.loads(self._read(i, 0))["caption"]

@@ -86,11 +86,11 @@ class Records:
 
         The image that `read` gets is not decoded yet. ValueError when there is no such record.
         """
-        return self._first(i, lambda number: read(self._record(number)))
+        return self._first(i, len(self), lambda number: read(self._record(number)))
 
-    def _first(self, i, read: Callable[[int], dict]) -> dict:
-        """`first`, of what reads a record by its number."""
-        n, i = len(self), operator.index(i)
+    def _first(self, i, n: int, read: Callable[[int], dict]) -> dict:
+        """`first` of n things that are read by their number."""
+        i = operator.index(i)
         if not -n <= i < n:
             raise IndexError(f"sample {i} of {n} in {self.path}")
         for skipped in range(n):

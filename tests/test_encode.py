@@ -17,7 +17,7 @@ from benchmarks.parity import jit, random_like
 from condiff_jax import encode, reconstruction, sample, train
 from condiff_jax.config import ConfigError
 from condiff_jax.data.encoded import Cache
-from condiff_jax.data.pipeline import Draw, Preprocess, batches, first_controls
+from condiff_jax.data.pipeline import Preprocess, batches, first_controls
 from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import NETWORKS
 from condiff_jax.system import open_source
@@ -106,20 +106,11 @@ def both_batches(config, cached_config, k, mirrored=0):
         rng = np.random.default_rng([config.seed, i, k])
         online.append(Preprocess(source, *settings, encode_text).random_map(i, rng))
         flip = int(online[-1]["control"]["flip"]) ^ mirrored
-        encode_text = other.encode_text if other.text_encoder else None
-        offline.append(Draw(cache, encode_text).random_map(i, Chosen(2 * k + flip)))
+        offline.append(cache.view(i, 2 * k + flip, caption=True))
+        if not cache.features and other.text_encoder:
+            ids, mask = other.encode_text(offline[-1]["caption"])
+            offline[-1] |= {"ids": ids, "mask": mask}
     return stacked(online), cache.batch(offline)
-
-
-class Chosen:
-    """A generator that draws one number."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def integers(self, high):
-        assert self.number < high == VIEWS
-        return self.number
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])

@@ -34,7 +34,7 @@ class Encoded:
         self.lies = orientation in LYING  # its sides are swapped in the file
         self.height, self.width = image.size if self.lies else image.size[::-1]
         # Turning would move the fractions of a pixel at a window's edges elsewhere.
-        self._scales = isinstance(image, JpegImageFile) and not self._turned
+        self._shrinks = isinstance(image, JpegImageFile) and not self._turned
 
     def decode(self) -> np.ndarray:
         """All of it, over white where transparent: (H, W, 3) uint8."""
@@ -45,14 +45,14 @@ class Encoded:
 
         No more is decoded for it than it needs.
         """
-        scales = (1, 2, 4, 8) if self._scales else (1,)
+        scales = (1, 2, 4, 8) if self._shrinks else (1,)
         scale = max(s for s in scales if s == 1 or side >= s * SPARE * size)
         return resize(self._decode(scale), (left / scale, top / scale, side / scale), size)
 
     def _decode(self, scale: int) -> np.ndarray:
         """All of it, at a `scale`-th of its size, rounded up."""
         image, (height, width) = self._take(), (self.height, self.width)
-        if self._scales and image.mode in ("RGB", "L"):
+        if self._shrinks and image.mode in ("RGB", "L"):
             # The same pixels as Pillow's, faster; what is strictly no JPEG is for Pillow to judge.
             with contextlib.suppress(ValueError):
                 return simplejpeg.decode_jpeg(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from condiff_jax.data.webdataset import Webdataset
 if TYPE_CHECKING:
     from condiff_jax.config import Config
 
+BLOCK = 4096  # examples whose views are drawn at once; another number is another stream
+
 # Each source is a random-access sequence of {"image": uint8 (H, W, 3), "caption": str,
 # "label": int} and, if the original was larger, "size": its (height, width); with
-# `vocabulary()` (words of the captions) and `classes` (names of the labels). A cache has "views"
-# in place of the image, see `encoded`.
+# `vocabulary()` (words of the captions) and `classes` (names of the labels). A cache has no
+# image, but `view`s.
 SOURCES = {
     "shapes": lambda config, split: Shapes(
         split, config.data.sizes, config.data.classes, config.data.entangled
@@ -83,19 +86,27 @@ class Preprocess(grain.transforms.RandomMap):
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw(grain.transforms.RandomMap):
+class Draw(grain.transforms.MapWithIndex):
     """Number of a picture in a cache -> one of its views, which `Cache.batch` makes an example."""
 
     source: Cache
+    seed: int
     encode_text: Any = None  # caption -> (ids, mask); features, where there are any, replace them
 
-    def random_map(self, i: int, rng: np.random.Generator) -> dict:
+    def map_with_index(self, index: int, i: int) -> dict:
         encode_text = None if self.source.features else self.encode_text
-        k = int(rng.integers(self.source.views))
+        block, place = divmod(index, BLOCK)
+        k = int(_draws(self.seed, block, self.source.views)[place])
         view = self.source.view(i, k, caption=encode_text is not None)
         if encode_text is not None:
             view["ids"], view["mask"] = encode_text(view["caption"])
         return view
+
+
+@functools.lru_cache(64)
+def _draws(seed: int, block: int, views: int) -> np.ndarray:
+    """The views of BLOCK examples: a generator for each would take as long as reading does."""
+    return np.random.default_rng([seed, block]).integers(views, size=BLOCK)
 
 
 def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
@@ -104,13 +115,11 @@ def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
     Those of a cache are to be parsed by its `batch`, many at a time.
     """
     data = config.data
+    numbers = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     if isinstance(source, Cache):
-        process = Draw(source, encode_text)
-    else:
-        process = Preprocess(source, data.resolution, data.crop, data.flip, encode_text)
-    return (
-        grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat().random_map(process)
-    )
+        return numbers.map_with_index(Draw(source, config.seed, encode_text))
+    process = Preprocess(source, data.resolution, data.crop, data.flip, encode_text)
+    return numbers.random_map(process)
 
 
 def first_controls(config: Config, source, n: int = 1024) -> np.ndarray:
@@ -137,8 +146,9 @@ def batches(
         drop_remainder=True,
         batch_fn=source.batch if isinstance(source, Cache) else None,
     )
-    # Pillow lets threads decode side by side; each makes a batch of its own.
-    threads = 1 if data.workers else min(os.cpu_count() or 1, 8)
+    # Decoding lets other threads run; each makes a batch of its own. Short reads get in their way.
+    alone = data.workers or isinstance(source, Cache)
+    threads = 1 if alone else min(os.cpu_count() or 1, 8)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))
     dataset = dataset.to_iter_dataset(options)
     if data.workers:

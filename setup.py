@@ -29,6 +29,8 @@ setup(
         "safetensors",
         "huggingface_hub",
         "numpy>=2",
+        "opencv-python-headless>=4.10",
+        "simplejpeg>=1.8",
         "scipy",
         "absl-py",
         "etils[epath]",

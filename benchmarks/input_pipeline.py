@@ -3,14 +3,17 @@
 It makes its own pictures, noise with the spectrum of photographs: `imagenet` of about 500 x 375
 pixels and `cc12m` with short sides of 1024 to 1536, which mode prepare turns into TFDS data sets.
 Timed in turn, several times over, are bare Pillow, our parts, and PyTorch's loader with the same
-work. Rates are per second of CPU time, of all threads and worker processes: images/s per core.
+work; then caches of latents of random numbers, next to bare array_record reading the same views.
+Rates are per second of CPU time, of all threads and worker processes: images/s per core.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import io
+import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -26,9 +29,11 @@ from absl import app, flags, logging
 from PIL import Image
 
 from condiff_jax import config as config_lib
-from condiff_jax.data.augment import CROPS
+from condiff_jax.data.augment import CROPS, SCALARS
 from condiff_jax.data.builders.prepare import prepare
-from condiff_jax.data.pipeline import SOURCES, Preprocess, batches
+from condiff_jax.data.builders.shards import write_json, write_shard
+from condiff_jax.data.encoded import FORMAT, MANIFEST, Cache, pack
+from condiff_jax.data.pipeline import Preprocess, batches
 from condiff_jax.data.prepared import TFDS
 from configs import base
 
@@ -42,8 +47,12 @@ RECORDS = 60_000  # that a set seems to have: grain's shuffle is slow for a few
 # Batches to take before a measurement, for each worker: about 16 were seen to wait in grain's
 # queues, and what they hold costs nothing more to read.
 BUFFERED = 20
+WORKERS = (0, 2)
 MEMORY = (50_000, 5_000, 100)  # images, images between two looks, images a batch
-PACKAGES = ("pillow", "grain", "array_record", "tensorflow_datasets", "numpy", "torch")
+LATENTS = {256: (32, 32, 8), 512: (64, 64, 8)}  # resolution: shape of the moments
+CACHE = (256, 8, 256, 8192)  # pictures, views of each, images a batch, images in a repetition
+PACKAGES = ("pillow", "simplejpeg", "opencv-python-headless", "grain", "array_record",
+            "tensorflow_datasets", "numpy", "torch")  # fmt: skip
 FLAGS = flags.FLAGS
 
 
@@ -79,6 +88,33 @@ class Repeated(TFDS):
 
     def _record(self, i: int) -> dict:
         return super()._record(i % super().__len__())
+
+
+class RepeatedCache(Cache):
+    """The few pictures' views over and over."""
+
+    def __len__(self):
+        return RECORDS
+
+    def _read(self, i: int, number: int) -> bytes:
+        return super()._read(i % super().__len__(), number)
+
+
+def make_cache(folder: Path, shape: tuple[int, int, int]) -> None:
+    """A cache in the form of mode encode's, of random moments."""
+    rng, (pictures, views, _, _) = np.random.default_rng(0), CACHE
+    controls = [{name: np.float32(rng.random()) for name in SCALARS} for _ in range(views)]
+    records = itertools.chain.from_iterable(
+        pack({"label": i, "caption": f"number {i}", "controls": controls,
+              "moments": rng.normal(size=(views, *shape)).astype(np.float16)})
+        for i in range(pictures)
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    write_shard(folder / "0.array_record", next(records), records, math.inf)
+    manifest = {"moments": shape, "features": None, "views": views, "classes": ["0"], "words": [],
+                "shards": [{"name": "0.array_record", "pictures": pictures}],
+                "settings": {"format": FORMAT}}  # fmt: skip
+    write_json(folder / MANIFEST, manifest)
 
 
 def create_config(
@@ -158,7 +194,7 @@ def methods(path: Path, files: list[bytes], resolution: int) -> dict[str, tuple[
             lambda: [process.random_map(i, rng) for i in range(len(files))]
         ),
     }
-    for workers in (0, len(os.sched_getaffinity(0))):
+    for workers in WORKERS:
         ours = batches(create_config(resolution, path, workers), source)
         table[f"ours: batches, {workers} workers"] = take(ours, workers)
         theirs = torch.utils.data.DataLoader(
@@ -178,6 +214,13 @@ def cpu_seconds() -> float:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
+def mebibytes() -> int:
+    """Memory that this process and its worker processes hold, each counted in full."""
+    pids = [os.getpid(), *(child.pid for child in active_children())]
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+
 def timed(read: Callable, images: int, ahead: int) -> tuple[float, float]:
     """Images per second of CPU time, and of time, with empty queues at both ends."""
     read(ahead)
@@ -192,50 +235,63 @@ def timed(read: Callable, images: int, ahead: int) -> tuple[float, float]:
     return rates
 
 
-def compare(name: str, path: Path, files: list[bytes], resolution: int) -> list[dict]:
-    """A row a method: medians, extremes, and the rate relative to that of bare Pillow."""
-    table = methods(path, files, resolution)
-    images = FLAGS.images // (4 if name == "cc12m" else 1) // len(files) * len(files)
+def measure(table: dict[str, tuple[Callable, int]], images: int, bare: str) -> list[dict]:
+    """A row a method: medians, extremes, and the rate relative to that of the method `bare`."""
     runs = {method: [] for method in table}
     for repetition in range(FLAGS.repetitions + 1):
         for method, (read, ahead) in table.items():
             rates = timed(read, images, ahead)
             if repetition:  # the first warms up
                 runs[method].append(rates)
-    bare = np.array([cpu for cpu, _ in runs["Pillow: decode"]])
+    limit = np.array([cpu for cpu, _ in runs[bare]])
     rows = []
     for method, rates in runs.items():
         cpu, wall = np.array(rates).T
         rows.append({
-            "set": name, "resolution": resolution, "method": method,
+            "method": method,
             "per_core": float(np.median(cpu)), "least": float(cpu.min()), "most": float(cpu.max()),
-            "of_decode": float(np.median(cpu / bare)), "per_second": float(np.median(wall)),
+            "of_limit": float(np.median(cpu / limit)), "per_second": float(np.median(wall)),
         })  # fmt: skip
     return rows
 
 
-def memory(folder: Path) -> list[int]:
-    """MiB that this process holds after each part of a long run over small pictures."""
-    make_set(folder, 100, (60, 70), 90)
+def compare(name: str, path: Path, files: list[bytes], resolution: int) -> list[dict]:
+    """Rows of `measure` for pictures."""
+    images = FLAGS.images // (4 if name == "cc12m" else 1) // len(files) * len(files)
+    return measure(methods(path, files, resolution), images, "Pillow: decode")
+
+
+def latents(path: Path) -> list[dict]:
+    """Rows of `measure` for a cache."""
+    pictures, views, batch, images = CACHE
+    source = RepeatedCache(path)
+    shard, _ = source._shards.find(0)
+    order = np.random.default_rng(0).permutation(pictures * (1 + views)).tolist()
+
+    def bare(n: int) -> None:
+        for i in range(n):
+            shard.read([order[i % len(order)]])
+
+    table = {"array_record: read": (bare, 0)}
+    for workers in WORKERS:
+        stream = batches(create_config(256, path, workers, batch=batch), source)
+        read = lambda n, stream=stream: [next(stream) for _ in range(n // batch)]  # noqa: E731
+        table[f"ours: batches, {workers} workers"] = read, BUFFERED * max(1, workers) * batch
+    return measure(table, images, "array_record: read")
+
+
+def memory(folder: Path, workers: int) -> list[int]:
+    """MiB that all processes hold after each part of a long run over small pictures."""
     images, every, batch = MEMORY
-    stream = batches(create_config(32, folder / "out", 0, batch=batch), Repeated(folder / "out"))
+    stream = batches(
+        create_config(32, folder / "out", workers, batch=batch), Repeated(folder / "out")
+    )
     held = []
     for number in range(1, (images + every) // batch + 1):  # the first part warms up
         next(stream)
         if number * batch % every == 0:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            held.append(pages * os.sysconf("SC_PAGE_SIZE") // 2**20)
+            held.append(mebibytes())
     return held
-
-
-def latents(path: str) -> dict | None:
-    """Images per second of cached latents, where there are any (mode encode)."""
-    if not path or "latents" not in SOURCES:
-        return None
-    config = create_config(256, Path(path), 0, name="latents")
-    stream = batches(config, SOURCES["latents"](config, "train"))
-    rates = timed(lambda n: [next(stream) for _ in range(n // BATCH)], 4096, BUFFERED * BATCH)
-    return dict(zip(("per_core", "per_second"), rates, strict=True))
 
 
 def surroundings() -> dict:
@@ -255,30 +311,41 @@ def surroundings() -> dict:
     }
 
 
+def show(title: str, rows: list[dict], limit: str) -> list[dict]:
+    """Print rows of `measure`; the same rows, with their title."""
+    print(f"{title:<36}{'images/s per core':>24}{f'of {limit}':>12}{'images/s':>12}")
+    for row in rows:
+        spread = f"{row['per_core']:.0f} ({row['least']:.0f}-{row['most']:.0f})"
+        print(f"{row['method']:<36}{spread:>24}{row['of_limit']:>12.0%}{row['per_second']:>12.0f}",
+              flush=True)  # fmt: skip
+    return [{"set": title, **row} for row in rows]
+
+
 def main(_) -> None:
     """Print the tables; with --save, write RESULTS."""
     logging.set_verbosity(logging.WARNING)
     if FLAGS.cores:
         os.sched_setaffinity(0, map(int, FLAGS.cores))
     torch.set_num_threads(1)
-    record, rows = surroundings(), []
+    record, rows, held = surroundings(), [], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        held = memory(folder / "small")
+        make_set(folder / "small", 100, (60, 70), 90)
+        for workers in WORKERS:
+            held[f"{workers} workers"] = memory(folder / "small", workers)
+            print(f"Memory every {MEMORY[1]} images, {workers} workers, MiB: "
+                  f"{', '.join(map(str, held[f'{workers} workers']))}")  # fmt: skip
+        for resolution, shape in LATENTS.items():
+            make_cache(folder / str(resolution), shape)
+            found = latents(folder / str(resolution))
+            rows += show(f"latents, {resolution} px", found, "read")
         for name, arguments in SETS.items():
             files = make_set(folder / name, *arguments)
             print(f"{name}: {len(files)} pictures, {sum(map(len, files)) // len(files) // 1000} kB")
             for resolution in RESOLUTIONS:
-                print(f"{f'{name}, {resolution} px':<36}{'images/s per core':>24}{'of decode':>12}"
-                      f"{'images/s':>12}")  # fmt: skip
-                for row in compare(name, folder / name / "out", files, resolution):
-                    spread = f"{row['per_core']:.0f} ({row['least']:.0f}-{row['most']:.0f})"
-                    print(f"{row['method']:<36}{spread:>24}{row['of_decode']:>12.0%}"
-                          f"{row['per_second']:>12.0f}")  # fmt: skip
-                    rows.append(row)
-        cached = latents(FLAGS.latents)
-    print(f"Memory every {MEMORY[1]} images, MiB: {', '.join(map(str, held))}")
-    record |= {"rows": rows, "memory_mib": held, **({"latents": cached} if cached else {})}
+                found = compare(name, folder / name / "out", files, resolution)
+                rows += show(f"{name}, {resolution} px", found, "decode")
+    record |= {"rows": rows, "memory_mib": held}
     if FLAGS.save:
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -287,6 +354,5 @@ if __name__ == "__main__":
     flags.DEFINE_list("cores", [], "cores to run on; all by default")
     flags.DEFINE_integer("images", 480, "pictures in a repetition; of cc12m a quarter")
     flags.DEFINE_integer("repetitions", 5, "of every measurement")
-    flags.DEFINE_string("latents", "", "a folder that mode encode wrote, to time it as well")
     flags.DEFINE_bool("save", False, f"write {RESULTS.name}")
     app.run(main)

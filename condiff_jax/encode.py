@@ -36,13 +36,13 @@ from condiff_jax.convert import weights
 from condiff_jax.data.builders.prepare import MB, amount, locked
 from condiff_jax.data.builders.shards import write_json, write_shard
 from condiff_jax.data.builders.units import OutputError
-from condiff_jax.data.encoded import BEGUN, FEATURES, MANIFEST, MOMENTS, Cache, pack, views
+from condiff_jax.data.encoded import BEGUN, FEATURES, FORMAT, MANIFEST, MOMENTS, Cache, pack, views
 from condiff_jax.data.records import Records, read_record
 from condiff_jax.system import System, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
 
 HEAD = 400  # bytes of a picture's label, caption and control metadata, about
-PACKAGES = ("jax", "flax", "array_record", "pillow")
+PACKAGES = ("jax", "flax", "array_record", "pillow", "simplejpeg", "opencv-python-headless")
 # What training must have in common with its cache; the others belong to the cache alone.
 IMAGE_FIELDS = ("data.resolution", "data.crop", "data.flip")
 IMAGE_FIELDS += ("autoencoder.name", "autoencoder.size", "autoencoder.path")
@@ -248,7 +248,8 @@ def encode(system: System, source, out: Path) -> dict | None:
     """
     config, process = system.config, jax.process_index()
     texts = TEXT_FIELDS if config.encode.text else ()
-    made_of = settings(system, IMAGE_FIELDS + texts + SOURCE_FIELDS) | {"data.path": stamp(source)}
+    made_of = settings(system, IMAGE_FIELDS + texts + SOURCE_FIELDS)
+    made_of |= {"data.path": stamp(source), "format": FORMAT}
     if (out / MANIFEST).exists():
         compare(out, json.loads((out / MANIFEST).read_text())["settings"], made_of)
         shutil.rmtree(out / BEGUN, ignore_errors=True)  # left when killed at the very end

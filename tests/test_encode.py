@@ -18,7 +18,7 @@ from benchmarks.parity import jit, random_like
 from condiff_jax import encode, reconstruction, sample, train
 from condiff_jax.config import ConfigError
 from condiff_jax.data.encoded import Cache
-from condiff_jax.data.pipeline import Preprocess, batches
+from condiff_jax.data.pipeline import Preprocess, batches, first_controls
 from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import NETWORKS
 from condiff_jax.system import open_source
@@ -86,6 +86,11 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
 
+def view_of(cache, i, k):
+    batch = cache.batch([cache.view(i, k)])
+    return batch["moments"][0], {name: value[0] for name, value in batch["control"].items()}
+
+
 def stacked(examples):
     return jax.tree.map(lambda *rows: np.stack(rows), *examples)
 
@@ -97,17 +102,17 @@ def both_batches(config, cached_config, k, mirrored=0):
     """
     system, other = tiny.system(config), tiny.system(cached_config)
     settings = (config.data.resolution, config.data.crop, config.data.flip)
-    online, offline, source = [], [], open_source(config)
+    online, offline, source, cache = [], [], open_source(config), open_source(cached_config)
     for i in range(PICTURES):
         encode_text = system.encode_text if system.text_encoder else None
         rng = np.random.default_rng([config.seed, i, k])
         online.append(Preprocess(source, *settings, encode_text).random_map(i, rng))
         flip = int(online[-1]["control"]["flip"]) ^ mirrored
-        record = open_source(cached_config)[i]
-        record["views"] = [record["views"][2 * k + flip]]
-        encode_text = other.encode_text if other.text_encoder else None
-        offline.append(Preprocess([record], *settings, encode_text).random_map(0, rng))
-    return stacked(online), stacked(offline)
+        offline.append(cache.view(i, 2 * k + flip, caption=True))
+        if not cache.features and other.text_encoder:
+            ids, mask = other.encode_text(offline[-1]["caption"])
+            offline[-1] |= {"ids": ids, "mask": mask}
+    return stacked(online), cache.batch(offline)
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
@@ -142,11 +147,11 @@ def test_both_flips_are_what_flipping_the_picture_gives(config_of, cached):
     params = system.load_frozen()["autoencoder"]
     online, _ = both_batches(system.config, cached(), k=0)
     for i, image in enumerate(online["image"]):
-        views = open_source(cached())[i]["views"]
-        assert len(views) == VIEWS
+        cache = open_source(cached())
+        assert cache.views == VIEWS
         upright = image[:, ::-1] if online["control"]["flip"][i] else image
         for flip, picture in enumerate((upright, upright[:, ::-1])):
-            moments, control = views[flip]
+            moments, control = view_of(cache, i, flip)
             expected = code(params, np.ascontiguousarray(picture)[None])[0]
             np.testing.assert_allclose(moments, expected, rtol=1e-3, atol=1e-4)
             assert control["flip"] == flip
@@ -156,9 +161,11 @@ def test_both_flips_are_what_flipping_the_picture_gives(config_of, cached):
 def test_without_flips_there_are_none(config_of, tmp_path):
     fields = {"data.flip": False, "encode.path": str(tmp_path / "c"), "encode.records": 2}
     encode.run(config_of(**fields))
-    views = Cache(tmp_path / "c")[0]["views"]
-    assert len(views) == 2 and all(control["flip"] == 0 for _, control in views)
-    assert views[0][1]["crop_left"] != views[1][1]["crop_left"]
+    cache = Cache(tmp_path / "c")
+    assert cache.views == 2
+    controls = [view_of(cache, 0, k)[1] for k in range(2)]
+    assert all(control["flip"] == 0 for control in controls)
+    assert controls[0]["crop_left"] != controls[1]["crop_left"]
 
 
 def test_the_stream_depends_on_seed_and_number_alone(cached):
@@ -195,7 +202,7 @@ def test_the_system_is_the_same_as_without_the_cache(semantics, config_of, cache
         assert latents[i]["caption"] == pictures[i]["caption"]
     assert list(latents.captions()) == [pictures[i]["caption"] for i in range(PICTURES)]
     there = cloudpickle.loads(cloudpickle.dumps(latents))  # in worker processes
-    np.testing.assert_array_equal(there[4]["views"][3][0], latents[4]["views"][3][0])
+    np.testing.assert_array_equal(view_of(there, 4, 3)[0], view_of(latents, 4, 3)[0])
 
 
 class Killed(BaseException):
@@ -358,12 +365,50 @@ def test_a_cache_of_something_else_is_named_before_training(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_examples_are_views_whole_and_unmixed(cached):
+    """What a batch holds is, row by row, a picture's label, caption, and one of its views."""
+    config = cached(seed=3)
+    source, encode_text = open_source(config), tiny.system(config).encode_text
+    batch = next(batches(config, source, encode_text))
+    expected = {}
+    for i in range(PICTURES):
+        for k in range(VIEWS):
+            moments, control = view_of(source, i, k)
+            expected[moments.tobytes()] = (source[i], control)
+    assert len(expected) == PICTURES * VIEWS
+    for row, moments in enumerate(batch["moments"]):
+        picture, control = expected[moments.tobytes()]
+        assert batch["label"][row] == picture["label"]
+        np.testing.assert_array_equal(batch["ids"][row], encode_text(picture["caption"])[0])
+        assert {name: values[row] for name, values in batch["control"].items()} == control
+    controls = first_controls(config, source, 16)
+    np.testing.assert_array_equal(controls.T, list(batch["control"].values()))
+
+
+def test_damaged_views_are_skipped_and_counted(caches, tmp_path):
+    out = shutil.copytree(caches["kl"], tmp_path / "c")
+    whole = Cache(out)
+    shard = out / "00000-of-00002.array_record"
+    contents = bytearray(shard.read_bytes())
+    contents[contents.index(whole.view(1, 2)["view"]) + 99] ^= 0xFF  # its checksum fails now
+    shard.write_bytes(contents)
+    damaged = Cache(out)
+    found = damaged.batch([damaged.view(i, 2) for i in range(PICTURES)])
+    assert found["broken"].tolist() == [0, 1, 0, 0, 0]
+    np.testing.assert_array_equal(found["moments"][1], view_of(whole, 1, 3)[0])
+    # Nothing else of the picture is, whatever was read before: a run that resumes sees the same.
+    assert [int(damaged.view(1, k)["broken"]) for k in range(VIEWS)] == [0, 0, 1, 0]
+
+
 def test_damaged_caches_are_refused(caches, tmp_path):
     out = shutil.copytree(caches["kl"], tmp_path / "c")
     (out / "00001-of-00002.array_record").unlink()
     with pytest.raises(FileNotFoundError, match="00001-of-00002.array_record is missing"):
         Cache(out)
-    for text, message in (("{", "cannot be read"), ("{}", "holds no cache")):
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["settings"]["format"] = 1
+    texts = (json.dumps(manifest), "of another version"), ("{", "cannot be read")
+    for text, message in (*texts, ("{}", "holds no cache")):
         (out / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             Cache(out)

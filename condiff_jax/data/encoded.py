@@ -1,30 +1,30 @@
 """The caches of mode encode: each picture's views as moments of an autoencoder.
 
-A shard (array_record) has for each picture a record of JSON (label, caption, control metadata),
-one of text features if there are any, and one of moments for each view: training reads the view
-it draws and no other. Views 2 k and 2 k + 1 are crop k and its mirror image, if there are flips.
+A shard (array_record) has for each picture a record of JSON (label, caption), one of text features
+if there are any, and one for each view: its SCALARS and label as float32 and its moments. Training
+reads the view it draws, and no other. Views 2 k and 2 k + 1 are crop k and its mirror image, if
+there are flips.
 
 Moments are stored in float16. Its error, 2^-11 of a value, is an eighth of bfloat16's, and what
 autoencoders give is far within its range of 65,504; mode encode refuses those that are not.
 """
 
-import bisect
-import functools
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from condiff_jax.data.augment import SCALARS, augment, mirror
-from condiff_jax.data.prepared import open_shard
-from condiff_jax.data.records import Records
+from condiff_jax.data.records import Records, Shards
 
 MANIFEST = "manifest.json"  # written last: with it a cache is whole
 BEGUN = ".encode"  # what mode encode keeps until then
-MOMENTS, FEATURES = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+FORMAT = 2  # of the records; raise it when they or their meaning change
+MOMENTS, FEATURES = np.dtype("<f2"), np.dtype(ml_dtypes.bfloat16)
+HEAD = np.dtype([("label", "<i4"), ("control", "<f4", len(SCALARS))])  # of a view's record
 
 
 def views(
@@ -50,84 +50,79 @@ def pack(record: dict) -> Iterator[bytes]:
     """The records of a picture: {"label", "caption", "controls": SCALARS of each of V views,
     "moments": (V, h, w, C)} and maybe {"features": (n + 1, D), of n tokens and pooled}.
     """
-    controls = [[float(one[name]) for name in SCALARS] for one in record["controls"]]
-    head = {"label": int(record["label"]), "caption": record["caption"], "controls": controls}
-    yield json.dumps(head).encode()
+    label = int(record["label"])
+    yield json.dumps({"label": label, "caption": record["caption"]}).encode()
     if "features" in record:
         yield np.asarray(record["features"], FEATURES).tobytes()
-    for moments in record["moments"]:
-        yield np.asarray(moments, MOMENTS).tobytes()
-
-
-class Views(Sequence):
-    """The views of a picture: (moments float16 (h, w, C), SCALARS), read when asked for."""
-
-    def __init__(self, read: Callable[[int], bytes], controls: list, shape: tuple[int, ...]):
-        self._read, self._controls, self._shape = read, controls, shape
-
-    def __len__(self):
-        return len(self._controls)
-
-    def __getitem__(self, view):
-        control = dict(zip(SCALARS, self._controls[view], strict=True))  # or an IndexError
-        return np.frombuffer(self._read(view), MOMENTS).reshape(self._shape), control
+    for control, moments in zip(record["controls"], record["moments"], strict=True):
+        head = np.array((label, [control[name] for name in SCALARS]), HEAD)
+        yield head.tobytes() + np.asarray(moments, MOMENTS).tobytes()
 
 
 class Cache(Records):
-    """The training split as mode encode has left it in a folder.
-
-    Items are {"views": Views, "caption", "label", "broken": 0} and, if asked for by `text` and
-    there, "features": {"tokens": bfloat16 (T, D), zero outside "mask" (T,), "pooled": (D,)}.
-    """
+    """The training split as mode encode has left it in a folder: `views` of each picture."""
 
     def __init__(self, path, split: str = "train", *, text: bool = False):
-        """Reads the manifest; ValueError or FileNotFoundError for what cannot be read."""
+        """Reads the manifest; ValueError or FileNotFoundError for what cannot be read.
+
+        text: whether text features, if there are any, are asked for.
+        """
         self.path, self.split = Path(path).expanduser(), split
         self.manifest = read_manifest(self.path)
         if split != "train":
             raise ValueError(f"{path} has no {split} split; mode encode takes train alone")
         self.features = text and bool(self.manifest["features"])
-        self.classes = tuple(self.manifest["classes"])
-        self._shards = [self.path / shard["name"] for shard in self.manifest["shards"]]
-        self._ends = list(itertools.accumulate(s["pictures"] for s in self.manifest["shards"]))
-        missing = next((shard for shard in self._shards if not shard.exists()), None)
-        if missing:
-            raise FileNotFoundError(f"{missing} is missing; copy or encode the data set again")
+        self.classes, self.views = tuple(self.manifest["classes"]), self.manifest["views"]
+        self._shape = tuple(self.manifest["moments"])
+        self._size = HEAD.itemsize + math.prod(self._shape) * MOMENTS.itemsize  # of a view's record
+        self._before = 1 + bool(self.manifest["features"])  # records before those of the views
+        shards = self.manifest["shards"]
+        paths = (self.path / shard["name"] for shard in shards)
+        self._shards = Shards(paths, (shard["pictures"] for shard in shards))
         super().__init__()
 
-    def _reset(self):
-        super()._reset()
-        # Bounded, as large sets have more shards than a process may hold open files.
-        self._open = functools.lru_cache(maxsize=256)(open_shard)
-
     def __len__(self):
-        return self._ends[-1]
+        return len(self._shards)
 
     def __getitem__(self, i) -> dict:
-        return self.first(i, lambda record: record)
+        """{"caption", "label"} of a picture."""
+        return json.loads(self._read(range(len(self))[i], 0))
 
-    def _place(self, i: int):
-        """(shard, position of the picture's first record, number of records before the views)."""
-        before = 1 + bool(self.manifest["features"])
-        shard = bisect.bisect_right(self._ends, i)
-        first = i - (self._ends[shard - 1] if shard else 0)
-        opened = self._open(str(self._shards[shard]))
-        return opened, first * (before + self.manifest["views"]), before
+    def _read(self, i: int, number: int) -> bytes:
+        shard, position = self._shards.find(i)
+        return shard.read([position * (self._before + self.views) + number])[0]
 
-    def _head(self, i: int) -> dict:
-        shard, first, _ = self._place(i)
-        return json.loads(shard.read([first])[0])
+    def view(self, i: int, k: int, caption: bool = False) -> dict:
+        """View k of picture i, or the first good one after it, for `batch` to parse.
 
-    def _record(self, i: int) -> dict:
-        shard, first, before = self._place(i)
-        head, *features = shard.read([first, first + 1] if self.features else [first])
-        head = json.loads(head)
-        read = lambda view: shard.read([first + before + view])[0]  # noqa: E731
-        record = {"caption": head["caption"], "label": np.int32(head["label"])}
-        record["views"] = Views(read, head["controls"], tuple(self.manifest["moments"]))
-        if features:
-            record["features"] = self._padded(features[0])
-        return record
+        caption: whether "caption" is to be there, too; ValueError where no view is good.
+        """
+
+        def read(number: int) -> dict:
+            i, k = divmod(number, self.views)
+            view = {"view": self._read(i, self._before + k)}
+            if len(view["view"]) != self._size:
+                raise ValueError(f"it has {len(view['view'])} bytes")
+            if self.features:
+                view |= self._padded(self._read(i, 1))
+            return view | {"caption": self._caption(i)} if caption else view
+
+        return self._first(i * self.views + k, len(self) * self.views, read)
+
+    def batch(self, found: Sequence[dict]) -> dict:
+        """B times `view` -> a training batch.
+
+        moments float16 (B, h, w, C), label int32 (B,), control {scalar: float32 (B,)}, broken int32
+        (B,), and with features tokens bfloat16 (B, T, D), zero outside mask (B, T), and pooled
+        (B, D). What else the views were given is stacked, too.
+        """
+        records = [memoryview(one["view"]) for one in found]
+        heads = np.frombuffer(b"".join(one[: HEAD.itemsize] for one in records), HEAD)
+        moments = np.frombuffer(b"".join(one[HEAD.itemsize :] for one in records), MOMENTS)
+        out = {"moments": moments.reshape(-1, *self._shape), "label": heads["label"].copy()}
+        out["control"] = dict(zip(SCALARS, heads["control"].T.copy(), strict=True))
+        names = found[0].keys() - {"view", "caption"}
+        return out | {name: np.stack([one[name] for one in found]) for name in names}
 
     def _padded(self, data: bytes) -> dict[str, np.ndarray]:
         length, width = self.manifest["features"]
@@ -137,10 +132,10 @@ class Cache(Records):
         return {"tokens": out, "mask": np.arange(length) < len(tokens), "pooled": pooled}
 
     def _where(self, i: int) -> str:
-        return f"{i} of {self.path}"
+        return f"{i // self.views}, view {i % self.views}, of {self.path}"
 
     def _caption(self, i: int) -> str:
-        return self._head(i)["caption"]
+        return json.loads(self._read(i, 0))["caption"]
 
     def vocabulary(self, max_words: int = 8192) -> tuple[str, ...]:
         """The words of the source; where they were not needed, those of the captions here."""
@@ -154,6 +149,8 @@ def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if "moments" in manifest:
+            if manifest["settings"].get("format") != FORMAT:
+                raise ValueError("it is of another version")
             return manifest
     except FileNotFoundError:
         if (path / BEGUN).exists():

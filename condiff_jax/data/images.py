@@ -1,10 +1,14 @@
 """Encoded pictures: decoding to upright RGB, and what is wrong with those that do not decode."""
 
+import contextlib
 import io
-import math
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+
+from condiff_jax.data.resize import resize
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that swap the sides
@@ -29,37 +33,41 @@ class Encoded:
         self._turned = orientation in range(2, 9)
         self.lies = orientation in LYING  # its sides are swapped in the file
         self.height, self.width = image.size if self.lies else image.size[::-1]
+        # Turning would move the fractions of a pixel at a window's edges elsewhere.
+        self._shrinks = isinstance(image, JpegImageFile) and not self._turned
 
     def decode(self) -> np.ndarray:
         """All of it, over white where transparent: (H, W, 3) uint8."""
-        return np.array(_rgb(self._upright(self._take())))
+        return self._decode(1)
 
-    def window(self, top: int, left: int, side: int, least: int):
-        """A square of the picture to be resized to `least` pixels a side, maybe decoded smaller.
+    def window(self, top: int, left: int, side: int, size: int) -> np.ndarray:
+        """A square of the picture, in pixels, resized to (size, size, 3) uint8.
 
-        An RGB image, and where the square's edges (left, top, right, bottom) lie in it: at the
-        image's own, less than a pixel inside where a smaller one has none there.
+        No more is decoded for it than it needs.
         """
-        image, scale = self._take(), 1
-        if not self._turned:  # turning moves the fractions of a pixel at the edges elsewhere
-            scale = max(s for s in (1, 2, 4, 8) if s == 1 or side >= s * SPARE * least)
-            if image.draft(None, (image.width // scale, image.height // scale)) is None:
-                scale = 1  # no JPEG
-        edges = [edge / scale for edge in (left, top, left + side, top + side)]
-        x, y = math.floor(edges[0]), math.floor(edges[1])
-        box = (x, y, math.ceil(edges[2]), math.ceil(edges[3]))
-        cut = _rgb(self._upright(image).crop(box))
-        return cut, (edges[0] - x, edges[1] - y, edges[2] - x, edges[3] - y)
+        scales = (1, 2, 4, 8) if self._shrinks else (1,)
+        scale = max(s for s in scales if s == 1 or side >= s * SPARE * size)
+        return resize(self._decode(scale), (left / scale, top / scale, side / scale), size)
+
+    def _decode(self, scale: int) -> np.ndarray:
+        """All of it, at a `scale`-th of its size, rounded up."""
+        image, (height, width) = self._take(), (self.height, self.width)
+        if self._shrinks and image.mode in ("RGB", "L"):
+            # The same pixels as Pillow's, faster; what is strictly no JPEG is for Pillow to judge.
+            with contextlib.suppress(ValueError):
+                return simplejpeg.decode_jpeg(
+                    self._data, min_height=-(-height // scale), min_width=-(-width // scale)
+                )
+        if scale > 1:
+            image.draft(None, (width // scale, height // scale))
+        if self._turned:
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.array(_rgb(image))
 
     def _take(self) -> Image.Image:
         """The opened file, nothing of it decoded at another size."""
         image, self._image = self._image, None
         return image or Image.open(io.BytesIO(self._data), formats=FORMATS)
-
-    def _upright(self, image: Image.Image) -> Image.Image:
-        if self._turned:
-            ImageOps.exif_transpose(image, in_place=True)
-        return image
 
 
 def decode(data: bytes) -> np.ndarray:

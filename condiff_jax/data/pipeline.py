@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from condiff_jax.data.webdataset import Webdataset
 if TYPE_CHECKING:
     from condiff_jax.config import Config
 
+BLOCK = 4096  # examples whose views are drawn at once; another number is another stream
+
 # Each source is a random-access sequence of {"image": uint8 (H, W, 3), "caption": str,
 # "label": int} and, if the original was larger, "size": its (height, width); with
-# `vocabulary()` (words of the captions) and `classes` (names of the labels). A cache has "views"
-# in place of the image, see `encoded`.
+# `vocabulary()` (words of the captions) and `classes` (names of the labels). A cache has no
+# image, but `view`s.
 SOURCES = {
     "shapes": lambda config, split: Shapes(
         split, config.data.sizes, config.data.classes, config.data.entangled
@@ -49,8 +52,7 @@ class Preprocess(grain.transforms.RandomMap):
     """The number of a source's record -> one training example of fixed shapes.
 
     image uint8 (R, R, 3), label int32, control {scalar: float32}, broken int32 (records skipped
-    to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,). From a cache
-    moments float16 (h, w, C) take the place of image, and, if it has them, features that of ids.
+    to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,).
     """
 
     source: Any
@@ -64,49 +66,68 @@ class Preprocess(grain.transforms.RandomMap):
 
         def draw(record: dict) -> dict:
             rng.bit_generator.state = state  # whatever a bad record before this one has drawn
-            picture, control = self._draw(record, rng)
-            return record | {"picture": picture, "control": control}
+            image, control = augment(
+                record["image"], rng,
+                resolution=self.resolution, crop=self.crop, flip=self.flip,
+                original=record.get("size"),
+            )  # fmt: skip
+            return record | {"image": image, "control": control}
 
         record = read_record(self.source, i, draw)
         example = {
-            **record["picture"],
+            "image": record["image"],
             "label": np.int32(record["label"]),
-            "control": {name: np.float32(record["control"][name]) for name in SCALARS},
+            "control": record["control"],
             "broken": np.int32(record.get("broken", 0)),
         }
-        if "features" in record:
-            example |= record["features"]
-        elif self.encode_text is not None:
+        if self.encode_text is not None:
             example["ids"], example["mask"] = self.encode_text(record["caption"])
         return example
 
-    def _draw(self, record: dict, rng: np.random.Generator) -> tuple[dict, dict]:
-        if "views" in record:
-            views = record["views"]
-            moments, control = views[rng.integers(len(views))]
-            return {"moments": moments}, control
-        image, control = augment(
-            record["image"], rng,
-            resolution=self.resolution, crop=self.crop, flip=self.flip, original=record.get("size"),
-        )  # fmt: skip
-        return {"image": image}, control
+
+@dataclasses.dataclass(frozen=True)
+class Draw(grain.transforms.MapWithIndex):
+    """Number of a picture in a cache -> one of its views, which `Cache.batch` makes an example."""
+
+    source: Cache
+    seed: int
+    encode_text: Any = None  # caption -> (ids, mask); features, where there are any, replace them
+
+    def map_with_index(self, index: int, i: int) -> dict:
+        encode_text = None if self.source.features else self.encode_text
+        block, place = divmod(index, BLOCK)
+        k = int(_draws(self.seed, block, self.source.views)[place])
+        view = self.source.view(i, k, caption=encode_text is not None)
+        if encode_text is not None:
+            view["ids"], view["mask"] = encode_text(view["caption"])
+        return view
+
+
+@functools.lru_cache(64)
+def _draws(seed: int, block: int, views: int) -> np.ndarray:
+    """The views of BLOCK examples: a generator for each would take as long as reading does."""
+    return np.random.default_rng([seed, block]).integers(views, size=BLOCK)
 
 
 def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
-    """The endless stream of examples; number i depends on (config.seed, i) alone."""
+    """The endless stream of examples; number i depends on (config.seed, i) alone.
+
+    Those of a cache are to be parsed by its `batch`, many at a time.
+    """
     data = config.data
-    return (
-        grain.MapDataset.range(len(source))
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        .random_map(Preprocess(source, data.resolution, data.crop, data.flip, encode_text))
-    )
+    numbers = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    if isinstance(source, Cache):
+        return numbers.map_with_index(Draw(source, config.seed, encode_text))
+    process = Preprocess(source, data.resolution, data.crop, data.flip, encode_text)
+    return numbers.random_map(process)
 
 
 def first_controls(config: Config, source, n: int = 1024) -> np.ndarray:
     """SCALARS of the first n examples that training sees, (n, 8) f32."""
     stream = examples(config, source)
+    if isinstance(source, Cache):
+        control = source.batch([stream[i] for i in range(n)])["control"]
+        return np.stack([control[name] for name in SCALARS], 1)
     controls = (stream[i]["control"] for i in range(n))
     return np.array([[control[name] for name in SCALARS] for control in controls], np.float32)
 
@@ -120,9 +141,14 @@ def batches(
     """
     data = config.data
     dataset = examples(config, source, encode_text)[process::processes]
-    dataset = dataset.batch(config.batch_size // processes, drop_remainder=True)
-    # Pillow lets threads decode side by side; each makes a batch of its own.
-    threads = 1 if data.workers else min(os.cpu_count() or 1, 8)
+    dataset = dataset.batch(
+        config.batch_size // processes,
+        drop_remainder=True,
+        batch_fn=source.batch if isinstance(source, Cache) else None,
+    )
+    # Decoding lets other threads run; each makes a batch of its own. Short reads get in their way.
+    alone = data.workers or isinstance(source, Cache)
+    threads = 1 if alone else min(os.cpu_count() or 1, 8)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))
     dataset = dataset.to_iter_dataset(options)
     if data.workers:

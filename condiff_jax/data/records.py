@@ -1,5 +1,8 @@
 """What all data sets in files share: bad records are skipped, captions make a vocabulary."""
 
+import bisect
+import functools
+import itertools
 import operator
 import re
 from collections import Counter
@@ -8,6 +11,44 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
+
+
+class Shards:
+    """array_record files, of which each has its share of the items of a data set."""
+
+    def __init__(self, paths: Iterable[Path], counts: Iterable[int]):
+        """FileNotFoundError where one of the files is missing."""
+        self._paths, self._ends = list(map(str, paths)), list(itertools.accumulate(counts))
+        missing = next((path for path in self._paths if not Path(path).exists()), None)
+        if missing:
+            raise FileNotFoundError(f"{missing} is missing; copy it, or make the data set again")
+        self._reset()
+
+    def _reset(self):
+        # Bounded, as large sets have more shards than a process may hold open files.
+        self._open = functools.lru_cache(maxsize=256)(open_shard)
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_open"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._reset()
+
+    def __len__(self):
+        return self._ends[-1] if self._ends else 0
+
+    def find(self, i: int) -> tuple:
+        """The reader of item i's file, which threads may share, and the item's place in it."""
+        shard = bisect.bisect_right(self._ends, i)
+        return self._open(self._paths[shard]), i - (self._ends[shard - 1] if shard else 0)
+
+
+def open_shard(path: str):
+    """A reader of one array_record file, of records at random."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
 
 
 class Records:
@@ -51,7 +92,11 @@ class Records:
 
         The image that `read` gets is not decoded yet. ValueError when there is no such record.
         """
-        n, i = len(self), operator.index(i)
+        return self._first(i, len(self), lambda number: read(self._record(number)))
+
+    def _first(self, i, n: int, read: Callable[[int], dict]) -> dict:
+        """`first` of n things that are read by their number."""
+        i = operator.index(i)
         if not -n <= i < n:
             raise IndexError(f"sample {i} of {n} in {self.path}")
         for skipped in range(n):
@@ -60,11 +105,11 @@ class Records:
                 return record | {"broken": np.int32(skipped)}
         raise ValueError(f"{self.path} has no decodable {self.split} image; check its shards")
 
-    def _good(self, i: int, read: Callable[[dict], dict]) -> dict | None:
+    def _good(self, i: int, read: Callable[[int], dict]) -> dict | None:
         if i in self._broken:
             return None
         try:
-            return read(self._record(i))
+            return read(i)
         except Exception as error:  # damaged files make Pillow raise nearly anything
             self._broken.add(i)
             logging.warning("skipping record %s: %s", self._where(i), error)

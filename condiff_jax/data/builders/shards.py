@@ -22,8 +22,7 @@ import numpy as np
 from condiff_jax.data.builders.faces import blur, load_boxes
 from condiff_jax.data.builders.units import Sample, Skip, Unit
 from condiff_jax.data.images import decode, fault
-from condiff_jax.data.prepared import open_shard
-from condiff_jax.data.records import count_words
+from condiff_jax.data.records import count_words, open_shard
 
 EXAMPLES = 20  # names kept of what is skipped for one reason
 OPTIONS = "group_size:1,uncompressed"  # any record alone; pictures are compressed already

@@ -21,7 +21,7 @@ ALLOWED = {
     "diffusion": {"diffusion"},
     "models": {"models", "conditioning"},
     "data": {"data", "conditioning.cond"},
-    "metrics": {"metrics", "models", "data"},
+    "metrics": {"metrics", "models", "data", "sharding"},
     "grid": set(),
     "flops": set(),
     "sharding": set(),

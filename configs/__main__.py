@@ -31,9 +31,9 @@ and the same with `imagenet22k_256.py` and `cc12m_256.py`; README.md says which 
 from is then `--config.data.path=OUT`, with `--config.data.name=tfds` also at the smaller scales.
 
 The numbers are the paper's. `?` is a cell that our copy of the paper lacks, or that the paper
-leaves empty; `diverged` is its cross. CLIP_COCO is with other sampling than FID (Sec. 3.1):
-`--config.sampling.steps=25 --config.sampling.guidance=5 --config.sampling.base_resolution=0
---config.evaluation.reference=coco`.
+leaves empty; `diverged` is its cross. They are measured with mode evaluate and
+`--config.evaluation.protocol=imagenet_fid50k` (README.md says more); CLIP_COCO is with other
+sampling than FID (Sec. 3.1), `coco_clip`: 25 steps and a guidance of 5.
 
 Models for own experiments, for any architecture and start (but `unet` from captions to classes or
 back, whose two sizes differ): `imagenet1k_256.py`,

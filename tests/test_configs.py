@@ -409,13 +409,6 @@ def test_smaller_scales_keep_what_tables_are_about(scale):
         assert config_of(name, f"{row},scale={scale}").evaluation.reference == reference
 
 
-def test_the_readme_says_how_coco_is_sampled():
-    """Sec. 3.1: 25 steps and a guidance of 5."""
-    text = readme().replace("\n", " ")
-    coco = "--config.sampling.steps=25 --config.sampling.guidance=5 "
-    assert coco + "--config.sampling.base_resolution=0 --config.evaluation.reference=coco" in text
-
-
 @pytest.mark.parametrize(
     "args, message",
     [

@@ -242,7 +242,11 @@ def test_protocols_set_what_the_paper_says_and_keep_the_rest():
     assert protocols.apply(tiny.config()) == tiny.config()
     for name in protocols.PROTOCOLS:
         path = {"evaluation.path": "somewhere"}
-        assert protocols.apply(tiny.config(**{"evaluation.protocol": name} | path))
+        found = protocols.apply(tiny.config(**{"evaluation.protocol": name} | path))
+        if name == "coco_clip":
+            assert found.sampling.steps == 25 and sample.guidance_scale(found.sampling, 512) == 5
+        if name == "val_fid":
+            assert found.sampling.steps == 50 and found.evaluation.reference == "validation"
 
 
 def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):

@@ -103,6 +103,12 @@ def measured(folder: Workdir, identity: dict[str, Any]) -> dict[str, Any] | None
     return None
 
 
+def own_folder(folder: Workdir, identity: dict[str, Any]) -> epath.Path:
+    """Where the measurement with this identity keeps its parts, and pictures if asked."""
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return folder.path / "evaluations" / f"{identity['step']}-{key}"
+
+
 def measure(
     sampler: Sampler, params: dict, step: int, folder: Workdir, *, ema: bool
 ) -> dict[str, Any]:
@@ -115,8 +121,7 @@ def measure(
     config, start = sampler.system.config, time.perf_counter()
     check(config)
     identity = describe(config, step, ema=ema)
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    parts = folder.path / "evaluations" / f"{step}-{key}"
+    parts = own_folder(folder, identity)
     metrics, grids = {}, {}
     for name, measure_one in MEASURES.items():
         if name in config.evaluation.metrics:
@@ -125,7 +130,7 @@ def measure(
             grids |= pictures
     if fidelity.NETWORK.keys() & set(config.evaluation.metrics):
         metrics |= fidelity.measure(sampler, params, folder, parts)
-    pictures = {name: f"samples/{step}-{key}-{name}.png" for name in grids}
+    pictures = {name: f"samples/{parts.name}-{name}.png" for name in grids}
     if jax.process_index() == 0:
         folder.samples.mkdir(parents=True, exist_ok=True)
         for name, path in pictures.items():
@@ -326,7 +331,12 @@ def run(config: Config, workdir: str) -> list[dict[str, Any]]:
         )
     sampler, records = None, []
     for name, point in points.items():
-        record = None if step is None else measured(folder, describe(point, step, ema=ema))
+        record = None
+        if step is not None:
+            identity = describe(point, step, ema=ema)
+            record = measured(folder, identity)
+            if not fidelity.saved(own_folder(folder, identity), config.evaluation.save):
+                record = None  # for the pictures
         if record:
             print(f"Step {step} is already measured so, in {folder.evaluation}:")
         else:

@@ -306,6 +306,11 @@ def _join(folder: epath.Path, shape: tuple[int, ...]) -> None:
     (folder / "pictures").rmdir()
 
 
+def saved(folder: epath.Path, save: str) -> bool:
+    """Whether the pictures of a finished measurement are there, as evaluation.save says."""
+    return not save or (folder / {"png": "pictures", "npz": "pictures.npz"}[save]).exists()
+
+
 def forget(folder: epath.Path) -> None:
     """Drop the parts of a measurement that is recorded; pictures that were asked for stay."""
     if jax.process_index() == 0 and folder.exists():

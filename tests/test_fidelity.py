@@ -268,6 +268,12 @@ def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     assert checkpoints.restore_params.call_count == 1
     assert "guidance 2.5, size fixed:" in capsys.readouterr().out
     assert evaluate.run(config, str(tmp_path)) == found
+    assert checkpoints.restore_params.call_count == 1
+    settings = dataclasses.replace(config.evaluation, save="png")  # not there yet
+    for calls in (2, 2):
+        evaluate.run(dataclasses.replace(config, evaluation=settings), str(tmp_path))
+        assert checkpoints.restore_params.call_count == calls
+    assert len(list((tmp_path / "evaluations").glob("2-*/pictures/000008.png"))) == 2
     for bad in ("guidance", "speed=1", "steps=1.5", "prompts="):
         with pytest.raises(ConfigError, match="evaluation.grid"):
             evaluate.grid(dataclasses.replace(

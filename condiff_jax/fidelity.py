@@ -147,13 +147,11 @@ class Reference:
         """All, as their largest centred squares at the resolution: uint8 (B, R, R, 3)."""
         side = self.config.data.resolution
 
-        def read(record):
-            return {"picture": augment.center(record["image"], side)[0]}
-
         parts = range(0, len(self.numbers), batch)
         for low in tqdm(parts, desc="reference pictures", leave=False, disable=len(parts) < 2):
             some = self.numbers[low : low + batch]
-            yield np.stack([read_record(self.source, int(i), read)["picture"] for i in some])
+            pictures = (self.source[int(i)]["image"] for i in some)
+            yield np.stack([augment.center(picture, side)[0] for picture in pictures])
 
     def asked(self, n: int, system: System) -> list[Any]:
         """Captions or labels of n of them in a random order, those of `shapes` as they come.

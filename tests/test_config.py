@@ -83,7 +83,8 @@ def test_unknown_and_missing_fields_are_errors():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"evaluation.metrics": ("prompt_accuracy",), "data.name": "webdataset"}, "data.name=shap"),
+        ({"evaluation.reference": "coco"}, "reference=coco needs evaluation.path"),
+        ({"evaluation.save": "jpg"}, "evaluation.save='jpg' is unknown"),
         ({"evaluation.metrics": ("fid50k",)}, "evaluation.metrics='fid50k' is unknown"),
         ({"evaluation.sizes": (64,)}, "evaluation.sizes must be two different"),
         ({"evaluation.sizes": (24, 24)}, "evaluation.sizes must be two different"),

@@ -211,6 +211,10 @@ def test_a_reference_can_be_another_data_set(prepared, monkeypatch):
     [
         ({"evaluation.reference": "train_200k"}, "train_200k is not there for data.name=shapes"),
         ({"evaluation.samples": 10_001}, "has 10000 pictures"),
+        (
+            {"evaluation.metrics": ("frechet_shapes",), "data.name": "tfds"},
+            "frechet_shapes of evaluation.metrics need data.name=shapes",
+        ),
         ({"evaluation.path": "/no/such"}, "evaluation.path: "),
         ({"evaluation.statistics": "/no/such.npz"}, "evaluation.statistics: .* does not exist"),
         ({"data.semantics": "class", "model.name": "dit_ln"}, "clip_score of .* needs"),

@@ -50,7 +50,7 @@ CLASSES = 1000  # DiTPipeline's null class is number 1000
 SIDE, GUIDANCE, SCALE = 32, 1.5, 0.18215
 VAE = kl.SIZES["tiny"]
 # Largest mean difference of two pictures, in grey levels of 255.
-LIMITS = {"float32": 0.25, "bfloat16": 4.0}
+LIMITS = {"float32": 0.05, "bfloat16": 4.0}
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "numpy")
 OURS, UNDECODED, CALLS = "ours", "ours, not decoded", "ours, its calls of the denoiser alone"
 THEIRS, COMPILED = "diffusers", "diffusers, torch.compile"
@@ -86,9 +86,12 @@ def create_system(asked: argparse.Namespace, autoencoder: str) -> System:
 
 
 def create_params(system: System) -> dict:
-    """Random ones; the last layer is small, as the steps would amplify rounding errors."""
+    """Random ones, of which the blocks' modulations are small.
+
+    With larger ones the network is chaotic: 1% of its output in f32 is rounding error.
+    """
     params = parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))
-    params["model"]["final"]["kernel"] *= 0.1
+    params["model"]["blocks"]["modulation"]["linear"]["kernel"] *= 0.1
     return params
 
 

@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import sampling
 from tests import tiny
 
-TINY = "--size=tiny/4 --batch=2 --steps=2 --repetitions=1 --no-compile".split()
+TINY = ["--size=tiny/4", "--batch=2", "--steps=2", "--repetitions=1", "--no-compile"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +30,13 @@ def test_both_make_the_same_pictures(capsys, tmp_path, monkeypatch):
 
 
 def test_other_pictures_fail(capsys, monkeypatch):
-    monkeypatch.setitem(sampling.LIMITS, "float32", 0.0)
+    ours = (sampling.OURS, sampling.UNDECODED, sampling.CALLS)
+    black, grey = np.zeros((2, 8, 8, 3), np.uint8), np.full((2, 8, 8, 3), 0.5)
+    monkeypatch.setattr(sampling, "our_methods", lambda *_: dict.fromkeys(ours, lambda: black))
+    monkeypatch.setattr(sampling, "their_methods", lambda *_: {sampling.THEIRS: lambda: grey})
     assert sampling.main(TINY) == 1
-    assert "pictures differ" in capsys.readouterr().err
+    out = capsys.readouterr()
+    assert "mean 128, largest 128" in out.out and "pictures differ" in out.err
 
 
 def test_what_does_not_compile_is_left_out():

@@ -53,11 +53,12 @@ def _count(jaxpr: core.Jaxpr) -> int:
             total += 2 * eqn.outvars[0].aval.size * per_output
         else:
             length = eqn.params["length"] if name == "scan" else 1
-            total += length * sum(_count(inner) for inner in _inner(eqn.params))
+            total += length * sum(_count(inner) for inner in inner_jaxprs(eqn.params))
     return total
 
 
-def _inner(params: dict) -> list[core.Jaxpr]:
+def inner_jaxprs(params: dict) -> list[core.Jaxpr]:
+    """What an equation with these parameters has inside: bodies of loops, branches, calls."""
     out = []
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

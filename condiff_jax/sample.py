@@ -120,6 +120,12 @@ class Program(NamedTuple):
         return cls(*fields, needed_branches(*scales)), np.array(scales, np.float32)
 
 
+def noise_keys(seed: int, index: jax.Array) -> jax.Array:
+    """Keys (B, 2) of the samples with these numbers: of text padding, and of the sampler."""
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index)
+    return jax.vmap(partial(jax.random.split, num=2))(keys)
+
+
 def generate(
     params: dict,
     frozen: dict,
@@ -136,9 +142,7 @@ def generate(
     sample; its noise comes from (program.seed, index). scales: see `Program.create`.
     """
     params = {**params, **frozen}
-    key = jax.random.key(program.seed)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
-    keys = jax.vmap(partial(jax.random.split, num=2))(keys)  # (B, 2): text padding, sampler
+    keys = noise_keys(program.seed, index)
     text_noise = None
     if system.text_encoder is not None:
         shape = (system.config.text_encoder.length, system.config.text_encoder.width)

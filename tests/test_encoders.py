@@ -76,7 +76,7 @@ def test_sampling_and_evaluation_go_on_from_the_run(run, folder):
     out = sample.run(config(folder, **{"sampling.prompts": "a red circle"}), str(path))
     assert len(list(out.glob("0*.png"))) == 2
     asked = {"evaluation.metrics": ("prompt_accuracy",), "evaluation.prompts": 2}
-    record = evaluate.run(config(folder, **asked, **{"data.sizes": (24, 96)}), str(path))
+    (record,) = evaluate.run(config(folder, **asked, **{"data.sizes": (24, 96)}), str(path))
     assert record["evaluation"]["prompts"] == 2
 
 

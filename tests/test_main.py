@@ -49,7 +49,7 @@ def test_summary_ends_with_one_json_line():
         (["--config.modle.name=ours"], "unknown field"),
         (["--config.model.name=sit"], "model.name='sit' is unknown; choose from"),
         (["--config.steps=abc"], "config.steps"),
-        (["--mode=trian"], "train|sample|evaluate|summary"),
+        (["--mode=trian"], "train|sample|evaluate|reference|summary"),
         (["--confg=x"], "confg"),
         ([], "--workdir is missing"),
         (["--workdir=RUN", "--config.data.resolution=33"], "must be a multiple of 4"),

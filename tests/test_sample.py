@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from condiff_jax import sample, sharding, state, train
+from condiff_jax import flops, sample, sharding, state, train
 from condiff_jax.config import ConfigError
 from condiff_jax.diffusion.guidance import needed_branches
 from tests import tiny
@@ -126,6 +126,44 @@ def test_every_setting_reaches_guidance_and_sampler(trained, changed):
     given = {name: settings[name] for name in ("steps", "spacing", "eta")}
     given["clip"] = system.autoencoder.bound if settings["clip"] else None
     assert calls == [(settings["sampler"], "guided", given)] and system.autoencoder.bound
+
+
+def equations(jaxpr, loops=()):
+    """(primitive's name, lengths of the scans around it, the equation) of every equation."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        yield name, loops, eqn
+        inside = (*loops, eqn.params["length"]) if name == "scan" else loops
+        for inner in flops.inner_jaxprs(eqn.params):
+            yield from equations(inner, inside)
+
+
+@pytest.mark.parametrize("guidance, beta, branches", [(1.0, 1.0, 1), (1.5, 1.0, 2), (1.5, 1.25, 3)])
+def test_the_sampler_is_one_loop_around_one_call_of_the_denoiser(trained, guidance, beta, branches):
+    """Of all branches of the guidance together, and nothing in it goes to the host."""
+    system, params = trained
+    scales = {"sampling.guidance": guidance, "sampling.control_guidance": beta}
+    config = tiny.config(**scales, **{"sampling.steps": 7, "sampling.eta": 1.0})
+    program, scales = sample.Program.create(config.sampling, 16)
+    generate = partial(sample.generate, system=system, program=program)
+    request = sample.requests(system, PROMPTS[:3])
+    args = params, {}, request, np.arange(3, dtype=np.int32), scales
+    whole = jax.make_jaxpr(generate)(*args)
+    found = list(equations(whole.jaxpr))
+    depth = system.model.depth
+    assert [(loops, eqn.params["length"]) for name, loops, eqn in found if name == "scan"] == [
+        ((), 7), ((7,), depth),
+    ]  # fmt: skip
+    first = params["model"]["patch_embed"]["kernel"].shape
+    calls = [
+        (loops, eqn.outvars[0].aval.shape)
+        for name, loops, eqn in found
+        if name == "dot_general" and eqn.invars[1].aval.shape == first
+    ]
+    assert calls == [((7,), (3 * branches, 16, first[1]))]
+    names = {name for name, _, _ in found}
+    assert not names & {"while", "infeed", "outfeed", "device_put"}
+    assert not whole.effects and not [name for name in names if "callback" in name]
 
 
 def test_control_guidance_sampler_and_clip_change_pictures(trained):

@@ -1,0 +1,350 @@
+"""How fast pictures are sampled: `python -m benchmarks.sampling [--cores=0] [--save]`.
+
+DiT for 1000 classes on latents of 32 x 32 x 4, plain classifier-free guidance, DDIM, a tiny
+AutoencoderKL: in our `Sampler` and in diffusers' `DiTPipeline`, with the same random weights,
+labels, initial noise, steps and guidance, on the same device. Both must make the same pictures.
+Timed in turn, several times over, from labels to pictures in the host's memory; compiling is not
+counted. The same sampler without decoding is compared with its calls of the denoiser alone.
+
+On CPUs, CPU time is what counts: other processes take little of it. On a GPU, for example
+`--size=XL/2 --batch=32 --steps=50 --dtype=bfloat16 --attention=cudnn --save`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks import parity
+from condiff_jax import config as config_lib
+from condiff_jax import sharding
+from condiff_jax.convert import exporting, published
+from condiff_jax.convert.layout import to_torch
+from condiff_jax.diffusion.guidance import dual_guidance
+from condiff_jax.diffusion.sampler import initial_noise, timesteps
+from condiff_jax.models import kl
+from condiff_jax.models.autoencoder import Pixels
+from condiff_jax.sample import Sampler, noise_keys, requests
+from condiff_jax.system import System, Vocabulary, create
+from configs import base
+
+RESULTS = Path(__file__).parent / "results" / "sampling.json"
+CLASSES = 1000  # DiTPipeline's null class is number 1000
+SIDE, GUIDANCE, SCALE = 32, 1.5, 0.18215
+VAE = kl.SIZES["tiny"]
+# Largest mean difference of two pictures, in grey levels of 255.
+LIMITS = {"float32": 0.05, "bfloat16": 4.0}
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "numpy")
+OURS, UNDECODED, CALLS = "ours", "ours, not decoded", "ours, its calls of the denoiser alone"
+THEIRS, COMPILED = "diffusers", "diffusers, torch.compile"
+
+
+def create_autoencoder() -> diffusers.AutoencoderKL:
+    """diffusers' autoencoder of our size `tiny`, with random weights."""
+    torch.manual_seed(0)
+    levels = len(VAE.channels)
+    return diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=VAE.channels,
+        layers_per_block=VAE.resnets,
+        latent_channels=VAE.latent,
+        norm_num_groups=VAE.groups,
+        scaling_factor=SCALE,
+    ).eval()
+
+
+def create_system(asked: argparse.Namespace, autoencoder: str) -> System:
+    """Our system; autoencoder: the folder of its weights."""
+    values = base.get_config()
+    values.model.update(name="dit_ln", size=asked.size, position="extrapolate")
+    values.model.update(dtype=asked.dtype, attention=asked.attention)
+    values.data.update(resolution=SIDE * VAE.factor, semantics="class")
+    values.conditioning.control = ()
+    values.autoencoder.update(name="kl", size="tiny", scale=SCALE, path=autoencoder)
+    values.sampling.update(steps=asked.steps, guidance=GUIDANCE, batch_size=asked.batch)
+    system = create(config_lib.create(values), Vocabulary((), tuple(map(str, range(CLASSES)))))
+    depth = asked.depth or system.model.depth
+    return dataclasses.replace(system, model=system.model.clone(depth=depth))
+
+
+def create_params(system: System) -> dict:
+    """Random ones, of which the blocks' modulations are small.
+
+    With larger ones the network is chaotic: 1% of its output in f32 is rounding error.
+    """
+    params = parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))
+    params["model"]["blocks"]["modulation"]["linear"]["kernel"] *= 0.1
+    return params
+
+
+def create_pipeline(
+    system: System, params: dict, vae: diffusers.AutoencoderKL
+) -> diffusers.DiTPipeline:
+    """diffusers' pipeline with our weights, and with DiT's frequencies (see `parity`)."""
+    model = system.model
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=model.heads,
+        attention_head_dim=model.width // model.heads,
+        in_channels=VAE.latent,
+        out_channels=VAE.latent,
+        num_layers=model.depth,
+        sample_size=SIDE,
+        patch_size=model.patch,
+        num_embeds_ada_norm=CLASSES,
+        norm_eps=1e-6,
+    )
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    rules = published.diffusers_dit(model.patch, model.depth)
+    state = published.to_published(to_torch(params["model"]), rules)
+    parity.load(transformer, state, tables=("pos_embed.pos_embed",))
+    scheduler = diffusers.DDIMScheduler.from_config(exporting.scheduler_config(system))
+    pipeline = diffusers.DiTPipeline(transformer, vae, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of the first device, which is what the pipeline has."""
+    return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), sharding.BATCH_AXES)
+
+
+def undecoded(system: System) -> System:
+    """The same system, whose pictures are the latents in uint8."""
+    latents = Pixels(factor=VAE.factor, channels=VAE.latent)
+    settings = dataclasses.replace(system.config.sampling, clip=False)
+    config = dataclasses.replace(system.config, sampling=settings)
+    return dataclasses.replace(system, config=config, autoencoder=latents)
+
+
+def denoiser_calls(system: System, params: dict, x: jax.Array, batch: dict) -> Callable:
+    """A function that calls the denoiser as the sampler does, on the guidance's batch of branches.
+
+    Each call takes the last one's output, or XLA could make them one.
+    """
+    settings, inputs = system.config.sampling, []
+    guided = dual_guidance(lambda *given: inputs.append(given) or given[0], GUIDANCE)
+    guided(x, jnp.zeros(len(x), jnp.int32), system.condition(params, batch, None))
+    x, _, cond = jax.device_put(inputs[0], jax.devices()[0])
+    times = timesteps(system.schedule.timesteps, settings.steps, settings.spacing)
+
+    @jax.jit
+    def run(params, x, cond):
+        denoise = system.denoise(params)
+
+        def step(x, t):
+            return denoise(x, jnp.full(len(x), t), cond), None
+
+        return jax.lax.scan(step, x, jnp.asarray(times, jnp.int32))[0]
+
+    return lambda: np.asarray(run(params, x, cond))
+
+
+def our_methods(system: System, params: dict, frozen: dict, labels: np.ndarray, x: jax.Array):
+    """{name: function that samples once}; the first two give pictures."""
+    params = jax.device_put(params, jax.devices()[0])
+    frozen = jax.device_put(frozen, jax.devices()[0])
+    batch, latents = requests(system, labels), undecoded(system)
+    whole = Sampler(system, one_device(), system.config.sampling, frozen)
+    bare = Sampler(latents, one_device(), latents.config.sampling)
+    return {
+        OURS: lambda: whole(params, batch),
+        UNDECODED: lambda: bare(params, batch),
+        CALLS: denoiser_calls(system, params, x, batch),
+    }
+
+
+def their_methods(pipeline: diffusers.DiTPipeline, asked: argparse.Namespace, labels, x) -> dict:
+    """{name: function that samples once}, all from the initial noise x."""
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    pipeline.to(device, getattr(torch, asked.dtype))
+    x = parity.tensor(x).permute(0, 3, 1, 2).to(device, getattr(torch, asked.dtype))
+
+    def method(pipeline) -> Callable:
+        def sample():
+            drawing = "diffusers.pipelines.dit.pipeline_dit.randn_tensor"
+            with mock.patch(drawing, lambda *args, **kwargs: x):
+                out = pipeline(labels.tolist(), GUIDANCE, None, asked.steps, "np")
+            return out.images
+
+        return sample
+
+    methods = {THEIRS: method(pipeline)}
+    if asked.compile:
+        compiled = torch.compile(pipeline.transformer)
+        other = diffusers.DiTPipeline(compiled, pipeline.vae, pipeline.scheduler)
+        other.set_progress_bar_config(disable=True)
+        methods[COMPILED] = method(other)
+    return methods
+
+
+def warm_up(methods: dict[str, Callable]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What each method makes, and why those that do not run were left out of `methods`."""
+    made, left_out = {}, {}
+    for name in list(methods):
+        try:
+            made[name] = methods[name]()
+        except Exception as error:
+            if name != COMPILED:  # torch.compile needs a compiler and a Python that it knows
+                raise
+            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            del methods[name]
+    return made, left_out
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Of pictures in uint8 and in [0, 1], in grey levels; contrast: their standard deviation."""
+    theirs = 255 * theirs.astype(np.float64)
+    error = np.abs(ours - theirs.round())
+    return {"mean": error.mean(), "largest": error.max(), "contrast": theirs.std()}
+
+
+def measure(methods: dict[str, Callable], repetitions: int) -> dict[str, np.ndarray]:
+    """Seconds of time and of CPU time, (repetitions, 2) of each method, which take turns."""
+    seconds = {name: [] for name in methods}
+    for _ in range(repetitions):
+        for name, sample in methods.items():
+            start, used = time.perf_counter(), time.process_time()
+            sample()
+            seconds[name].append((time.perf_counter() - start, time.process_time() - used))
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def summarise(seconds: dict[str, np.ndarray], batch: int, clock: int) -> dict:
+    """Rows, and the shares of the time that are not the denoiser's as (median, least, most).
+
+    clock: 0 to go by time, 1 by CPU time. A row's speed is relative to diffusers'. What is relative
+    is taken in each repetition first: the load of a machine changes more slowly than that.
+    """
+    used, rows = {name: values[:, clock] for name, values in seconds.items()}, []
+    for name, values in seconds.items():
+        wall, cpu = np.median(values, axis=0)
+        rows.append({
+            "method": name, "images_per_second": batch / wall, "images_per_cpu_second": batch / cpu,
+            "seconds": wall, "cpu_seconds": cpu, "least": used[name].min(),
+            "most": used[name].max(), "speed": np.median(used[THEIRS] / used[name]),
+        })  # fmt: skip
+    outside = {}
+    for key, name in (("sampling", UNDECODED), ("sampling and decoding", OURS)):
+        shares = 1 - used[CALLS] / used[name]
+        outside[key] = (np.median(shares), shares.min(), shares.max())
+    return {"rows": rows, "outside": outside}
+
+
+def surroundings() -> dict:
+    """Where and with what this was measured."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
+    )
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu": models[0] if models else platform.processor(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="S/4", help="of the DiT, as model.size")
+    parser.add_argument("--depth", type=int, default=0, help="blocks; 0: those of the size")
+    parser.add_argument("--batch", type=int, default=4, help="pictures at a time")
+    parser.add_argument("--steps", type=int, default=10, help="a divisor of 1000")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--dtype", default="float32", choices=LIMITS)
+    parser.add_argument("--attention", default="xla", choices=("xla", "cudnn"))
+    parser.add_argument("--cores", default="", help="to run on, as 0,1; all by default")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
+    asked = parser.parse_args(arguments)
+    if asked.steps < 1 or 1000 % asked.steps:
+        parser.error("--steps must divide 1000, where diffusers' DDIM steps as ours")
+    return asked
+
+
+def report(record: dict) -> None:
+    """Print what was measured."""
+    print(f"{'':<38}{'images/s':>10}{'per CPU s':>11}{'extremes, s':>16}{'speed':>8}")
+    for row in record["rows"]:
+        rates = f"{row['images_per_second']:>10.2f}{row['images_per_cpu_second']:>11.2f}"
+        spread = f"{row['least']:.2f}-{row['most']:.2f}"
+        print(f"{row['method']:<38}{rates}{spread:>16}{row['speed']:>8.2f}")
+    for name, reason in record["left_out"].items():
+        print(f"{name}: left out, {reason}")
+    for name, (median, least, most) in record["outside"].items():
+        print(f"outside the denoiser, {name}: {median:.1%} ({least:.1%} to {most:.1%})")
+    for name, error in record["pictures"].items():
+        print(f"pictures, ours and {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in error.items()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 if the pictures differ, 2 if PyTorch has no GPU where JAX has one."""
+    asked = parse(arguments)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
+    if asked.cores:  # XLA, when it starts, takes as many threads as these
+        os.sched_setaffinity(0, map(int, asked.cores.split(",")))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    diffusers.utils.logging.set_verbosity_error()
+    gpu = jax.default_backend() == "gpu"
+    if gpu and not torch.cuda.is_available():
+        print("error: JAX has a GPU, but PyTorch has none", file=sys.stderr)
+        return 2
+    vae = create_autoencoder()
+    with tempfile.TemporaryDirectory() as folder:
+        vae.save_pretrained(folder)
+        system = create_system(asked, folder)
+        frozen = system.load_frozen()
+    params = create_params(system)
+    labels = np.random.default_rng(0).integers(CLASSES, size=asked.batch)
+    keys = noise_keys(system.config.sampling.seed, jnp.arange(asked.batch))[:, 1]
+    x = initial_noise(keys, system.latent_shape)
+    record = surroundings() | {
+        "settings": vars(asked) | {"guidance": GUIDANCE, "latents": system.latent_shape}
+    }
+    # f32 in full precision, which is PyTorch's default on all devices, but not JAX's.
+    with jax.default_matmul_precision("highest" if asked.dtype == "float32" else "default"):
+        methods = our_methods(system, params, frozen, labels, x)
+        methods |= their_methods(create_pipeline(system, params, vae), asked, labels, x)
+        made, record["left_out"] = warm_up(methods)
+        seconds = measure(methods, asked.repetitions)
+    record |= summarise(seconds, asked.batch, clock=0 if gpu else 1)
+    record["pictures"] = {
+        name: difference(made[OURS], made[name]) for name in (THEIRS, COMPILED) if name in made
+    }
+    report(record)
+    if asked.save:
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    if max(error["mean"] for error in record["pictures"].values()) < LIMITS[asked.dtype]:
+        return 0
+    print(f"error: pictures differ, the limit is {LIMITS[asked.dtype]}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -86,7 +86,7 @@ class Stub:
 
     def evaluate(self, config, workdir):
         self.evaluated.append((Path(workdir).name, config.sampling.guidance))
-        return {
+        record = {
             "step": config.steps,
             "metrics": {"accuracy": config.seed + config.sampling.guidance},
             "sampling": {"guidance": config.sampling.guidance},
@@ -95,6 +95,7 @@ class Stub:
             "pictures": {"grid": "samples/4.png"},
             "seconds": 1.5,
         }
+        return [record]
 
 
 @pytest.fixture

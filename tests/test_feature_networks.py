@@ -15,7 +15,7 @@ from benchmarks import torch_inception
 from benchmarks.parity import jit
 from condiff_jax import feature_networks
 from condiff_jax.convert.layout import to_torch
-from condiff_jax.feature_networks import load_clip, load_inception
+from condiff_jax.feature_networks import load_clip, load_inception, random_inception
 from condiff_jax.models import clip, inception
 from tests import clips
 
@@ -55,6 +55,17 @@ def test_inception_equals_pytorch_from_files_and_pictures_on(inception_state, tm
     ours = jit(lambda p, x: inception.InceptionV3().apply({"params": p}, x)[1])
     found = ours(network.params, network.prepare(images[1]))
     np.testing.assert_allclose(found[0], logits[1], atol=1e-4 * np.abs(logits[1]).max())
+
+
+def test_random_inception_tells_pictures_apart_and_says_what_it_is():
+    network = random_inception()
+    images = pictures(64, 64, 3)
+    images[0], images[1] = 0, 255
+    features = network(images)
+    assert features.shape == (3, 2048) and "random" in network.name
+    assert 0.01 < features.mean() < 100  # not what many layers of too small weights leave
+    assert features.std(0).mean() > 0.1 * features.mean()
+    assert network.sha256 == random_inception().sha256
 
 
 def test_files_that_are_not_inception(inception_state, tmp_path):

@@ -146,7 +146,6 @@ class Reference:
     def pictures(self, batch: int = 64) -> Iterator[np.ndarray]:
         """All, as their largest centred squares at the resolution: uint8 (B, R, R, 3)."""
         side = self.config.data.resolution
-
         parts = range(0, len(self.numbers), batch)
         for low in tqdm(parts, desc="reference pictures", leave=False, disable=len(parts) < 2):
             some = self.numbers[low : low + batch]
@@ -285,23 +284,23 @@ def _save_pictures(folder: epath.Path, pictures: np.ndarray, low: int, save: str
 
 def _join(folder: epath.Path, shape: tuple[int, ...]) -> None:
     """pictures/*.raw -> pictures.npz with arr_0 of that shape, a part in memory at a time."""
-    parts = sorted((folder / "pictures").glob("*.raw"))
-    if not parts:  # done before
-        return
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    temporary = folder / "pictures.npz.tmp"
-    with (
-        temporary.open("wb") as file,
-        zipfile.ZipFile(file, "w") as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as array,
-    ):
-        np.lib.format.write_array_header_1_0(array, header)
-        for part in parts:
-            array.write(part.read_bytes())
-    temporary.replace(folder / "pictures.npz")
+    parts, whole = sorted((folder / "pictures").glob("*.raw")), folder / "pictures.npz"
+    if not whole.exists():  # else killed while the parts were removed
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        temporary = folder / "pictures.npz.tmp"
+        with (
+            temporary.open("wb") as file,
+            zipfile.ZipFile(file, "w") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as array,
+        ):
+            np.lib.format.write_array_header_1_0(array, header)
+            for part in parts:
+                array.write(part.read_bytes())
+        temporary.replace(whole)
     for part in parts:
         part.unlink()
-    (folder / "pictures").rmdir()
+    if (folder / "pictures").exists():
+        (folder / "pictures").rmdir()
 
 
 def saved(folder: epath.Path, save: str) -> bool:

@@ -143,6 +143,10 @@ def test_pictures_are_kept_in_order_of_their_numbers(tmp_path, save):
         found = np.stack([np.asarray(Image.open(file)) for file in files])
     else:
         assert [file.name for file in parts.iterdir()] == ["pictures.npz"]
+        (parts / "pictures").mkdir()  # as when killed before the last of them was removed
+        (parts / "pictures/00000008.raw").write_bytes(b"last")
+        fidelity._join(parts, (9, 16, 16, 3))
+        assert [file.name for file in parts.iterdir()] == ["pictures.npz"]
         with np.load(parts / "pictures.npz") as arrays:
             found = arrays["arr_0"]
     np.testing.assert_array_equal(found, expected)
@@ -165,6 +169,11 @@ def test_mode_reference_writes_what_fid_compares_with(tmp_path, capsys):
     config = tiny.config(**FIELDS | {"evaluation.statistics": path})
     fidelity.run_reference(config)
     assert "over 9 pictures" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["reference.npz"]
+    killed = mock.patch.object(np, "savez", side_effect=KeyboardInterrupt)
+    with killed, pytest.raises(KeyboardInterrupt):
+        statistics = fid.load(path)
+        statistics.save(path)  # what was there stays whole
     statistics = fid.load(path)
     assert statistics.sha256 == "sha of 1.0" and statistics.resolution == (16, 16)
     fidelity.run_reference(config)

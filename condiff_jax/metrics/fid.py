@@ -38,11 +38,13 @@ class Statistics:
         return None if self.count is None else self.count <= len(self.mean)
 
     def save(self, path: str) -> None:
-        """Write a .npz file; other programs read its `mu` and `sigma`."""
+        """Write a .npz file, whole or not at all; other programs read its `mu` and `sigma`."""
         about = {name: getattr(self, name) for name in ABOUT}
         about = {name: value for name, value in about.items() if value is not None}
-        with epath.Path(path).open("wb") as file:
+        temporary = epath.Path(f"{path}.tmp")
+        with temporary.open("wb") as file:
             np.savez(file, mu=self.mean, sigma=self.covariance, **about)
+        temporary.replace(path)
 
 
 ABOUT = ("count", "network", "sha256", "resolution")  # what only our files have

@@ -4,9 +4,9 @@
 #   ZONE=us-central2-b launch/sweep_tpu.sh tpu-a,tpu-b configs/table3.py \
 #     --workdir=gs://BUCKET/table3 --scale=small
 #
-# The VMs have this project in the folder condiff_jax (set FOLDER for another) with ".[tpu]"
-# installed. Logs come back here as sweep-NAME.log; a VM that is lost loses the steps since its
-# last checkpoint: run the same command again. PROJECT is gcloud's default if it is not set.
+# The VMs come from `launch/tpu_vm.sh create` and `install`. Logs come back here as sweep-NAME.log; a
+# VM that is lost loses the steps since its last checkpoint: run the same command again. PROJECT is
+# gcloud's default if it is not set.
 set -euo pipefail
 
 if (($# < 2)) || [[ -z ${ZONE:-} ]]; then
@@ -15,15 +15,11 @@ if (($# < 2)) || [[ -z ${ZONE:-} ]]; then
 fi
 IFS=, read -ra names <<<"$1"
 shift
-# Quoted once more for the shell on the VM.
-printf -v arguments ' %q' "$@"
-folder=$(printf %q "${FOLDER:-condiff_jax}")
 
 jobs=()
 for index in "${!names[@]}"; do
-  gcloud compute tpus tpu-vm ssh "${names[index]}" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"} \
-    --command="cd $folder && python3 -m condiff_jax.sweep$arguments --shard=$index/${#names[@]}" \
-    </dev/null >"sweep-${names[index]}.log" 2>&1 &
+  "$(dirname "$0")/tpu_vm.sh" run "${names[index]}" python -m condiff_jax.sweep "$@" \
+    --shard="$index/${#names[@]}" >"sweep-${names[index]}.log" 2>&1 &
   jobs+=("$!")
 done
 

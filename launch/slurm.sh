@@ -1,0 +1,19 @@
+# shellcheck shell=bash
+# What the Slurm jobs share; sourced from the project's folder, where they are submitted.
+
+# shellcheck source=launch/xla_flags.sh
+. launch/xla_flags.sh gpu
+# shellcheck source=launch/stoppable.sh
+. launch/stoppable.sh
+
+# requeued COMMAND...: runs it; where it was stopped, puts this job back into the queue.
+requeued() {
+  local status=0 job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+  stoppable "$@" || status=$?
+  if [[ -z $stopped ]]; then return "$status"; fi
+  # Slurm queues preempted jobs again by itself, but not those that are out of time. What scancel
+  # has stopped is no longer running, and stays so.
+  if [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]]; then
+    scontrol requeue "$job" || true
+  fi
+}

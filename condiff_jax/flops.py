@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
 import jax
 from jax.extend import core
 
-# Dense bf16 peak of one device in TFLOP/s, from the vendors' data sheets.
-PEAK_TFLOPS = {
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5": 459,
-    "TPU v5p": 459,
-    "TPU v6 lite": 918,
-    "TPU v6e": 918,
-    "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H200": 989,
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the vendor says of one device.
+
+    kinds: its names as `device_kind`. tflops: dense bf16 peak. memory: HBM, GiB. link: what it can
+    send to the others of a slice or machine over all its links together, GB/s. clock: of a TPU's
+    matrix units, GHz; None where compiled programs do not tell cycles.
+    """
+
+    kinds: tuple[str, ...]
+    tflops: float
+    memory: float
+    link: float
+    clock: float | None = None
+
+
+# Peak, memory and links of TPUs: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" of the Cloud
+# TPU documentation, whose bandwidths between chips count both directions but v4's; of NVIDIA's: the
+# data sheets (900 and 600 GB/s of NVLink, both directions). A GPU says "80 GB" for what is below.
+CHIPS = {
+    "v4": Chip(("TPU v4",), 275, 32, 300, 1.05),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197, 16, 200, 1.5),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459, 95, 600, 1.75),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918, 32, 400, 1.75),
+    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312, 79.2, 300),
+    "a100-40": Chip(("NVIDIA A100-SXM4-40GB",), 312, 39.5, 300),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989, 79.1, 450),
+    "h200": Chip(("NVIDIA H200",), 989, 140, 450),
 }
 
 
 def peak_tflops() -> float | None:
-    """Peak of this machine's first device; None for kinds that the table does not know."""
-    return PEAK_TFLOPS.get(jax.devices()[0].device_kind)
+    """Dense bf16 peak of this machine's first device; None for kinds that the table lacks."""
+    kind = jax.devices()[0].device_kind
+    return next((chip.tflops for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 def count(function: Callable, *args) -> int:

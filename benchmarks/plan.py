@@ -1,0 +1,106 @@
+"""The table of docs/plan.md: the paper's recipes on slices of TPUs, compiled without any.
+
+    python -m benchmarks.plan --out=FILE [--only=REGEX]
+
+A cell takes minutes to compile; FILE gets a JSON line for each and is gone on from when it exists.
+`--table` prints it as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from condiff_jax import startup
+
+SLICES = ("v5e-64", "v5p-32", "v6e-32", "v4-32")
+# Config files and their arguments, the paper's batch sizes in them.
+RECIPES = tuple(
+    f"{data}_{side}:arch={arch}"
+    for side in (256, 512)
+    for data in ("imagenet1k", "cc12m")
+    for arch in ("ours", "unet")
+)
+# What a transformer can choose from, and a UNet.
+CHOICES = {
+    "ours": (
+        {"model.remat": "block", "parallel.fsdp": 8},
+        {"model.remat": "dots", "parallel.fsdp": 8},
+        {"model.remat": "block", "parallel.fsdp": 1},
+        {"model.remat": "dots", "parallel.fsdp": 1},
+    ),
+    "unet": (
+        {"model.remat": "none", "parallel.fsdp": 8},
+        {"model.remat": "block", "parallel.fsdp": 8},
+        {"model.remat": "block", "parallel.fsdp": 1},
+    ),
+}
+
+
+def measure(recipe: str, changes: dict, name: str) -> dict:
+    """One cell: the figures of the train step."""
+    from condiff_jax import config, plan, topology
+    from configs import recipes
+
+    data, side, arch = re.fullmatch(r"(\w+)_(\d+):arch=(\w+)", recipe).groups()
+    values = recipes.paper(arch, data, int(side))
+    values.update_from_flattened_dict(changes)
+    return plan.Planner(config.create(values), topology.parse(name)).train()
+
+
+def table(cells: list[dict]) -> str:
+    """Markdown, a row a cell."""
+    rows = [
+        "| recipe | slice | remat | fsdp | state GiB | total GiB | step s | sending s | images/s "
+        "| MFU |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        gib, changes = cell["gib"], cell["changes"]
+        state = sum(gib[name] for name in ("parameters", "average", "optimizer"))
+        figures = ["does not fit", "", "", "", ""]
+        if cell["fits"]:
+            figures = [
+                f"{gib['total']:.1f}",
+                f"{cell['seconds']:.2f}",
+                f"{cell['sending_seconds']:.3f}",
+                f"{cell['images_per_sec']:.0f}",
+                f"{cell['mfu']:.0%}",
+            ]
+        where = [cell["recipe"], cell["slice"], changes["model.remat"], changes["parallel.fsdp"]]
+        rows.append("| " + " | ".join(map(str, [*where, f"{state:.1f}", *figures])) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measure what is missing, or print what there is."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="cells whose name this regex is found in")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    cells = []
+    if arguments.out.exists():
+        cells = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+    if arguments.table:
+        print(table(cells))
+        return
+    done = {cell["name"] for cell in cells}
+    startup.compile_only()
+    for recipe in RECIPES:
+        for place in SLICES:
+            for changes in CHOICES[recipe.rpartition("=")[2]]:
+                settings = " ".join(f"{field}={value}" for field, value in changes.items())
+                name = f"{recipe} {place} {settings}"
+                if name in done or not re.search(arguments.only, name):
+                    continue
+                cell = {"name": name, "recipe": recipe, "slice": place, "changes": changes}
+                cell |= measure(recipe, changes, place)
+                with arguments.out.open("a") as out:
+                    out.write(json.dumps(cell) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Mode plan: names of slices, real programs for TPUs that are not here, and what follows from them.
+
+libtpu compiles without a TPU; it comes with the extra `test`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+
+import jax
+import pytest
+
+from condiff_jax import config as config_lib
+from condiff_jax import flops, hlo, plan, sharding, topology
+from condiff_jax.config import ConfigError
+from condiff_jax.hlo import Run
+from configs import recipes
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    "name, kind, grid",
+    [
+        ("v5e:8x8", "v5e", (8, 8)),
+        ("v5e-64", "v5e", (8, 8)),
+        ("v5litepod-8", "v5e", (2, 4)),
+        ("v6e-32", "v6e", (4, 8)),
+        ("v6e-1", "v6e", (1, 1)),
+        ("v4-8", "v4", (2, 2, 1)),  # TensorCores, two a chip
+        ("v4-32", "v4", (2, 2, 4)),
+        ("v5p-256", "v5p", (4, 4, 8)),
+        ("v5p:2x2x1", "v5p", (2, 2, 1)),
+        ("h100:1x8", "h100", (1, 8)),
+        ("a100:2x8", "a100", (2, 8)),
+    ],
+)
+def test_names(name, kind, grid):
+    found = topology.parse(name)
+    assert (found.kind, found.grid, found.size) == (kind, grid, math.prod(grid))
+    assert found.chip is flops.CHIPS[kind]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "v5e", "v5e:8", "v5e:2x2x2", "v4:4x4", "v5e-48", "v4-9", "v9x:2x2", "v5e:0x4", "h100-8",
+     "h100:8", "a100-40:1x8", "v5e:8x8:2"],
+)  # fmt: skip
+def test_unknown_names_are_errors_with_examples(name):
+    with pytest.raises(ConfigError, match=r"--topology=.* is unknown; examples: v5e:8x8 or v5e-64"):
+        topology.parse_all(f"v5e:2x2,{name}")
+
+
+@pytest.mark.parametrize("name, extra", [("v5e:2x2", "tpu"), ("h100:1x8", "cuda12")])
+def test_a_missing_compiler_says_what_to_install(monkeypatch, name, extra):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=rf'run pip install -e "\.\[{extra}\]"'):
+        topology.parse(name).devices()
+
+
+def test_a_grid_that_no_slice_has():
+    with pytest.raises(ConfigError, match="--topology=v5e:3x5: .*divisible"):
+        topology.parse("v5e:3x5").devices()
+
+
+@pytest.mark.parametrize("name, devices", [("v5e-1", 1), ("v4-128", 64), ("v6e-256", 256)])
+def test_devices_are_of_the_kind_and_take_a_mesh(name, devices):
+    wanted = topology.parse(name)
+    found = wanted.devices()
+    assert len(found) == wanted.size == devices
+    assert found[0].device_kind in wanted.chip.kinds
+    assert sharding.create_mesh(0, found).shape["fsdp"] == min(8, devices)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"parallel.fsdp": 3}, "parallel.fsdp=3 must divide the 4 devices of v5e:2x2"),
+        ({"batch_size": 10}, "batch_size=10 must be a multiple of 4 devices of v5e:2x2 x"),
+        ({"optimizer.accumulate": 8}, r"x optimizer.accumulate=8"),
+    ],
+)
+def test_configs_that_do_not_divide(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        plan.run(tiny.config(**changes), "v5e:2x2")
+
+
+def test_a_topology_is_asked_for():
+    with pytest.raises(ConfigError, match="--topology is missing"):
+        plan.run(tiny.config(), None)
+
+
+@pytest.mark.parametrize("first", [1, 7, 100, 5000])
+@pytest.mark.parametrize("power", [1.0, 0.9, 1.2])
+@pytest.mark.parametrize("fixed", [0, 50, 150])
+def test_the_largest_batch_is_a_boundary(first, power, fixed):
+    """Memory of 50 + size^power; `fixed` is what the search believes of size 0."""
+    asked = []
+
+    def total(size):
+        asked.append(size)
+        return 50 + size**power
+
+    fits, fails = plan.largest(total, 1050, first, fixed, probes=40)
+    assert total(fits) <= 1050 < total(fails) and fails - fits <= max(1, fits // 16)
+    tries = asked[:-2]  # the last two are this test's
+    assert len(tries) <= 12 and len(set(tries)) == len(tries) and tries[0] == first
+    if power == 1 and fixed == 50:
+        assert (fits, fails) == (1000, 1001) or first == 5000
+        assert len(tries) <= (6 if first == 1 else 5)
+
+
+def test_the_search_ends_where_nothing_fits_and_when_probes_are_used():
+    assert plan.largest(lambda size: math.inf, 10, 8, 0, probes=40) == (0, 1)
+    assert plan.largest(lambda size: 0, 10, 8, 0, probes=1) == (8, None)
+
+
+class Fake(plan.Planner):
+    """Programs that need 1 GiB an image and device, half of it with remat, a quarter with fsdp."""
+
+    def compile(self, lower, config):
+        size = config.batch_size if lower is plan.lower_step else 1
+        share = {"none": 1, "dots": 0.75, "block": 0.5}[config.model.remat]
+        share *= 0.25 if config.parallel.fsdp == 0 else 1
+        needed = plan.GIB * size / self.topology.size * share / config.optimizer.accumulate
+        line = '%f = f32[] fusion(), backend_config={"estimated_cycles":"1500000000"}'
+        given = {} if lower is plan.lower_step else {"requests": {"label": jax.numpy.zeros(1)}}
+        return plan.Needs(0, needed, [Run(line, "main", 2)]), given
+
+
+@pytest.mark.parametrize(
+    "batch, fields, remedy, fits",
+    [
+        (64, {}, None, 16),
+        (128, {}, {"model.remat": "block"}, 16),
+        (256, {}, {"parallel.fsdp": 0}, 16),
+        (512, {}, {"parallel.fsdp": 0, "model.remat": "block"}, 16),
+        (512, {"model.remat": "block"}, {"parallel.fsdp": 0}, 32),
+        (1024, {}, {"parallel.fsdp": 0, "model.remat": "block", "optimizer.accumulate": 2}, 16),
+        (4096, {}, None, 16),
+    ],
+)
+def test_what_is_printed(monkeypatch, capsys, batch, fields, remedy, fits):
+    monkeypatch.setattr(plan, "Planner", Fake)
+    monkeypatch.setattr(plan, "device_bytes", lambda _: 0)
+    plan.run(tiny.config(batch_size=batch, **fields), "v5e:2x2,v5e-4")
+    out = capsys.readouterr().out
+    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [one["topology"] for one in found] == ["v5e:2x2", "v5e-4"]
+    assert out.splitlines()[-1].startswith("{")
+    assert found[0]["train"]["fits"] == (batch == 64)
+    assert found[0].get("remedy") == remedy
+    assert found[0]["largest"]["fits"] in range(fits - fits // 16, fits + 1)
+    assert found[0]["train"]["seconds"] == 2.0  # 3 * 10^9 cycles at 1.5 GHz
+    if batch == 64:
+        assert found[0]["train"]["images_per_sec"] == 32 and "32 images/s" in out
+    else:
+        assert "DOES NOT FIT" in out
+    if remedy:
+        assert " ".join(f"--config.{k}={v}" for k, v in remedy.items()) in out
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Figures of a tiny train step, each device with its own copy and sharing one."""
+    with tiny.few_layers():
+        out = {}
+        for fsdp in (1, 4):
+            config = tiny.config(**{"parallel.fsdp": fsdp})
+            out[fsdp] = plan.Planner(config, topology.parse("v5e:2x2")).train()
+        return out
+
+
+def test_the_train_step_compiles_for_tpus(compiled):
+    for figures in compiled.values():
+        assert figures["fits"] and 0 < figures["gib"]["total"] < 0.1
+        assert 1e-6 < figures["seconds"] < 0.1 and 0 < figures["mfu"] < 0.1
+    whole, shared = (compiled[fsdp]["gib"] for fsdp in (1, 4))
+    for name in ("parameters", "average", "optimizer"):
+        assert shared[name] < 0.5 * whole[name]
+    assert whole["average"] == whole["parameters"] == pytest.approx(whole["optimizer"] / 2, 1e-3)
+
+
+def test_data_parallel_reduces_all_gradients_once(compiled):
+    size = compiled[1]["gib"]["parameters"] * plan.GIB / 1e9  # f32, as the gradients of f32 compute
+    sent = compiled[1]["sent_gb"]
+    assert set(sent) == {"all-reduce"}
+    assert sent["all-reduce"] == pytest.approx(2 * 3 / 4 * size, rel=0.01)
+
+
+def test_fsdp_gathers(compiled):
+    assert compiled[4]["sent_gb"]["all-gather"] > 0
+
+
+def test_the_sampler_compiles_for_tpus():
+    with tiny.few_layers():
+        config = tiny.config(**{"sampling.batch_size": 6})
+        figures = plan.Planner(config, topology.parse("v5e:2x2")).sample()
+    assert figures["batch_size"] == 8 and figures["fits"] and figures["images_per_sec"] > 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"data.name": "latents", "encode.text": True}])
+def test_a_recipe_of_the_paper_lowers_for_a_slice(fields):
+    """With the autoencoder and CLIP's text tower in the step, though there are no files of them."""
+    values = recipes.paper("ours", "cc12m", 256)
+    values.update_from_flattened_dict(fields)
+    config = config_lib.create(values)
+    target = topology.parse("v5e-64")
+    planner = plan.Planner(config, target)
+    mesh = sharding.create_mesh(config.parallel.fsdp, planner.devices)
+    lowered, given = plan.lower_step(plan.create_system(planner.config, planner.words), mesh)
+    assert "mhlo.num_partitions = 64" in lowered.as_text()
+    assert plan.device_bytes(given["parameters"]) == pytest.approx(4 * 791.6e6 / 8, rel=0.01)
+    tower = 123.06e6  # of CLIP ViT-L/14, bf16
+    leaves = jax.tree.leaves(given["encoders"]["text_encoder"])
+    assert sum(a.size * a.dtype.itemsize for a in leaves) == pytest.approx(2 * tower, 0.01)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, backend",
+    [
+        ("v5e:2x2", "float32", "flash"),
+        ("h100:1x8", "bfloat16", "cudnn"),
+        ("h100:1x8", "float32", "xla"),
+    ],
+)
+def test_attention_is_what_the_target_takes(monkeypatch, name, dtype, backend):
+    monkeypatch.setattr(topology.Topology, "devices", lambda _: [])
+    planner = plan.Planner(tiny.config(**{"model.dtype": dtype}), topology.parse(name))
+    assert planner.config.model.attention == backend
+
+
+def test_changed():
+    config = tiny.config()
+    other = plan.changed(config, {"batch_size": 8, "model.remat": "dots"})
+    assert (other.batch_size, other.model.remat) == (8, "dots")
+    assert dataclasses.replace(other, batch_size=16, model=config.model) == config
+
+
+def test_fsdp_sends_parameters_and_not_activations():
+    """What is sent does not grow with the batch: `layers.by_example` sees to it."""
+    sent = []
+    with tiny.few_layers():
+        for batch in (64, 256):
+            config = tiny.config(batch_size=batch, **{"parallel.fsdp": 8})
+            lowered, given = plan.lower_step(tiny.system(config), sharding.create_mesh(8))
+            sent.append(sum(hlo.collectives(plan.measure(lowered, given).runs).values()))
+    assert sent[1] < 1.02 * sent[0], sent

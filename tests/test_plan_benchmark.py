@@ -1,0 +1,63 @@
+"""The table of recipes and slices: every cell once, gone on from where it was stopped."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from benchmarks import plan
+
+GIB = {"parameters": 0.25, "average": 0.25, "optimizer": 0.5, "total": 3.0}
+FIGURES = {"gib": GIB, "seconds": 0.5, "sending_seconds": 0.01, "images_per_sec": 4096, "mfu": 0.25}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the command with cells that are not compiled; (cells asked for, those in the file)."""
+
+    def command(*arguments, stop=None):
+        asked = []
+
+        def measure(recipe, changes, name):
+            if len(asked) == stop:
+                raise KeyboardInterrupt
+            asked.append((recipe, name, tuple(changes.items())))
+            return FIGURES | {"fits": name != "v5e-64"}
+
+        monkeypatch.setattr(plan, "measure", measure)
+        out = tmp_path / "cells.jsonl"
+        monkeypatch.setattr(sys, "argv", ["plan", f"--out={out}", *arguments])
+        try:
+            plan.main()
+        except KeyboardInterrupt:
+            assert stop is not None
+        return asked, [json.loads(line) for line in out.read_text().splitlines()]
+
+    return command
+
+
+def test_a_stopped_table_goes_on(run):
+    first, cells = run(stop=5)
+    assert len(cells) == len(first) == 5
+    rest, cells = run()
+    assert len(cells) == 5 + len(rest) == 4 * (4 * len(plan.CHOICES["ours"] + plan.CHOICES["unet"]))
+    assert len(set(first + rest)) == len(cells) == len({cell["name"] for cell in cells})
+    assert run()[0] == []
+
+
+def test_a_part_of_the_table(run):
+    asked, _ = run("--only=cc12m_512:arch=unet v4-32")
+    assert len(asked) == len(plan.CHOICES["unet"])
+    assert {(recipe, name) for recipe, name, _ in asked} == {("cc12m_512:arch=unet", "v4-32")}
+
+
+def test_rows_tell_what_does_not_fit(run, capsys):
+    run("--only=imagenet1k_256:arch=ours (v5e-64|v4-32) model.remat=dots parallel.fsdp=8")
+    run("--table")
+    rows = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
+    where = ["imagenet1k_256:arch=ours", "v5e-64", "dots", "8", "1.0"]
+    assert rows[2] == [*where, "does not fit", "", "", "", ""]
+    assert rows[3][1] == "v4-32"
+    assert rows[3][5:] == ["3.0", "0.50", "0.010", "4096", "25%"]
+    assert {len(row) for row in rows} == {10}

@@ -242,18 +242,18 @@ UNETS = {
 KL = kl.Size((8, 16), latent=3)
 
 
-def diffusers_unet(side: int, size: unet.Size) -> torch.nn.Module:
+def diffusers_unet(side: int, size: unet.Size, channels: int = CHANNELS) -> torch.nn.Module:
     """UNet2DConditionModel, whose attention_head_dim is the NUMBER of heads."""
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in size.attention]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in size.attention[::-1]]
     return diffusers.UNet2DConditionModel(
         sample_size=side,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=size.channels,
         layers_per_block=size.resnets,
         norm_num_groups=size.groups,
-        cross_attention_dim=TEXT,
+        cross_attention_dim=size.context,
         attention_head_dim=tuple(map(size.heads_at, size.channels)),
         down_block_types=down,
         up_block_types=up,
@@ -263,10 +263,10 @@ def diffusers_unet(side: int, size: unet.Size) -> torch.nn.Module:
 class ClassUNet(torch.nn.Module):
     """UNet2DConditionModel that attends to one class token."""
 
-    def __init__(self, side: int):
+    def __init__(self, side: int, size=UNETS["class"], channels=CHANNELS, classes=CLASSES):
         super().__init__()
-        self.unet = diffusers_unet(side, UNETS["class"])
-        self.class_embed = torch.nn.Embedding(CLASSES + 1, TEXT)
+        self.unet = diffusers_unet(side, size, channels)
+        self.class_embed = torch.nn.Embedding(classes + 1, size.context)
 
     def forward(self, x, t, y):
         return self.unet(x, t, self.class_embed(y)[:, None])

@@ -14,14 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
@@ -32,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks import parity
+from benchmarks import parity, timing
+from benchmarks.timing import COMPILED, OURS, THEIRS
 from condiff_jax import config as config_lib
-from condiff_jax import sharding
+from condiff_jax import startup
 from condiff_jax.convert import exporting, published
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.diffusion.guidance import dual_guidance
@@ -51,9 +47,7 @@ SIDE, GUIDANCE, SCALE = 32, 1.5, 0.18215
 VAE = kl.SIZES["tiny"]
 # Largest mean difference of two pictures, in grey levels of 255.
 LIMITS = {"float32": 0.05, "bfloat16": 4.0}
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "numpy")
-OURS, UNDECODED, CALLS = "ours", "ours, not decoded", "ours, its calls of the denoiser alone"
-THEIRS, COMPILED = "diffusers", "diffusers, torch.compile"
+UNDECODED, CALLS = "ours, not decoded", "ours, its calls of the denoiser alone"
 
 
 def create_autoencoder() -> diffusers.AutoencoderKL:
@@ -95,18 +89,16 @@ def create_params(system: System) -> dict:
     return params
 
 
-def create_pipeline(
-    system: System, params: dict, vae: diffusers.AutoencoderKL
-) -> diffusers.DiTPipeline:
-    """diffusers' pipeline with our weights, and with DiT's frequencies (see `parity`)."""
-    model = system.model
+def create_transformer(system: System, params: dict) -> diffusers.DiTTransformer2DModel:
+    """diffusers' DiT with our weights, and with DiT's frequencies (see `parity`)."""
+    model, (side, _, channels) = system.model, system.latent_shape
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=model.heads,
         attention_head_dim=model.width // model.heads,
-        in_channels=VAE.latent,
-        out_channels=VAE.latent,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=model.depth,
-        sample_size=SIDE,
+        sample_size=side,
         patch_size=model.patch,
         num_embeds_ada_norm=CLASSES,
         norm_eps=1e-6,
@@ -115,16 +107,17 @@ def create_pipeline(
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     rules = published.diffusers_dit(model.patch, model.depth)
     state = published.to_published(to_torch(params["model"]), rules)
-    parity.load(transformer, state, tables=("pos_embed.pos_embed",))
+    return parity.load(transformer, state, tables=("pos_embed.pos_embed",))
+
+
+def create_pipeline(
+    system: System, params: dict, vae: diffusers.AutoencoderKL
+) -> diffusers.DiTPipeline:
+    """diffusers' pipeline with our weights."""
     scheduler = diffusers.DDIMScheduler.from_config(exporting.scheduler_config(system))
-    pipeline = diffusers.DiTPipeline(transformer, vae, scheduler)
+    pipeline = diffusers.DiTPipeline(create_transformer(system, params), vae, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def one_device() -> jax.sharding.Mesh:
-    """A mesh of the first device, which is what the pipeline has."""
-    return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), sharding.BATCH_AXES)
 
 
 def undecoded(system: System) -> System:
@@ -163,8 +156,8 @@ def our_methods(system: System, params: dict, frozen: dict, labels: np.ndarray, 
     params = jax.device_put(params, jax.devices()[0])
     frozen = jax.device_put(frozen, jax.devices()[0])
     batch, latents = requests(system, labels), undecoded(system)
-    whole = Sampler(system, one_device(), system.config.sampling, frozen)
-    bare = Sampler(latents, one_device(), latents.config.sampling)
+    whole = Sampler(system, timing.one_device(), system.config.sampling, frozen)
+    bare = Sampler(latents, timing.one_device(), latents.config.sampling)
     return {
         OURS: lambda: whole(params, batch),
         UNDECODED: lambda: bare(params, batch),
@@ -196,36 +189,11 @@ def their_methods(pipeline: diffusers.DiTPipeline, asked: argparse.Namespace, la
     return methods
 
 
-def warm_up(methods: dict[str, Callable]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What each method makes, and why those that do not run were left out of `methods`."""
-    made, left_out = {}, {}
-    for name in list(methods):
-        try:
-            made[name] = methods[name]()
-        except Exception as error:
-            if name != COMPILED:  # torch.compile needs a compiler and a Python that it knows
-                raise
-            left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            del methods[name]
-    return made, left_out
-
-
 def difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     """Of pictures in uint8 and in [0, 1], in grey levels; contrast: their standard deviation."""
     theirs = 255 * theirs.astype(np.float64)
     error = np.abs(ours - theirs.round())
     return {"mean": error.mean(), "largest": error.max(), "contrast": theirs.std()}
-
-
-def measure(methods: dict[str, Callable], repetitions: int) -> dict[str, np.ndarray]:
-    """Seconds of time and of CPU time, (repetitions, 2) of each method, which take turns."""
-    seconds = {name: [] for name in methods}
-    for _ in range(repetitions):
-        for name, sample in methods.items():
-            start, used = time.perf_counter(), time.process_time()
-            sample()
-            seconds[name].append((time.perf_counter() - start, time.process_time() - used))
-    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def summarise(seconds: dict[str, np.ndarray], batch: int, clock: int) -> dict:
@@ -247,26 +215,6 @@ def summarise(seconds: dict[str, np.ndarray], batch: int, clock: int) -> dict:
         shares = 1 - used[CALLS] / used[name]
         outside[key] = (np.median(shares), shares.min(), shares.max())
     return {"rows": rows, "outside": outside}
-
-
-def surroundings() -> dict:
-    """Where and with what this was measured."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True
-    )
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cpu": models[0] if models else platform.processor(),
-        "cores": sorted(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": commit.stdout.strip(),
-    }
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -304,17 +252,12 @@ def report(record: dict) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 if the pictures differ, 2 if PyTorch has no GPU where JAX has one."""
+    """The exit code: 0, 1 if the pictures differ, 2 for what `timing.start` refuses."""
     asked = parse(arguments)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
-    if asked.cores:  # XLA, when it starts, takes as many threads as these
-        os.sched_setaffinity(0, map(int, asked.cores.split(",")))
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    diffusers.utils.logging.set_verbosity_error()
-    gpu = jax.default_backend() == "gpu"
-    if gpu and not torch.cuda.is_available():
-        print("error: JAX has a GPU, but PyTorch has none", file=sys.stderr)
-        return 2
+    try:
+        gpu = timing.start(asked.cores)
+    except config_lib.ConfigError as error:
+        return startup.fail(error)
     vae = create_autoencoder()
     with tempfile.TemporaryDirectory() as folder:
         vae.save_pretrained(folder)
@@ -324,15 +267,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     labels = np.random.default_rng(0).integers(CLASSES, size=asked.batch)
     keys = noise_keys(system.config.sampling.seed, jnp.arange(asked.batch))[:, 1]
     x = initial_noise(keys, system.latent_shape)
-    record = surroundings() | {
+    record = timing.surroundings() | {
         "settings": vars(asked) | {"guidance": GUIDANCE, "latents": system.latent_shape}
     }
-    # f32 in full precision, which is PyTorch's default on all devices, but not JAX's.
-    with jax.default_matmul_precision("highest" if asked.dtype == "float32" else "default"):
+    with timing.precision(asked.dtype):
         methods = our_methods(system, params, frozen, labels, x)
         methods |= their_methods(create_pipeline(system, params, vae), asked, labels, x)
-        made, record["left_out"] = warm_up(methods)
-        seconds = measure(methods, asked.repetitions)
+        made, record["left_out"] = timing.warm_up(methods)
+        seconds = timing.measure(methods, asked.repetitions)
     record |= summarise(seconds, asked.batch, clock=0 if gpu else 1)
     record["pictures"] = {
         name: difference(made[OURS], made[name]) for name in (THEIRS, COMPILED) if name in made
@@ -347,4 +289,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    timing.restart()
     sys.exit(main())

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import sampling
+from benchmarks import sampling, timing
 from tests import tiny
 
 TINY = ["--size=tiny/4", "--batch=2", "--steps=2", "--repetitions=1", "--no-compile"]
@@ -44,11 +44,11 @@ def test_what_does_not_compile_is_left_out():
         raise RuntimeError("no compiler\nhere")
 
     methods = {sampling.THEIRS: lambda: 1, sampling.COMPILED: broken}
-    made, left_out = sampling.warm_up(methods)
+    made, left_out = timing.warm_up(methods)
     assert made == {sampling.THEIRS: 1} and list(methods) == [sampling.THEIRS]
     assert left_out == {sampling.COMPILED: "RuntimeError: no compiler"}
     with pytest.raises(RuntimeError):
-        sampling.warm_up({sampling.OURS: broken})
+        timing.warm_up({sampling.OURS: broken})
 
 
 def test_steps_must_divide_the_schedule(capsys):

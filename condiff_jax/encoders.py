@@ -152,8 +152,11 @@ class Clip:
 
     @property
     def network(self) -> clip.TextTower:
-        """The tower, of the size that config.json gives."""
-        return clip.TextTower(self._opened[0], self.dtype)
+        """The tower, of the size that config.json gives; ViT-L/14 is known without a path."""
+        size, settings = clip.Size(), self.settings
+        if settings.path or (size.length, size.width) != (settings.length, settings.width):
+            size = self._opened[0]
+        return clip.TextTower(size, self.dtype)
 
     def files(self) -> list[epath.Path]:
         """What the text features depend on, besides config.json."""
@@ -162,15 +165,19 @@ class Clip:
             return [*weights.weight_files(tower), *(words / name for name in clip.WORDS)]
 
     def shapes(self) -> dict:
-        """Those of the parameters; ConfigError where config.json does not say."""
+        """Those of what `load` gives; ConfigError where config.json does not say."""
         ids = jnp.zeros((1, self.settings.length), jnp.int32)
-        return jax.eval_shape(self.network.init, jax.random.key(0), ids, ids > 0)["params"]
+        shapes = jax.eval_shape(self.network.init, jax.random.key(0), ids, ids > 0)["params"]
+        return jax.eval_shape(self._cast, shapes)
 
     def load(self) -> dict:
         """Its parameters, matrices in the type they are computed with; ConfigError on misfit."""
         place, rules, shapes = str(self.parts[0]), published.CLIP_TEXT, self.shapes()
         with blaming("text_encoder.path"):
             params = weights.load_published(place, rules, shapes, published.CLIP_OTHERS)
+        return self._cast(params)
+
+    def _cast(self, params: dict) -> dict:
         return jax.tree_util.tree_map_with_path(
             lambda path, a: a.astype(self.dtype) if path[-1].key in ("kernel", "embedding") else a,
             params,

@@ -5,11 +5,15 @@ Layers carry no sharding; XLA derives the rest from the placement of parameters 
 
 from __future__ import annotations
 
+import functools
+import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,7 +33,7 @@ RULES = (
     (r"(conv_in|conv1|conv2|shortcut|proj_in|proj_out)/kernel", P(None, None, None, "fsdp")),
     (r"\w+_(down|up)sample/kernel", P(None, None, None, "fsdp")),  # (height, width, in, out)
     (r"(model|encoder|decoder)/conv_out/kernel", P(None, None, "fsdp")),
-    (r"(quant_conv|post_quant_conv|critic/\w+)/kernel", P()),
+    (r"(quant_conv|post_quant_conv|critic/\w+|lpips/\w+/\w+)/kernel|lpips/heads/\d+", P()),
     (r"time/kernel", P("fsdp")),  # (E, C)
     (r"embedding", P(None, "fsdp")),  # (entries, D)
     (r"model/(decoder_)?positions", P(None, "fsdp")),  # (N, D)
@@ -45,14 +49,31 @@ def local_mesh() -> Mesh:
     return jax.make_mesh((len(devices), 1), BATCH_AXES, axis_types=types, devices=devices)
 
 
-def create_mesh(fsdp: int = 1) -> Mesh:
-    """All devices as a (data, fsdp) mesh; ValueError when they do not divide."""
-    devices = jax.device_count()
-    if devices % fsdp:
-        raise ValueError(
-            f"config: parallel.fsdp={fsdp} must divide the number of devices, {devices}"
-        )
-    return jax.make_mesh((devices // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """These devices, or all, as a (data, fsdp) mesh; ValueError when they do not divide.
+
+    fsdp: 0 for 8, or as many of them as divide the number of devices.
+    """
+    count = jax.device_count() if devices is None else len(devices)
+    fsdp = fsdp or math.gcd(8, count)
+    if count % fsdp:
+        raise ValueError(f"config: parallel.fsdp={fsdp} must divide the number of devices, {count}")
+    # jax.make_mesh would not lay 8 devices in a torus of 16 x 16 or 4 x 4 x 4.
+    grid = mesh_utils.create_device_mesh(
+        (count // fsdp, fsdp), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+    """The function, to be jitted, with `mesh` known to the layers that it traces."""
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -92,6 +113,11 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put(mesh: Mesh, tree: Any) -> Any:
+    """Parameters, the same on every host, placed by the rules."""
+    return jax.device_put(tree, tree_shardings(mesh, tree))
 
 
 def path_name(path: tuple) -> str:

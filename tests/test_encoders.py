@@ -143,9 +143,12 @@ def test_summary_tells_what_is_frozen_besides(folder, capsys):
     count = sum(a.size for a in jax.tree.leaves(tiny.system(config(folder)).load_frozen()))
     assert f"Frozen besides: text_encoder, {count:,} parameters" in lines
     assert json.loads(lines[-1]).keys() == {"parameters", "gflop_forward"}
-    summary.run(config(""))
-    told = capsys.readouterr().out
-    assert "Frozen besides: text_encoder, of unknown size (config: text_encoder.path is em" in told
+    for path, why in (("", "config: text_encoder.path is em"), ("/no/such", "text_encoder.path: ")):
+        summary.run(config(path))
+        told = capsys.readouterr().out
+        assert f"Frozen besides: text_encoder, of unknown size ({why}" in told
+    summary.run(config("", **{"text_encoder.length": 77, "text_encoder.width": 768}))
+    assert "Frozen besides: text_encoder, 123,060,480 parameters" in capsys.readouterr().out
 
 
 def test_bf16_runs_encode_in_bf16(folder):

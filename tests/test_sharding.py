@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from condiff_jax import config as config_lib
 from condiff_jax import sharding, system
 from condiff_jax.checkpoint import abstract_state
-from condiff_jax.models import MODELS, transformer
+from condiff_jax.models import MODELS, clip, kl, transformer
+from condiff_jax.models.autoencoder import NETWORKS
 from configs import base
 
 VOCABULARY = system.Vocabulary(words=("a", "red", "circle"), classes=("circle", "square"))
@@ -151,6 +152,12 @@ def test_mesh(fsdp):
     assert dict(mesh.shape) == {"data": 8 // fsdp, "fsdp": fsdp}
 
 
+@pytest.mark.parametrize("devices, fsdp", [(1, 1), (6, 2), (8, 8)])
+def test_mesh_with_as_much_fsdp_as_divides(devices, fsdp):
+    mesh = sharding.create_mesh(0, jax.devices()[:devices])
+    assert dict(mesh.shape) == {"data": devices // fsdp, "fsdp": fsdp}
+
+
 @pytest.mark.parametrize("fsdp", [3, 16])
 def test_mesh_needs_a_divisor(fsdp):
     with pytest.raises(ValueError, match=f"parallel.fsdp={fsdp} must divide .* devices, 8"):
@@ -167,3 +174,33 @@ def test_batches_are_split_over_all_devices(fsdp):
     assert {s.data.shape for s in placed["label"].addressable_shards} == {(2,)}
     whole = jax.device_put(batch["x"], sharding.replicated(mesh))
     assert {s.data.shape for s in whole.addressable_shards} == {(16, 2)}
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_frozen_autoencoders_are_split_like_what_is_trained(kind):
+    network = NETWORKS[kind](kl.SIZES["tiny"])
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    assert_mostly_split({"autoencoder": shapes})
+
+
+def test_frozen_text_towers_are_split_like_what_is_trained():
+    size = clip.Size(words=64, length=8, width=32, depth=2, heads=2, hidden=64, end=2)
+    ids = jnp.zeros((1, 8), jnp.int32)
+    shapes = jax.eval_shape(clip.TextTower(size).init, jax.random.key(0), ids, ids == 0)["params"]
+    assert_mostly_split({"text_encoder": shapes})
+
+
+def test_frozen_lpips_is_small_and_whole():
+    kernel, head = np.ones((3, 3, 4, 8), np.float32), np.ones(8, np.float32)
+    conv = {"conv_0": {"kernel": kernel, "bias": head}}
+    for name in ("alexnet", "vgg16"):
+        tree = {"lpips": {name: conv, "heads": [head, head]}}
+        placed = sharding.put(sharding.create_mesh(4), tree)
+        assert all(array.is_fully_replicated for array in jax.tree.leaves(placed))
+
+
+def assert_mostly_split(shapes):
+    tree = jax.tree.map(lambda a: np.ones(a.shape, np.float32), shapes)
+    placed = jax.tree.leaves(sharding.put(sharding.create_mesh(4), tree))
+    kept = sum(array.addressable_shards[0].data.size for array in placed)
+    assert kept < 0.3 * sum(array.size for array in placed)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from condiff_jax.conditioning.control import Weighting
-from condiff_jax.models import dit, mdt, mmdit, pixart, transformer, unet
+from condiff_jax.models import attention, dit, mdt, mmdit, pixart, transformer, unet
 
 if TYPE_CHECKING:
     from condiff_jax.config import Config
@@ -95,14 +96,16 @@ def create(
     config: Config, *, classes: int | None, weighting: Weighting, factor: int = 1
 ) -> nn.Module:
     """The denoiser `config.model.name`; classes: None for text; factor: of the autoencoder."""
-    model = config.model
-    architecture = MODELS[model.name]
+    model, dtype = config.model, jnp.dtype(config.model.dtype)
+    architecture, backend = MODELS[model.name], model.attention
+    if backend == "auto":
+        backend = attention.fastest(jax.default_backend(), dtype)
     return architecture.module(
         classes=classes,
         weighting=weighting,
         qk_norm=model.qk_norm,
         remat=model.remat,
-        backend=model.attention,
-        dtype=jnp.dtype(model.dtype),
+        backend=backend,
+        dtype=dtype,
         **architecture.settings(config, classes, factor),
     )

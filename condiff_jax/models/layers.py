@@ -1,4 +1,4 @@
-"""Layers shared by the transformers: attention, MLP, modulation, patches, position embedding."""
+"""Layers of the transformers: attention, MLP, modulation, patches, position embedding."""
 
 from __future__ import annotations
 
@@ -10,33 +10,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from condiff_jax.conditioning.control import sinusoid
+from condiff_jax.models.attention import attention
 
-ATTENTION_BACKENDS = ("xla", "cudnn")
 xavier = nn.initializers.xavier_uniform()
 normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, backend: str = "xla", bias: jax.Array | None = None
-) -> jax.Array:
-    """Softmax attention, the one entry point for all backends; each (B, T, heads, head size).
+def by_example(x: jax.Array) -> jax.Array:
+    """x (B, ...), with each example on one device of the mesh that `sharding.traced_on` set.
 
-    bias (B or 1, heads, T, S), f32, is added to the logits.
+    Without one nothing happens. XLA would else split activations like the parameters that they
+    meet, and send them around instead of gathering parameters, which are far smaller.
     """
-    if backend == "cudnn":
-        bias = None if bias is None else bias.astype(q.dtype)
-        return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")
-    # Heads before tokens: the layout of XLA's own attention kernels, and on CPUs faster
-    # than jax.nn.dot_product_attention. The softmax is f32.
-    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, heads, T, head size)
-    q = q * q.shape[-1] ** -0.5
-    logits = jnp.einsum("bhtc,bhsc->bhts", q, k, preferred_element_type=jnp.float32)
-    logits = logits if bias is None else logits + bias
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bhsc->bhtc", weights, v).swapaxes(1, 2)
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(mesh.axis_names))
 
 
 def layer_norm(x: jax.Array) -> jax.Array:

@@ -182,7 +182,7 @@ class UNet(nn.Module):
         """What transformers hear (B, T, C): text tokens or one class token, null where dropped."""
         drop = cond.drop_semantics
         if self.classes is None:
-            return jnp.where(drop[:, None, None], 0, cond.semantics.tokens)
+            return layers.by_example(jnp.where(drop[:, None, None], 0, cond.semantics.tokens))
         # No norm follows, so the token starts with the unit variance of text features.
         table = nn.Embed(
             self.classes + 1, self.size.context, embedding_init=nn.initializers.normal(1.0),
@@ -192,7 +192,7 @@ class UNet(nn.Module):
 
     def stage(self, part: str, index: int, width: int, attend: bool, y: jax.Array, given: tuple):
         """A ResNet block and, to attend, a transformer block; given: (time embedding, context)."""
-        size, remat = self.size, REMAT[self.remat]
+        size, remat, y = self.size, REMAT[self.remat], layers.by_example(y)
         emb, context = given
         resnet = remat(ResNetBlock)
         y = resnet(width, size.groups, dtype=self.dtype, name=f"{part}_resnet_{index}")(y, emb)

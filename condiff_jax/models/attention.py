@@ -1,0 +1,92 @@
+"""Softmax attention: one entry point, and a backend for each kind of device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+from jax.sharding import PartitionSpec as P
+
+LONG = 1024  # keys from which `flash` pays: with fewer XLA needs no more memory for the logits
+TILE = 128  # of tokens on a TPU
+FASTEST = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "flash"}  # by platform; elsewhere xla
+
+
+def fastest(platform: str, dtype: jnp.dtype) -> str:
+    """The backend of model.attention=auto for the devices of a platform."""
+    name = FASTEST.get(platform, "xla")
+    return "xla" if name == "cudnn" and dtype != jnp.bfloat16 else name
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, backend: str = "xla", bias: jax.Array | None = None
+) -> jax.Array:
+    """Softmax attention of q (B, T, heads, head size) to k and v (B, S, heads, head size).
+
+    bias (B or 1, heads, T, S), f32, is added to the logits. A backend does what it can, xla the
+    rest: cudnn has no large or odd heads, flash is for many keys and knows no bias.
+    """
+    size, keys = q.shape[-1], k.shape[1]
+    if backend == "cudnn" and size <= 128 and size % 8 == 0:
+        if bias is None:
+            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        if q.shape[1] % 2 == keys % 2 == 0:
+            bias = bias.astype(q.dtype)
+            return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")
+    if backend == "flash" and bias is None and keys >= LONG:
+        return flash(q, k, v)
+    return xla(q, k, v, bias)
+
+
+def xla(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Attention in plain JAX, the softmax in f32."""
+    # Heads before tokens: the layout of XLA's own attention kernels, and on CPUs faster
+    # than jax.nn.dot_product_attention.
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, heads, T, head size)
+    q = q * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bhtc,bhsc->bhts", q, k, preferred_element_type=jnp.float32)
+    logits = logits if bias is None else logits + bias
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bhsc->bhtc", weights, v).swapaxes(1, 2)
+
+
+def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention by Pallas' kernel for TPUs, which keeps no logits.
+
+    Tokens are padded to whole tiles; those added are a segment of their own. XLA cannot divide a
+    kernel among devices, so each runs it on its examples, see `sharding.traced_on`.
+    """
+    tokens = q.shape[1]
+    ids = pallas.SegmentIds(*(_pad(jnp.zeros(a.shape[:2], jnp.int32), 1) for a in (q, k)))
+    q, k, v = (_pad(a, 0).swapaxes(1, 2) for a in (q, k, v))  # (B, heads, T, head size)
+
+    def kernel(q, k, v, ids):
+        scale, blocks = q.shape[-1] ** -0.5, _blocks(q.shape[2], k.shape[2])
+        return pallas.flash_attention(q, k, v, None, ids, sm_scale=scale, block_sizes=blocks)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        spec = P(mesh.axis_names)
+        # The kernel does not tell over which axes its output varies.
+        kernel = jax.shard_map(kernel, in_specs=spec, out_specs=spec, check_vma=False)
+    return kernel(q, k, v, ids).swapaxes(1, 2)[:, :tokens]
+
+
+def _pad(x: jax.Array, value: int) -> jax.Array:
+    """x (B, T, ...) with T filled up to whole tiles."""
+    width = [(0, 0)] * x.ndim
+    width[1] = (0, -x.shape[1] % TILE)
+    return jnp.pad(x, width, constant_values=value)
+
+
+def _blocks(queries: int, keys: int) -> pallas.BlockSizes:
+    """The largest blocks of up to four tiles that divide padded sequences."""
+    q, k = (max(n for n in range(TILE, 4 * TILE + 1, TILE) if t % n == 0) for t in (queries, keys))
+    return pallas.BlockSizes(
+        block_b=1, block_q=q, block_k_major=k, block_k=k,
+        block_q_major_dkv=q, block_k_major_dkv=k, block_k_dkv=k, block_q_dkv=q,
+        block_k_major_dq=k, block_k_dq=k, block_q_dq=q,
+    )  # fmt: skip
+
+
+BACKENDS = ("auto", "xla", "cudnn", "flash")

@@ -26,6 +26,7 @@ from condiff_jax.data import shapes
 from condiff_jax.encoders import blaming
 from condiff_jax.grid import caption_grid
 from condiff_jax.metrics import fid, lpips, prompt, response, shapes_features
+from condiff_jax.reference import Reference, kept
 from condiff_jax.sample import Sampler, asked_control, requests, save_png, titles
 from condiff_jax.schema import Sampling
 from condiff_jax.system import System
@@ -54,11 +55,19 @@ def check(config: Config) -> None:
     if "clip_score" in metrics and config.data.semantics != "text":
         raise ConfigError("config: clip_score of evaluation.metrics needs data.semantics=text")
     if metrics & fidelity.NETWORK.keys():
-        fidelity.create_networks(config)
-        fidelity.Reference(config)
-        if settings.statistics:
+        networks, reference = fidelity.create_networks(config), Reference(config)
+        ours, theirs, least = settings.samples, len(reference.numbers), fidelity.least(metrics)
+        if min(ours, theirs) < least:
+            raise ConfigError(
+                f"config: evaluation.metrics need {least} pictures or more, got evaluation.samples="
+                f"{ours} and {theirs} of evaluation.reference={settings.reference}"
+            )
+        if settings.statistics and "inception" in networks:
             with blaming("evaluation.statistics"):
-                fid.load(settings.statistics)
+                network, side = networks["inception"], (config.data.resolution,) * 2
+                mean, about = np.zeros(network.width), (network.name, network.sha256, side)
+                ours = fid.Statistics(mean, np.zeros((0, 0)), None, *about)
+                fid.check_alike(ours, fid.load(settings.statistics))
     if "size_response" in settings.metrics and settings.lpips:
         with blaming("evaluation.lpips"):
             lpips.load_weights(settings.lpips)
@@ -76,6 +85,7 @@ def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
     prompted = "size_response" in settings.metrics and config.data.name != "shapes"
     if networks or prompted:
         evaluation["reference"] = settings.reference
+        evaluation["reference_sha256"] = Reference(config).digest()
         evaluation |= {"path": settings.path} if settings.path else {}
     if settings.statistics and "inception" in networks:
         content = epath.Path(settings.statistics).read_bytes()
@@ -143,13 +153,20 @@ def measure(
     return record
 
 
+def forget_after(folder: Workdir, step: int) -> None:
+    """Drop what killed or finished measurements beyond a step have left: weights will be others."""
+    for path in (folder.path / "evaluations").glob("*-*"):
+        if int(path.name.partition("-")[0]) > step:
+            path.rmtree()
+
+
 def subjects(system: System, n: int) -> list[Any]:
     """What to ask for in turn: the scenes of n unseen prompts, or n times the next class."""
     if system.text_encoder is None:
         return [i % len(system.vocabulary.classes) for i in range(n)]
     if system.config.data.name == "shapes":
         return shapes.prompts(n)
-    return fidelity.Reference(system.config).asked(n, system)
+    return Reference(system.config).asked(n, system)
 
 
 def asked_for(system: System, wanted: Sequence[Any]) -> list[Any]:
@@ -191,8 +208,8 @@ def size_response(
         range(0, len(wanted), SIZE_PART), desc="sizes", disable=jax.process_index() != 0
     ):
         some, file = wanted[low : low + SIZE_PART], parts / f"sizes-{low:08d}.json"
-        if low and file.exists():
-            found.append((len(some), json.loads(file.read_text())))
+        if values := kept(file, json.loads):  # the first part is made again, for the grids
+            found.append((len(some), values))
             continue
         pictures = controlled(sampler, params, some, sides, "sizes", low)
         found.append(
@@ -315,7 +332,10 @@ def run(config: Config, workdir: str) -> list[dict[str, Any]]:
 
     What was measured before is not measured again.
     """
-    config = protocols.apply(config)
+    if config.evaluation.protocol:
+        if jax.process_index() == 0:
+            print(protocols.summary(config))
+        config = protocols.apply(config)
     if not config.evaluation.metrics:
         raise ConfigError("config: evaluation.metrics is empty; name what to measure")
     points = grid(config)
@@ -335,7 +355,7 @@ def run(config: Config, workdir: str) -> list[dict[str, Any]]:
         if step is not None:
             identity = describe(point, step, ema=ema)
             record = measured(folder, identity)
-            if not fidelity.saved(own_folder(folder, identity), config.evaluation.save):
+            if not fidelity.saved(own_folder(folder, identity), config):
                 record = None  # for the pictures
         if record:
             print(f"Step {step} is already measured so, in {folder.evaluation}:")
@@ -344,7 +364,7 @@ def run(config: Config, workdir: str) -> list[dict[str, Any]]:
                 mesh = sharding.create_mesh(config.parallel.fsdp)
                 system = create_system(config, folder.load_vocabulary())
                 step, params = checkpoints.restore_params(system, mesh, ema=ema)
-                frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
+                frozen = sharding.put(mesh, folder.load_frozen(system))
                 sampler = Sampler(system, mesh, config.sampling, frozen)
             record = measure(sampler.at(point), params, step, folder, ema=ema)
         if jax.process_index() == 0:

@@ -48,3 +48,13 @@ def apply(config: Config) -> Config:
         group, _, field = name.partition(".")
         fields[group][field] = value
     return config_lib.create(fields)
+
+
+def summary(config: Config) -> str:
+    """What `apply` sets, in a line: it goes before the config, and before the command line too."""
+    changes = []
+    for field, value in PROTOCOLS[config.evaluation.protocol].items():
+        before = config_lib.get(config, field)
+        changes.append(f"{field}={value}" + (f" (not {before})" if before != value else ""))
+    sets = f"evaluation.protocol={config.evaluation.protocol} sets {', '.join(changes)}"
+    return f"{sets}; evaluation.samples stays {config.evaluation.samples}"

@@ -18,6 +18,7 @@ from condiff_jax.data import augment, shapes
 from condiff_jax.logs import Reporter
 from condiff_jax.metrics import shapes_features
 from condiff_jax.metrics.prompt import sharpness
+from condiff_jax.reference import Reference
 from condiff_jax.schema import ControlValues, Sampling
 from condiff_jax.workdir import Workdir
 from tests import tiny
@@ -55,7 +56,7 @@ def trained(request, tmp_path_factory):
     )
     train_state = state.create(params, optim.create(config)).replace(step=jnp.array(2))
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
-    checkpoints.save(2, train_state, None, 0.0)
+    checkpoints.save(2, train_state, 0.0)
     checkpoints.close()
     Reporter(system, mesh, folder, None).finish(2, train_state.ema)
     return path, fields
@@ -85,6 +86,7 @@ def test_the_end_of_training_measures_and_records(trained):
     assert record["sampling"]["ema"] is True and record["sampling"]["control"]["height"] == 16
     assert record["evaluation"] == {
         "metrics": sorted(MEASURED), "prompts": 3, "samples": 9, "reference": "train",
+        "reference_sha256": Reference(tiny.config(**fields)).digest(),
         "size_prompts": 2, "sizes": [12, 16, 24],
     }  # fmt: skip
     assert set(record["pictures"]) == {"grid", "sizes", "flip"}
@@ -251,14 +253,6 @@ def test_what_a_metric_depends_on_is_described_with_it(metric, fields):
         assert described(**without, **changed) == described(**without), name
 
 
-def test_prompts_of_other_data_are_described_by_where_they_are_from():
-    fields = {"evaluation.metrics": ("size_response",), "data.name": "tfds", "data.path": "a"}
-    one = described(**fields)
-    assert one == described(**fields | {"data.path": "b"})
-    for change in ({"evaluation.reference": "validation"}, {"evaluation.path": "c"}):
-        assert one != described(**fields | change)
-
-
 def test_weights_of_lpips_are_described_by_their_content(tmp_path):
     paths = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
     for path, content in zip(paths, (b"one", b"one", b"other"), strict=True):
@@ -275,7 +269,11 @@ def test_the_newest_of_equal_records_counts(tmp_path):
     (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evaluate.measured(folder, identity)["seconds"] == 2
     assert evaluate.measured(folder, other)["seconds"] == 3
-    assert evaluate.measured(folder, identity | {"step": 3}) is None
+    for other in ({"step": 3}, {"features": None}, {"sampling": {}}, {"evaluation": {}}):
+        assert evaluate.measured(folder, identity | other) is None
+        if "step" not in other:
+            changed = evaluate.own_folder(folder, identity | other)
+            assert changed != evaluate.own_folder(folder, identity)
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -363,6 +361,31 @@ def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monke
     assert heads == 2 * ["12 px", "16 px", "24 px"]
     assert [name.split(":")[0] for name in captions[1]] == 2 * ["not flipped", "flipped"]
     assert set(grids) == {"sizes", "flip"}
+
+
+def test_a_killed_response_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "SIZE_PART", 2)
+    system, calls = tiny.system(tiny.config(**FIELDS | {"evaluation.size_prompts": 5})), []
+
+    def sampler(params, batch, *, first=0, label="", dies_at=9):
+        number = first - evaluate.FIRST_INDEX["size_response"]
+        if number >= dies_at:
+            raise KeyboardInterrupt
+        calls.append(number)
+        rng = np.random.default_rng([number, int(batch["control"]["height"][0])])
+        return rng.integers(0, 256, (len(batch["label"]), 16, 16, 3), np.uint8)
+
+    def respond(parts, **dies):
+        fake = mock.Mock(side_effect=partial(sampler, **dies), system=system)
+        return evaluate.size_response(fake, {}, Workdir(str(tmp_path)), tmp_path / parts)[0]
+
+    expected = respond("whole")
+    assert sorted(set(calls)) == [0, 2, 4]
+    with pytest.raises(KeyboardInterrupt):
+        respond("killed", dies_at=4)
+    calls.clear()
+    assert respond("killed") == expected
+    assert sorted(set(calls)) == [0, 4]  # the first part is made again, for the grids
 
 
 def test_flips_are_compared_where_they_are_heard(tmp_path):

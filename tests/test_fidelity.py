@@ -2,19 +2,20 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
-from condiff_jax import evaluate, fidelity, protocols, sample, sharding
+from condiff_jax import evaluate, fidelity, hosts, protocols, reference, sample, sharding
 from condiff_jax.config import ConfigError
 from condiff_jax.data import augment, shapes
-from condiff_jax.data.builders.prepare import prepare
 from condiff_jax.logs import Reporter
-from condiff_jax.metrics import fid
 from condiff_jax.metrics.clip_score import ClipScore
 from condiff_jax.metrics.features import FeatureNetwork
 from condiff_jax.workdir import Workdir
@@ -68,7 +69,7 @@ def picture(i):
 
 
 def measure(path, fake):
-    return fidelity.measure(fake, {}, Workdir(str(path)), path / "parts")
+    return fidelity.measure(fake, {}, Workdir(str(path)), epath.Path(path) / "parts")
 
 
 def test_a_killed_generation_goes_on_where_it_was(tmp_path):
@@ -85,6 +86,69 @@ def test_a_killed_generation_goes_on_where_it_was(tmp_path):
     assert measure(tmp_path, again) == expected
     assert [call[0] for call in again.calls] == [8]
     np.testing.assert_array_equal(again.calls[0][1], whole.calls[2][1])
+
+
+def test_each_metric_alone_is_what_it_is_among_others(tmp_path):
+    expected = measure(tmp_path, Fake(tiny.config(**FIELDS)))
+    for metric in METRICS:
+        fake = Fake(tiny.config(**FIELDS | {"evaluation.metrics": (metric,)}))
+        values = fidelity.measure(fake, {}, Workdir(str(tmp_path)), epath.Path(tmp_path) / metric)
+        assert values == {name: expected[name] for name in values} and values
+
+
+@pytest.mark.parametrize("metric", ["kid", "precision_recall"])
+def test_what_was_made_is_compared_with_the_reference_not_the_reverse(tmp_path, metric):
+    fake = Fake(tiny.config(**FIELDS | {"evaluation.metrics": (metric,)}))
+    with mock.patch.object(getattr(fidelity, metric), metric, return_value={}) as compared:
+        measure(tmp_path, fake)
+    made = network()(np.stack([picture(fidelity.FIRST_INDEX + i) for i in range(9)]))
+    np.testing.assert_allclose(compared.call_args.args[0], made, rtol=1e-6)
+
+
+def test_kid_draws_subsets_where_there_are_enough(tmp_path, monkeypatch):
+    config = tiny.config(**FIELDS | {"evaluation.metrics": ("kid",)})
+    assert measure(tmp_path / "all", Fake(config))["kid_std"] < 1e-9  # always the same nine
+    monkeypatch.setattr(fidelity.kid, "SIZE", 5)
+    assert measure(tmp_path / "five", Fake(config))["kid_std"] > 1e-6
+
+
+def test_sizes_are_drawn_from_those_of_training(tmp_path):
+    fake, folder = Fake(tiny.config(**FIELDS | {"sampling.size": "train"})), Workdir(str(tmp_path))
+    seen = np.arange(64, dtype=np.float32).reshape(8, 8) + 1
+    folder.save_control(seen)
+    with mock.patch.object(Fake, "__call__", side_effect=Fake.__call__, autospec=True) as call:
+        measure(tmp_path, fake)
+    heights = np.concatenate([one.args[2]["control"]["height"] for one in call.call_args_list])
+    asked = sample.control_values(fake.system.config, 9, first=fidelity.FIRST_INDEX, seen=seen)
+    np.testing.assert_array_equal(heights, asked["height"])
+
+
+def test_only_the_first_host_writes(tmp_path, monkeypatch):
+    fields = {"evaluation.metrics": ("kid", "size_response"), "evaluation.save": "npz"}
+    fields |= {"evaluation.size_prompts": 5}
+    monkeypatch.setattr(evaluate, "SIZE_PART", 2)
+    fake = Fake(tiny.config(**FIELDS | fields))
+    monkeypatch.setattr(reference, "PART", 4)
+    with monkeypatch.context() as other:
+        other.setattr(jax, "process_index", lambda: 1)
+        other.setattr(jax, "process_count", lambda: 2)
+        gather = SimpleNamespace(process_allgather=lambda found: [np.stack([a, a]) for a in found])
+        other.setattr(reference, "multihost_utils", gather)
+        other.setattr(hosts, "meet", lambda name: None)
+        meshes = mock.patch.object(fidelity, "create_networks", wraps=fidelity.create_networks)
+        with meshes as asked:
+            measure(tmp_path, fake)
+        # All devices look at what all have made, each host's own at its share of the data.
+        assert [call.args[1] for call in asked.call_args_list] == [fake.mesh, sharding.local_mesh()]
+        assert not list(tmp_path.iterdir())
+        measure_all = evaluate.measure(fake, {}, 2, Workdir(str(tmp_path)), ema=True)
+        assert measure_all["metrics"] and not list(tmp_path.iterdir())
+    measure(tmp_path, fake)
+    parts = epath.Path(tmp_path / "parts")
+    before = {file.name for file in parts.iterdir()}
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    fidelity.forget(parts)
+    assert {file.name for file in parts.iterdir()} == before
 
 
 def test_parts_of_other_networks_are_made_again(tmp_path):
@@ -119,7 +183,7 @@ def test_the_references_own_pictures_are_at_no_distance(tmp_path):
 def test_features_of_the_reference_are_kept_and_used_again(tmp_path, small):
     config = tiny.config(**FIELDS)
     first = measure(tmp_path, Fake(config))
-    with mock.patch.object(fidelity, "describe", side_effect=AssertionError):
+    with mock.patch.object(reference, "describe", side_effect=AssertionError):
         assert measure(tmp_path, Fake(config)) == first
     small["inception"] = network(2.0)  # other weights
     other = Fake(tiny.config(**FIELDS | {"evaluation.metrics": ("fid",)}))
@@ -127,26 +191,50 @@ def test_features_of_the_reference_are_kept_and_used_again(tmp_path, small):
     assert values["fid"] == pytest.approx(4 * first["fid"], rel=1e-3)
 
 
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b[:-30]])
+def test_what_a_damaged_file_held_is_made_again(tmp_path, damage):
+    config = tiny.config(**FIELDS)
+    expected = measure(tmp_path, Fake(config))
+    kept = [tmp_path / "parts/00000004-4.npz", *(tmp_path / "references").iterdir()]
+    assert len(kept) == 3  # a part; moments and features of the reference
+    for file in kept:
+        file.write_bytes(damage(file.read_bytes()))
+    again = Fake(config)
+    assert measure(tmp_path, again) == expected
+    assert [call[0] for call in again.calls] == [4]
+
+
+@pytest.mark.parametrize("name", ["inception", "clip"])
+def test_features_that_are_no_numbers_are_blamed_on_their_network(tmp_path, small, name):
+    fields = {"evaluation.metrics": ("fid",) if name == "inception" else ("clip_score",)}
+    nothing = {"inception": network(np.nan), "clip": ClipScore(network(0.0), small["clip"].texts)}
+    with mock.patch.dict(small, nothing), pytest.raises(ConfigError, match=f"evaluation.{name}: "):
+        measure(tmp_path, Fake(tiny.config(**FIELDS | fields)))
+
+
 @pytest.mark.parametrize("save", ["png", "npz"])
 def test_pictures_are_kept_in_order_of_their_numbers(tmp_path, save):
     fields = FIELDS | {"evaluation.metrics": ("fid",), "evaluation.save": save}
     config = tiny.config(**fields)
+    parts, other = epath.Path(tmp_path / "parts"), {"png": "npz", "npz": "png"}[save]
     with pytest.raises(KeyboardInterrupt):
         measure(tmp_path, Fake(config, dies_at=4))
+    assert not fidelity.saved(parts, config)
+    measure(tmp_path, Fake(tiny.config(**fields | {"evaluation.save": other})))
     measure(tmp_path, Fake(config))
-    parts = tmp_path / "parts"
     fidelity.forget(parts)
+    for one in (save, other):
+        assert fidelity.saved(parts, tiny.config(**fields | {"evaluation.save": one}))
     expected = np.stack([picture(fidelity.FIRST_INDEX + i) for i in range(9)])
     if save == "png":
         files = sorted((parts / "pictures").iterdir())
         assert [file.name for file in files] == [f"{i:06d}.png" for i in range(9)]
         found = np.stack([np.asarray(Image.open(file)) for file in files])
     else:
-        assert [file.name for file in parts.iterdir()] == ["pictures.npz"]
-        (parts / "pictures").mkdir()  # as when killed before the last of them was removed
-        (parts / "pictures/00000008.raw").write_bytes(b"last")
+        (parts / "raw").mkdir()  # as when killed before the last of them was removed
+        (parts / "raw/00000008.raw").write_bytes(b"last")
         fidelity._join(parts, (9, 16, 16, 3))
-        assert [file.name for file in parts.iterdir()] == ["pictures.npz"]
+        assert {file.name for file in parts.iterdir()} == {"pictures", "pictures.npz"}
         with np.load(parts / "pictures.npz") as arrays:
             found = arrays["arr_0"]
     np.testing.assert_array_equal(found, expected)
@@ -154,6 +242,9 @@ def test_pictures_are_kept_in_order_of_their_numbers(tmp_path, save):
 
 def test_a_recorded_measurement_leaves_no_parts(tmp_path):
     config = tiny.config(**FIELDS)
+    parts = evaluate.own_folder(Workdir(str(tmp_path)), evaluate.describe(config, 2, ema=True))
+    parts.mkdir(parents=True)
+    (parts / "00000000-4-png.npz.tmp").write_bytes(b"killed")
     record = evaluate.measure(Fake(config), {}, 2, Workdir(str(tmp_path)), ema=True)
     assert record["metrics"]["fid"] > 0
     assert not list((tmp_path / "evaluations").iterdir())
@@ -162,57 +253,6 @@ def test_a_recorded_measurement_leaves_no_parts(tmp_path):
     }
     (line,) = evaluate.summary(record)[:1]
     assert line.startswith("means, 9 pictures against validation: fid")
-
-
-def test_mode_reference_writes_what_fid_compares_with(tmp_path, capsys):
-    path = str(tmp_path / "out" / "reference.npz")
-    config = tiny.config(**FIELDS | {"evaluation.statistics": path})
-    fidelity.run_reference(config)
-    assert "over 9 pictures" in capsys.readouterr().out
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["reference.npz"]
-    killed = mock.patch.object(np, "savez", side_effect=KeyboardInterrupt)
-    with killed, pytest.raises(KeyboardInterrupt):
-        statistics = fid.load(path)
-        statistics.save(path)  # what was there stays whole
-    statistics = fid.load(path)
-    assert statistics.sha256 == "sha of 1.0" and statistics.resolution == (16, 16)
-    fidelity.run_reference(config)
-    assert "Nothing to do" in capsys.readouterr().out
-    metrics = {"evaluation.metrics": ("fid",)}
-    expected = measure(tmp_path / "computed", Fake(tiny.config(**FIELDS | metrics)))
-    given = tiny.config(**FIELDS | metrics | {"evaluation.statistics": path})
-    with mock.patch.object(fidelity, "describe", side_effect=AssertionError):
-        assert measure(tmp_path / "given", Fake(given)) == pytest.approx(expected)
-    dataclasses.replace(statistics, sha256="other" * 5).save(path)
-    with pytest.raises(ConfigError, match="evaluation.statistics: the reference is of means"):
-        measure(tmp_path / "other", Fake(given))
-    with pytest.raises(ConfigError, match="evaluation.statistics is empty"):
-        fidelity.run_reference(tiny.config(**FIELDS))
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A TFDS data set of 6 pictures: two classes, by the builder for folders."""
-    folder = tmp_path_factory.mktemp("prepared")
-    for i in range(6):
-        place = folder / "in" / f"class {i % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((20, 24, 3), 40 * i, np.uint8)).save(place / f"{i}.png")
-    prepare("folder", folder / "in", folder / "out", processes=1)
-    return str(folder / "out")
-
-
-def test_a_reference_can_be_another_data_set(prepared, monkeypatch):
-    fields = FIELDS | {"evaluation.path": prepared, "evaluation.reference": "train"}
-    reference = fidelity.Reference(tiny.config(**fields))
-    (pictures,) = reference.pictures()
-    assert sorted(pictures[:, 0, 0, 0]) == [0, 40, 80, 120, 160, 200]
-    monkeypatch.setattr(fidelity, "SUBSET", 4)
-    some = fidelity.Reference(tiny.config(**fields | {"evaluation.reference": "train_200k"}))
-    assert len(some.numbers) == 4 and len(set(some.numbers)) == 4
-    classes = tiny.config(**fields | {"data.semantics": "class", "model.name": "dit_ln"})
-    with pytest.raises(ConfigError, match="classes of evaluation.path are not those"):
-        fidelity.Reference(classes).asked(3, tiny.system(classes))
 
 
 @pytest.mark.parametrize(
@@ -226,12 +266,29 @@ def test_a_reference_can_be_another_data_set(prepared, monkeypatch):
         ),
         ({"evaluation.path": "/no/such"}, "evaluation.path: "),
         ({"evaluation.statistics": "/no/such.npz"}, "evaluation.statistics: .* does not exist"),
+        ({"evaluation.samples": 3}, "metrics need 4 pictures or more, got evaluation.samples=3"),
         ({"data.semantics": "class", "model.name": "dit_ln"}, "clip_score of .* needs"),
     ],
 )
 def test_bad_configs(fields, message):
     with pytest.raises(ConfigError, match=message):
         evaluate.check(tiny.config(**FIELDS | fields))
+
+
+def test_statistics_are_read_for_fids_network_alone():
+    fields = {"evaluation.metrics": ("clip_score",), "evaluation.statistics": "/no/such.npz"}
+    config = tiny.config(**FIELDS | fields)
+    evaluate.check(config)
+    assert "statistics" not in evaluate.describe(config, 2, ema=True)["evaluation"]
+
+
+def test_statistics_are_described_by_their_content(tmp_path):
+    found = []
+    for name, content in {"a": b"one", "b": b"one", "c": b"other"}.items():
+        (tmp_path / name).write_bytes(content)
+        given = {"evaluation.statistics": str(tmp_path / name)}
+        found.append(evaluate.describe(tiny.config(**FIELDS | given), 2, ema=True)["evaluation"])
+    assert found[0] == found[1] != found[2]
 
 
 def test_networks_that_are_not_there_are_named(monkeypatch):
@@ -253,22 +310,48 @@ def test_protocols_set_what_the_paper_says_and_keep_the_rest():
     assert found.evaluation.metrics == ("fid",) and found.evaluation.reference == "train"
     assert found.evaluation.samples == 9
     assert protocols.apply(tiny.config()) == tiny.config()
-    for name in protocols.PROTOCOLS:
-        path = {"evaluation.path": "somewhere"}
-        found = protocols.apply(tiny.config(**{"evaluation.protocol": name} | path))
-        if name == "coco_clip":
-            assert found.sampling.steps == 25 and sample.guidance_scale(found.sampling, 512) == 5
-        if name == "val_fid":
-            assert found.sampling.steps == 50 and found.evaluation.reference == "validation"
+    line = protocols.summary(config)
+    assert (
+        "sets sampling.sampler=ddim, sampling.guidance=1.5, sampling.base_resolution=256 (not 0)"
+        in line
+    )
+    assert "sampling.steps=250 (not 3)" in line and line.endswith("evaluation.samples stays 9")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "metric", "reference", "guidance", "size"),
+    [
+        ("imagenet_fid50k", 250, "fid", "train", 2, "train"),
+        ("val_fid", 50, "fid", "validation", 2, "train"),
+        ("coco_clip", 25, "clip_score", "coco", 5, "train"),
+        ("lpips_size", 7, "size_response", "train_200k", 7, "fixed"),
+    ],
+)
+def test_protocols_are_the_papers(name, steps, metric, reference, guidance, size):
+    others = {"sampling.sampler": "ddpm", "sampling.steps": 7, "sampling.guidance": 7.0}
+    others |= {"evaluation.reference": "train_200k", "evaluation.path": "somewhere"}
+    found = protocols.apply(tiny.config(**{"evaluation.protocol": name} | others))
+    assert found.sampling.sampler == "ddim" and found.sampling.steps == steps
+    assert sample.guidance_scale(found.sampling, 512) == guidance
+    assert found.evaluation.metrics == (metric,) and found.evaluation.reference == reference
+    assert found.sampling.size == size and found.evaluation.path == "somewhere"
+
+
+def test_mode_evaluate_follows_the_protocol_and_says_what_it_sets(tmp_path, capsys):
+    config = tiny.config(**{"evaluation.protocol": "coco_clip"})
+    with pytest.raises(ConfigError, match="evaluation.reference=coco needs evaluation.path"):
+        evaluate.run(config, str(tmp_path))
+    assert "evaluation.protocol=coco_clip sets sampling.sampler=ddim" in capsys.readouterr().out
 
 
 def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     config = tiny.config(
-        **FIELDS | {"evaluation.metrics": ("fid",), "evaluation.grid": "guidance=1,2.5; size=fixed"}
+        **FIELDS | {"evaluation.metrics": ("fid",), "evaluation.grid": "guidance=1,2.5; steps=2"}
     )
     points = evaluate.grid(config)
-    assert list(points) == ["guidance 1.0, size fixed", "guidance 2.5, size fixed"]
-    assert [point.sampling.guidance for point in points.values()] == [1, 2.5]
+    assert list(points) == ["guidance 1.0, steps 2", "guidance 2.5, steps 2"]
+    asked = [(point.sampling.guidance, point.sampling.steps) for point in points.values()]
+    assert asked == [(1, 2), (2.5, 2)]
     checkpoints = mock.Mock(latest=2)
     checkpoints.restore_params.return_value = (2, {})
     monkeypatch.setattr(evaluate, "Checkpoints", lambda *_: checkpoints)
@@ -279,14 +362,19 @@ def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     assert [record["sampling"]["guidance"] for record in found] == [1, 2.5]
     assert [json.loads(line) for line in folder.evaluation.open()] == found
     assert checkpoints.restore_params.call_count == 1
-    assert "guidance 2.5, size fixed:" in capsys.readouterr().out
+    assert "guidance 2.5, steps 2:" in capsys.readouterr().out
     assert evaluate.run(config, str(tmp_path)) == found
     assert checkpoints.restore_params.call_count == 1
     settings = dataclasses.replace(config.evaluation, save="png")  # not there yet
     for calls in (2, 2):
         evaluate.run(dataclasses.replace(config, evaluation=settings), str(tmp_path))
         assert checkpoints.restore_params.call_count == calls
-    assert len(list((tmp_path / "evaluations").glob("2-*/pictures/000008.png"))) == 2
+    pictures = sorted((tmp_path / "evaluations").glob("2-*/pictures/000008.png"))
+    assert len(pictures) == 2
+    pictures[0].unlink()  # as when killed before it was made: of that point, all are made again
+    evaluate.run(dataclasses.replace(config, evaluation=settings), str(tmp_path))
+    assert checkpoints.restore_params.call_count == 3 and pictures[0].exists()
+    assert len(list(folder.evaluation.open())) == 5
     for bad in ("guidance", "speed=1", "steps=1.5", "prompts="):
         with pytest.raises(ConfigError, match="evaluation.grid"):
             evaluate.grid(dataclasses.replace(
@@ -305,3 +393,20 @@ def test_evaluations_in_training_are_of_fewer_pictures(tmp_path, monkeypatch):
     reporter.finish(4, {})
     lines = [json.loads(line) for line in folder.evaluation.open()]
     assert [(line["step"], line["evaluation"]["samples"]) for line in lines] == [(3, 5), (4, 9)]
+
+
+def test_pictures_are_saved_of_distributions_alone(tmp_path):
+    """Other metrics leave none behind, and are not measured again for them."""
+    fields = FIELDS | {"evaluation.save": "png", "evaluation.metrics": ("prompt_accuracy",)}
+    assert fidelity.saved(tmp_path, tiny.config(**fields))
+    assert not fidelity.saved(tmp_path, tiny.config(**fields | {"evaluation.metrics": METRICS}))
+    assert fidelity.saved(tmp_path, tiny.config(**FIELDS))
+
+
+def test_a_run_that_goes_back_forgets_what_was_measured_beyond(tmp_path):
+    folder, config = Workdir(str(tmp_path)), tiny.config(**FIELDS)
+    for step in (2, 4, 10):
+        (tmp_path / f"evaluations/{step}-abc").mkdir(parents=True)
+        (tmp_path / f"evaluations/{step}-abc/00000000-4.npz").write_bytes(b"features")
+    Reporter(tiny.system(config), sharding.create_mesh(), folder, {}, first=4)
+    assert sorted(path.name for path in (tmp_path / "evaluations").iterdir()) == ["2-abc", "4-abc"]

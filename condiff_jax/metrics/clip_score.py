@@ -34,7 +34,10 @@ class ClipScore:
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise ValueError("CLIP gives features that are 0, NaN or infinite")
+    return vectors / lengths
 
 
 def square(images: np.ndarray, side: int) -> np.ndarray:

@@ -22,7 +22,8 @@ class Statistics:
     """Mean (D,) and unbiased covariance (D, D), f64, of the features of pictures.
 
     count: pictures. network, sha256: the feature network's name and that of its weights.
-    resolution: height and width of the pictures. Each is None where a file does not say it.
+    resolution: height and width of the pictures. reference: a sha256 of what they and the network
+    are. Each is None where a file does not say it.
     """
 
     mean: np.ndarray
@@ -31,6 +32,7 @@ class Statistics:
     network: str | None = None
     sha256: str | None = None
     resolution: tuple[int, int] | None = None
+    reference: str | None = None
 
     @property
     def rank_deficient(self) -> bool | None:
@@ -47,7 +49,8 @@ class Statistics:
         temporary.replace(path)
 
 
-ABOUT = ("count", "network", "sha256", "resolution")  # what only our files have
+# What only our files have, with its shape.
+ABOUT = {"count": (), "network": (), "sha256": (), "resolution": (2,), "reference": ()}
 
 
 def measure(
@@ -110,7 +113,11 @@ def _statistics(arrays: dict[str, np.ndarray]) -> Statistics:
             raise ValueError(f"mu {mean.shape} and sigma {covariance.shape} do not fit")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ValueError("mu or sigma hold NaN or infinity")
-    about |= {name: arrays[name].tolist() for name in ABOUT if name in arrays}
+    about |= {
+        name: arrays[name].tolist()
+        for name, shape in ABOUT.items()
+        if name in arrays and arrays[name].shape == shape
+    }
     if "resolution" in about:
         about["resolution"] = tuple(about["resolution"])
     return Statistics(mean, covariance, **about)

@@ -127,6 +127,8 @@ def _check(name: str, arrays: tuple, shapes: tuple) -> None:
     found = tuple(a.shape for a in arrays)
     if found != shapes:
         raise ValueError(f"{name} has shapes {found}, not {shapes}")
+    if not all(np.isfinite(a).all() for a in arrays):
+        raise ValueError(f"{name} holds NaN or infinity")
 
 
 @jax.jit

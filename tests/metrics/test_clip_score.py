@@ -16,6 +16,11 @@ def test_is_a_hundred_times_the_cosine():
     np.testing.assert_allclose(score(images[::-1], ["along", "along"])[0], 100 * 20 / 30)
     with pytest.raises(ValueError, match="2 pictures, but 1 captions"):
         score(images, ["along"])
+    embeddings["nothing"] = [0, 0, 0]
+    for wrong in ("nothing", "unknown"):
+        embeddings["unknown"] = [np.nan, 1, 1]
+        with pytest.raises(ValueError, match="0, NaN or infinite"):
+            score(images, ["along", wrong])
 
 
 @pytest.mark.parametrize("high", [False, True])

@@ -61,7 +61,10 @@ def test_mixed_sizes():
 
 def test_saved_statistics_are_the_same_and_others_can_read_them(tmp_path):
     path = str(tmp_path / "reference.npz")
-    for about in ({}, dict(count=7, network="means", sha256="1" * 64, resolution=(4, 5))):
+    for about in (
+        {},
+        dict(count=7, network="means", sha256="1" * 64, resolution=(4, 5), reference="2" * 64),
+    ):
         saved = statistics(**about)
         saved.save(path)
         loaded = fid.load(path)
@@ -84,11 +87,15 @@ def test_files_of_other_programs(tmp_path):
         np.testing.assert_array_equal(found.covariance, expected.covariance)
         assert found.mean.dtype == np.float64
         assert found.count is found.sha256 is found.resolution is found.rank_deficient is None
+    np.savez(path, **common, resolution=256, count=[20, 30])  # named like ours, but something else
+    assert fid.load(path).resolution is fid.load(path).count is None
     features = np.random.default_rng(0).standard_normal((20, 4))
     np.savez(path, feats=features)
     found = fid.load(path)
     np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False))
     assert found.count == 20 and not found.rank_deficient
+    np.savez(path, **common, feats=features)
+    np.testing.assert_array_equal(fid.load(path).covariance, expected.covariance)
 
 
 @pytest.mark.parametrize(

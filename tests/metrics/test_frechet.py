@@ -75,3 +75,13 @@ def test_bad_input():
         frechet_distance(*good, np.zeros(3), np.eye(2))
     with pytest.raises(ValueError, match="NaN"):
         frechet_distance(*good, np.zeros(3), np.full((3, 3), np.inf))
+
+
+def test_moments_of_single_precision_are_taken_in_double():
+    features = np.random.default_rng(0).normal(300, 1, (50, 4)).astype(np.float32)
+    moments = Moments()
+    for part in np.split(features, 5):
+        moments.add(part)
+    mean, covariance = moments.result()
+    np.testing.assert_allclose(mean, features.mean(0, dtype=np.float64), rtol=1e-14)
+    np.testing.assert_allclose(covariance, np.cov(features.astype(np.float64).T), rtol=1e-11)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from condiff_jax.metrics.kid import kid
+from condiff_jax.metrics.kid import SEED, SIZE, SUBSETS, kid
 
 
 def features(n, seed, shift=0.0):
@@ -30,13 +30,15 @@ def test_equals_sums_over_pairs_of_the_same_subsets():
         rows = draw.choice(12, 6, replace=False), draw.choice(15, 6, replace=False)
         expected.append(by_pairs(x[rows[0]], y[rows[1]]))
     found = kid(x, y, subsets=3, size=6, seed=7)
-    assert found == pytest.approx({"kid": np.mean(expected), "kid_std": np.std(expected)})
+    expected = {"kid": np.mean(expected), "kid_std": np.std(expected)}
+    assert found == pytest.approx(expected, rel=1e-11)
 
 
 def test_numbers_of_torch_fidelity():
     # kid_features_to_metric of torch-fidelity 0.4.0 with its default seed.
     found = kid(features(60, 0), features(50, 1, 0.5), subsets=10, size=40)
     assert found == pytest.approx({"kid": 0.92855024, "kid_std": 0.26888662}, rel=1e-4)
+    assert (SUBSETS, SIZE, SEED) == (100, 1000, 2020)
 
 
 def test_is_unbiased():

@@ -181,3 +181,6 @@ def test_bad_weights(tmp_path):
     with pytest.raises(ValueError, match="head 2 has negative"):
         key = "NetLinLayer_2/Conv_0/kernel"
         lpips.load_weights(saved(lambda a: a.update({key: a[key] - 1})))
+    for name, other in {"head 2": key, "convolution 3": "AlexNet_0/Conv_3/bias"}.items():
+        with pytest.raises(ValueError, match=f"{name} holds NaN"):
+            lpips.load_weights(saved(lambda a, k=other: a.update({k: a[k] * np.nan})))

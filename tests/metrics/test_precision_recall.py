@@ -34,6 +34,12 @@ def test_equals_the_definition(monkeypatch, block, k):
     assert precision_recall(generated, reference, k) == pytest.approx(expected, abs=1e-6)
 
 
+def test_what_is_as_far_as_the_neighbour_is_inside():
+    one, other = np.ones((6, 4), np.float32), np.zeros((6, 4), np.float32)  # balls without extent
+    both = np.concatenate([one, other])
+    assert precision_recall(one, both) == {"precision": 1, "recall": 0.5}
+
+
 def test_numbers_of_torch_fidelity():
     # prc_features_to_metric of torch-fidelity 0.4.0.
     found = precision_recall(features(80, 0, 0.0, 8), features(90, 1, 0.5, 8))

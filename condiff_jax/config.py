@@ -17,8 +17,7 @@ from condiff_jax.diffusion.prediction import PREDICTIONS
 from condiff_jax.diffusion.sampler import SAMPLERS, SPACINGS
 from condiff_jax.diffusion.schedule import SCHEDULES
 from condiff_jax.metrics import METRICS
-from condiff_jax.models import MODELS, kl
-from condiff_jax.models.layers import ATTENTION_BACKENDS
+from condiff_jax.models import MODELS, attention, kl
 from condiff_jax.models.mmdit import STREAMS
 from condiff_jax.models.transformer import REMAT
 from condiff_jax.schema import Config, ConfigError, Reconstruction
@@ -80,7 +79,7 @@ CHOICES = {
     "model.streams": ("auto", *STREAMS),
     "model.position": ("resample", "extrapolate"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.attention": ATTENTION_BACKENDS,
+    "model.attention": attention.BACKENDS,
     "model.remat": REMAT,
     "data.name": SOURCES,
     "data.semantics": ("text", "class"),
@@ -160,7 +159,8 @@ BOUNDS = {
     "log.every": (1, None),
     "log.samples_every": (0, None),
     "log.samples": (1, None),
-    "parallel.fsdp": (1, None),
+    "log.stall": (0, None),
+    "parallel.fsdp": (0, None),
 }
 
 
@@ -269,6 +269,9 @@ def _validate_training(config: Config) -> None:
             f"config: batch_size={config.batch_size} must be a multiple of "
             f"optimizer.accumulate={config.optimizer.accumulate}"
         )
+    traced = config.profile
+    if traced and not (len(traced) == 2 and 0 < traced[0] <= traced[1]):
+        raise ConfigError(f"config: profile must be a first and a last step, got {traced}")
     if config.diffusion.beta_start > config.diffusion.beta_end:
         raise ConfigError("config: diffusion.beta_start must not be above diffusion.beta_end")
     if config.sampling.steps > config.diffusion.timesteps:
@@ -281,10 +284,21 @@ def _validate_training(config: Config) -> None:
 # Fields that may differ between the runs that share a work directory: they change neither the
 # parameters' meaning nor the sequence of training steps.
 FREE = re.compile(
-    r"steps|init\.path|(init\.pretrain\.)*("
+    r"steps|init\.path|(init\.pretrain\.)*(profile|"
     r"(sampling|evaluation|checkpoint|log|parallel|convert|prepare|encode)\..*"
     r"|(data|autoencoder|text_encoder)\.path|data\.workers|model\.(attention|remat|unroll)|init\.path)"
 )
+
+
+def completed(values: Mapping[str, Any], like: Mapping[str, Any], prefix: str = "") -> dict:
+    """What config.json holds with those `FREE` fields of another config that came after it."""
+    out = dict(values)
+    for key, value in like.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key, {}), Mapping):
+            out[key] = completed(values.get(key, {}), value, f"{prefix}{key}.")
+        elif key not in values and FREE.fullmatch(prefix + key):
+            out[key] = value
+    return out
 
 
 def identity(config: Config) -> dict[str, Any]:

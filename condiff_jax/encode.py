@@ -26,10 +26,9 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from condiff_jax import __version__, sharding
+from condiff_jax import __version__, hosts, sharding
 from condiff_jax import config as config_lib
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.convert import weights
@@ -37,6 +36,7 @@ from condiff_jax.data.builders.prepare import MB, amount, locked
 from condiff_jax.data.builders.shards import write_json, write_shard
 from condiff_jax.data.builders.units import OutputError
 from condiff_jax.data.encoded import BEGUN, FEATURES, FORMAT, MANIFEST, MOMENTS, Cache, pack, views
+from condiff_jax.data.pipeline import read_ahead
 from condiff_jax.data.records import Records, read_record
 from condiff_jax.system import System, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
@@ -263,8 +263,7 @@ def encode(system: System, source, out: Path) -> dict | None:
             compare(out, json.loads(begun.read_text()), made_of)
         write_json(begun, made_of)
         work(encoder, source, out, shards[process :: jax.process_count()])
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("encoded")
+        hosts.meet("encoded")
         return finish(encoder, source, out, shards, made_of) if process == 0 else {}
 
 
@@ -315,12 +314,7 @@ def read(system: System, source, left: list[Shard]) -> Iterator[dict]:
     text = system.encode_text if config.encode.text else None
     spans = [grain.MapDataset.range(shard.start, shard.stop) for shard in left]
     dataset = grain.MapDataset.concatenate(spans).map(Read(source, how, config.seed, text))
-    threads = os.cpu_count() or 1
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=4 * threads))
-    if data.workers:
-        options = grain.MultiprocessingOptions(num_workers=data.workers)
-        dataset = dataset.mp_prefetch(options)
-    yield from dataset
+    yield from read_ahead(dataset, data.workers)
 
 
 def write(coded: Iterator[dict], shard: Shard, out: Path, step) -> None:

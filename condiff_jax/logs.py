@@ -54,6 +54,7 @@ class Log:
             folder.samples.mkdir(parents=True, exist_ok=True)
             forget_after(folder.metrics, first)
             forget_after(folder.evaluation, first)
+            evaluate.forget_after(folder, first)
             for grid in folder.samples.glob("*.png"):
                 if grid.stem.isdigit() and int(grid.stem) > first:
                     grid.unlink()

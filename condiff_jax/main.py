@@ -12,33 +12,48 @@ from condiff_jax import startup
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
 MODES = [
-    "train", "sample", "evaluate", "reference", "summary", "prepare", "encode", "import", "export",
+    "train", "sample", "evaluate", "reference", "summary", "plan", "prepare", "encode", "import",
+    "export",
 ]  # fmt: skip
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Mode plan: such as v5e:8x8, or several with ','.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many; TPU VMs, Slurm, Open MPI tell.")
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
 
 def main(_) -> None:
-    """Dispatch to the mode; bad input ends with one line and exit code 2."""
+    """Meet other processes, then the mode; bad input ends with one line and exit code 2."""
+    if MODE.value == "plan":
+        startup.compile_only()
     # Imported here so that bad flags are reported at once, not after loading JAX.
     from condiff_jax import config as config_lib
-    from condiff_jax import encode, evaluate, fidelity, prepare, sample, summary, train
+    from condiff_jax import hosts
+
+    if MODE.value != "plan":  # which uses no device
+        hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    with startup.stoppable(agreed=MODE.value == "train" and hosts.several()), hosts.ending():
+        try:
+            dispatch(config_lib.create(CONFIG.value), MODE.value, WORKDIR.value)
+        except (config_lib.ConfigError, FloatingPointError) as error:
+            sys.exit(startup.fail(error))
+
+
+def dispatch(config, mode: str, workdir: str | None) -> None:
+    """Run a mode; ConfigError for bad input."""
+    from condiff_jax import encode, evaluate, fidelity, plan, prepare, sample, summary, train
+    from condiff_jax.config import ConfigError
     from condiff_jax.convert import exporting, importing
 
-    try:
-        config = config_lib.create(CONFIG.value)
-        without = {"summary": summary, "prepare": prepare, "encode": encode}  # a workdir
-        if MODE.value in without:
-            return without[MODE.value].run(config)
-        if MODE.value == "reference":
-            return fidelity.run_reference(config)
-        if not WORKDIR.value:
-            raise config_lib.ConfigError(f"--workdir is missing; mode {MODE.value} needs it")
-        modes = {"train": train, "sample": sample, "evaluate": evaluate}
-        modes |= {"import": importing, "export": exporting}
-        with startup.stoppable():
-            modes[MODE.value].run(config, WORKDIR.value)
-    except (config_lib.ConfigError, FloatingPointError) as error:
-        sys.exit(startup.fail(error))
+    without = {"summary": summary.run, "prepare": prepare.run, "encode": encode.run}  # a workdir
+    without |= {"reference": fidelity.run_reference, "plan": lambda c: plan.run(c, TOPOLOGY.value)}
+    if mode in without:
+        return without[mode](config)
+    if not workdir:
+        raise ConfigError(f"--workdir is missing; mode {mode} needs it")
+    modes = {"train": train, "sample": sample, "evaluate": evaluate}
+    modes |= {"import": importing, "export": exporting}
+    modes[mode].run(config, workdir)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -168,8 +168,8 @@ class Sampler:
 
     def __init__(self, system: System, mesh: Mesh, settings: Sampling, frozen: dict | None = None):
         self.system, self.mesh, self.settings, self.frozen = system, mesh, settings, frozen or {}
-        self._generate = jax.jit(
-            partial(generate, system=system),
+        self.program = jax.jit(
+            sharding.traced_on(mesh, partial(generate, system=system)),
             static_argnames="program",
             out_shardings=sharding.replicated(mesh),
         )
@@ -194,7 +194,7 @@ class Sampler:
             part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
             index = (first + start + np.arange(size)).astype(np.int32)
             part, index = sharding.put_global(self.mesh, (part, index))
-            out.append(self._generate(params, self.frozen, part, index, scales, program=program))
+            out.append(self.program(params, self.frozen, part, index, scales, program=program))
         return np.concatenate([np.asarray(pictures) for pictures in out])[:n]
 
 
@@ -253,7 +253,7 @@ def run(config: Config, workdir: str) -> epath.Path:
     step, params = Checkpoints(folder.checkpoints, config).restore_params(
         system, mesh, ema=config.sampling.ema
     )
-    frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
+    frozen = sharding.put(mesh, folder.load_frozen(system))
     sampler = Sampler(system, mesh, config.sampling, frozen)
     pictures = sampler(params, requests(system, asked, seen=folder.load_control()))
     out = folder.samples / f"{step}-seed{config.sampling.seed}"

@@ -199,6 +199,7 @@ class Log:
     every: int
     samples_every: int
     samples: int
+    stall: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +220,7 @@ class Config:
     seed: int
     steps: int
     batch_size: int
+    profile: tuple[int, ...]
     objective: str
     model: Model
     init: Init

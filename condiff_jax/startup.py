@@ -9,14 +9,32 @@ import sys
 from collections.abc import Iterator
 
 
-def use_huge_pages() -> None:
+def use_huge_pages(*more: str) -> None:
     """Start again with glibc's huge pages on, once: JAX on CPUs faults far fewer pages then.
 
-    glibc reads the setting when a process starts, so it cannot be changed from inside.
+    glibc reads its settings (more: others) when a process starts, so they cannot be changed from
+    inside.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = ":".join(["glibc.malloc.hugetlb=1", *more])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def compile_only() -> None:
+    """Let the compilers of absent devices run; before JAX is loaded.
+
+    libtpu would look for TPUs, and let only one process at a time have them.
+    """
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v4-8",  # any; it is warned of where unset, and not used
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+
+
+STOPPED = "Stopped; the same command goes on from there."
 
 
 class Stopped(BaseException):
@@ -24,11 +42,15 @@ class Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(*, agreed: bool = False) -> Iterator[None]:
     """Make SIGTERM an end in order, with a line that says so and no error.
 
-    Where there is something to save, the training loop puts its own handler in place.
+    Where there is something to save, the training loop puts its own handler in place. agreed:
+    leave it to JAX, with which several processes agree on the step to stop after.
     """
+    if agreed:
+        yield
+        return
 
     def stop(*_):
         raise Stopped
@@ -37,7 +59,7 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except Stopped:
-        print("Stopped; the same command goes on from there.")
+        print(STOPPED)
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -27,7 +27,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from condiff_jax import config as config_lib
-from condiff_jax import evaluate, kinship, results, startup, train
+from condiff_jax import evaluate, hosts, kinship, results, startup, train
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.workdir import append_json
 
@@ -337,12 +337,13 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """`run` with bad arguments as one line and exit code 2, and SIGTERM as an end in order."""
-    try:
-        with startup.stoppable():
+    hosts.join(None, None, None)
+    with startup.stoppable(agreed=hosts.several()), hosts.ending():
+        try:
             return run(argv)
-        return 0
-    except ConfigError as error:
-        return startup.fail(error)
+        except ConfigError as error:
+            return startup.fail(error)
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
-import signal
-import time
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from condiff_jax import encode, evaluate, flops, optim, reconstruction, sharding, state, transfer
+from condiff_jax import (
+    encode,
+    evaluate,
+    flops,
+    optim,
+    reconstruction,
+    sharding,
+    state,
+    transfer,
+)
 from condiff_jax.checkpoint import Checkpoints, abstract_state
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.dropout import drop_flags
@@ -24,15 +32,15 @@ from condiff_jax.config import Config, ConfigError
 from condiff_jax.data.pipeline import batches, first_controls
 from condiff_jax.diffusion.loss import denoising_loss
 from condiff_jax.diffusion.prediction import loss_weight
+from condiff_jax.hosts import Interrupt
 from condiff_jax.logs import Reporter
 from condiff_jax.models.autoencoder import Latents
 from condiff_jax.models.mdt import MDT, hide
+from condiff_jax.monitor import Meter, Trace, Watchdog, throughput
 from condiff_jax.reconstruction import Reconstructor
 from condiff_jax.system import System, Vocabulary, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir, write
-
-BROKEN_LIMIT = 0.01  # share of broken images that stops a run
 
 
 def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Array]:
@@ -161,8 +169,8 @@ def compile_step(system: System, mesh: Mesh):
     places = jax.tree.map(lambda a: a.sharding, abstract_state(system, mesh))
     init = jax.jit(lambda key: state.create(system.init(key), tx), out_shardings=places)
     step = jax.jit(
-        partial(train_step, system=system, tx=tx),
-        in_shardings=(places, sharding.batch_sharding(mesh), sharding.replicated(mesh)),
+        sharding.traced_on(mesh, partial(train_step, system=system, tx=tx)),
+        in_shardings=(places, sharding.batch_sharding(mesh), None),  # frozen: as they are placed
         out_shardings=(places, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -176,83 +184,13 @@ def forward_flops(system: System | Reconstructor) -> int:
     """
     if isinstance(system, Reconstructor):
         return reconstruction.forward_flops(system)
+    # Other attention is a kernel, whose products nobody sees.
+    system = dataclasses.replace(system, model=system.model.clone(backend="xla"))
     params = jax.eval_shape(system.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, *system.latent_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
     cond = jax.eval_shape(system.example_cond)
     return flops.count(lambda params, *inputs: system.denoise(params)(*inputs), params, x, t, cond)
-
-
-class Interrupt:
-    """Remembers SIGTERM (the notice of a preemption) so that the loop can end in order."""
-
-    def __enter__(self):
-        self.asked = False
-        self.previous = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self.previous)
-
-
-class Meter:
-    """Collects the metrics of each step on the device; the host reads them at intervals only."""
-
-    def __init__(self, images_before: int):
-        self.pending: list[tuple[int, dict]] = []
-        self.seen, self.broken = images_before, 0
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave out the time since the last read: it went to something else than steps."""
-        self.start, self.timed = time.perf_counter(), 0
-
-    def add(self, step: int, metrics: dict, images: int) -> None:
-        """Note the device values of one step that was started."""
-        self.pending.append((step, metrics))
-        self.seen += images
-        self.timed += 1
-        if len(self.pending) > 2:  # stay two steps ahead of the device, not hundreds
-            jax.block_until_ready(self.pending[-3][1])
-
-    def read(self) -> dict[str, float]:
-        """Means since the last read; errors name the step of a bad loss, or too many bad images."""
-        steps = [step for step, _ in self.pending]
-        values = jax.device_get([metrics for _, metrics in self.pending])
-        step_time = (time.perf_counter() - self.start) / max(self.timed, 1)
-        self.restart_clock()
-        self.pending = []
-        for step, value in zip(steps, values, strict=True):
-            if not math.isfinite(value["loss"]) or not math.isfinite(value["grad_norm"]):
-                raise FloatingPointError(
-                    f"step {step}: loss {value['loss']}, gradient norm {value['grad_norm']}; "
-                    "lower optimizer.learning_rate or set optimizer.clip_norm, then run the same "
-                    "command to go on from the last good checkpoint"
-                )
-        self.broken += int(sum(value["broken"] for value in values))
-        if self.broken > BROKEN_LIMIT * max(self.seen, 1000):
-            raise ConfigError(
-                f"data.path: {self.broken} broken images among {self.seen} read, more than "
-                f"{BROKEN_LIMIT:.0%}; see the log for their names and repair the data set"
-            )
-        means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
-        return means | {
-            "step_time": step_time,
-            "broken_images": self.broken,
-        }
-
-
-def throughput(config: Config, step_time: float, flop_image: int) -> dict[str, float]:
-    """images_per_sec, tflops_per_device (3 forwards an image) and mfu where the peak is known."""
-    rate = config.batch_size / step_time
-    tflops = 3 * flop_image * rate / jax.device_count() / 1e12
-    out = {"images_per_sec": rate, "tflops_per_device": tflops}
-    if peak := flops.peak_tflops():
-        out["mfu"] = tflops / peak
-    return out
 
 
 def run(config: Config, workdir: str) -> bool:
@@ -288,15 +226,16 @@ def _run(config: Config, workdir: str) -> bool:
     if done and folder.grid(first).exists():  # the last thing that a run leaves
         print(f"Nothing to do: {workdir} has finished its {config.steps} steps.")
         return True
-    frozen = jax.device_put(folder.load_frozen(system), sharding.replicated(mesh))
+    frozen = sharding.put(mesh, folder.load_frozen(system))
     encode_text = system.encode_text if system.text_encoder is not None else None
     data = batches(
-        config, source, encode_text, process=jax.process_index(), processes=jax.process_count()
-    )
+        config, source, encode_text, first=first or 0,
+        process=jax.process_index(), processes=jax.process_count(),
+    )  # fmt: skip
     init, step = compile_step(system, mesh)
     step_fn = lambda train_state, batch: step(train_state, batch, frozen)  # noqa: E731
     if first is not None:
-        train_state = checkpoints.restore(system, mesh, data)
+        train_state = checkpoints.restore(system, mesh)
         logging.info("resumed %s at step %d", workdir, first)
     elif config.init.pretrain or config.init.path:
         train_state = start(system, mesh, folder)
@@ -331,7 +270,7 @@ def start(system: System, mesh: Mesh, folder: Workdir) -> state.State | None:
     config, settings = system.config, system.config.init
     earlier, path = settings.pretrain, settings.path or str(folder.path / "pretrain")
     if earlier is None:
-        old = transfer.origin(path)
+        old = transfer.origin(path, config)
     else:
         old = create_system(earlier, create_vocabulary(earlier, open_source(earlier)))
     moves = transfer.plan(old, system)  # before days of training for nothing
@@ -360,22 +299,26 @@ def loop(
     """Steps until config.steps or an interrupt; logs, saves and shows samples on the way."""
     config = system.config
     first = int(train_state.step)
-    meter = Meter(first * config.batch_size)
+    meter, watchdog = Meter(first * config.batch_size), Watchdog(config.log.stall)
+    trace = Trace(config, reporter.folder.path)
     flop_image = forward_flops(system)
     bar = tqdm(
         total=config.steps, initial=first, desc="train", unit="step", smoothing=0.05,
         disable=jax.process_index() != 0,
     )  # fmt: skip
-    with bar:
+    with bar, contextlib.closing(trace), contextlib.closing(watchdog):
         for step in range(first + 1, config.steps + 1):
-            batch = sharding.put_batch(mesh, next(data))
+            trace.before(step)
+            batch = sharding.put_batch(mesh, meter.wait(data))
             train_state, metrics = step_fn(train_state, batch)
             meter.add(step, metrics, config.batch_size)
+            trace.after(step, metrics)
             if step == first + 1:  # it was compiled
                 jax.block_until_ready(metrics)
                 meter.restart_clock()
+            watchdog.step()
             bar.update()
-            last = step == config.steps or interrupt.asked
+            last = interrupt.after(step) or step == config.steps
             save = last or step % config.checkpoint.every == 0
             if save or step % config.log.every == 0:
                 values = meter.read()  # waits for the device
@@ -385,15 +328,18 @@ def loop(
                     loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_sec']:.0f}"
                 )
             if save:
-                checkpoints.save(step, train_state, data, values["loss"])
+                checkpoints.save(step, train_state, values["loss"])
             if last:
                 break
-            every = config.log.samples_every
-            if every and step % every == 0:
-                reporter.samples(step, state.to_sample(train_state, config.sampling.ema))
-                meter.restart_clock()
-            every = config.evaluation.every
-            if every and step % every == 0 and config.evaluation.metrics:
-                reporter.early(step, state.to_sample(train_state, config.sampling.ema))
+            shown, measured = config.log.samples_every, config.evaluation.every
+            shown = shown and step % shown == 0
+            measured = measured and step % measured == 0 and config.evaluation.metrics
+            if shown or measured:
+                watchdog.close()
+                params = state.to_sample(train_state, config.sampling.ema)
+                if shown:
+                    reporter.samples(step, params)
+                if measured:
+                    reporter.early(step, params)
                 meter.restart_clock()
     return train_state

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from condiff_jax import config as config_lib
 from condiff_jax import system as system_lib
 from condiff_jax.checkpoint import Checkpoints
-from condiff_jax.config import ConfigError
+from condiff_jax.config import Config, ConfigError
 from condiff_jax.sharding import path_name
 from condiff_jax.system import System
 from condiff_jax.workdir import Workdir
@@ -234,11 +234,11 @@ def report(moves: Mapping[str, Move], source: Mapping, target: Mapping) -> str:
     return "\n".join([*lines, ", ".join([*numbers, f"{len(behind)} left"])])
 
 
-def origin(path: str) -> System:
-    """The system of the run in a work directory; ConfigError if there is none."""
+def origin(path: str, config: Config) -> System:
+    """The system of the run in a work directory, for a run of `config`; ConfigError if none."""
     folder = Workdir(path)
     try:
-        return system_lib.create(folder.load_config(), folder.load_vocabulary())
+        return system_lib.create(folder.load_config(config), folder.load_vocabulary())
     except ConfigError as error:
         raise ConfigError(f"config: init.path: {error}") from error
 

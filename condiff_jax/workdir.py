@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import io
 import json
@@ -62,12 +63,18 @@ class Workdir:
             write(self.vocabulary, vocabulary.to_json())
             write(self.config, config.to_json())
 
-    def load_config(self) -> Config:
-        """The config of the run in this folder; ConfigError where there is none."""
+    def load_config(self, like: Config | None = None) -> Config:
+        """The config of the run in this folder; ConfigError where there is none.
+
+        like: has those fields that are newer than the run, as far as they may differ.
+        """
         if not self.config.exists():
             raise ConfigError(f"{self.path}: no run here (no config.json); train one first")
         try:
-            return config_lib.create(json.loads(self.config.read_text()))
+            values = json.loads(self.config.read_text())
+            if like is not None:
+                values = config_lib.completed(values, dataclasses.asdict(like))
+            return config_lib.create(values)
         except ValueError as error:
             raise ConfigError(
                 f"{self.config}: damaged, or of another version of condiff_jax: {error}"
@@ -75,7 +82,7 @@ class Workdir:
 
     def check(self, config: Config) -> None:
         """ConfigError when the run in this folder differs in more than how it is run or sampled."""
-        found = config_lib.differences(self.load_config(), config)
+        found = config_lib.differences(self.load_config(config), config)
         if found:
             more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
             raise ConfigError(

@@ -37,6 +37,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps = 1000
     config.batch_size = 64  # images a step, over all devices and accumulated parts
+    # First and last step of a trace for xprof or TensorBoard, written into the work directory
+    config.profile = ()
     # What is trained: diffusion | reconstruction (config.autoencoder, see configs/autoencoder.py)
     config.objective = "diffusion"
 
@@ -51,7 +53,8 @@ def get_config() -> ConfigDict:
     model.position = "resample"  # resample (pseudocode 1) | extrapolate (baseline of Fig. 8a)
     model.base_resolution = 0  # pixels at which positions count 0..grid; 0: data.resolution
     model.dtype = "float32"  # compute dtype: float32 | bfloat16; parameters are always float32
-    model.attention = "xla"  # xla | cudnn (NVIDIA GPUs, needs bfloat16)
+    # xla | cudnn (NVIDIA GPUs, needs bfloat16) | flash (TPUs, where there are 1024 keys or more)
+    model.attention = "auto"  # the fastest of them for the device
     model.remat = (
         "none"  # none | block: recompute blocks in the backward pass | dots: all but products
     )
@@ -222,9 +225,12 @@ def get_config() -> ConfigDict:
     log.every = 50  # steps between lines of metrics.jsonl
     log.samples_every = 1000  # steps between sample grids; 0: only at the end
     log.samples = 16  # pictures in them
+    log.stall = 600  # seconds without a step after which all stacks go to stderr; 0: never
 
     config.parallel = parallel = ConfigDict()
-    parallel.fsdp = 1  # devices that share one copy of the parameters; the others are data-parallel
+    # Devices that share one copy of the parameters; the others are data-parallel. 0: 8 of them, or
+    # as many of these as divide their number
+    parallel.fsdp = 1
 
     config.convert = convert = ConfigDict()
     convert.source = ""  # mode import: a weight file, a folder (diffusers') or a hub id owner/name

@@ -5,9 +5,10 @@ import os
 import pytest
 from absl import flags
 
+from condiff_jax import startup
 from tests.compiling import QUICK
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+startup.compile_only()
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count=8 {QUICK}"
 )

@@ -20,6 +20,8 @@ from tests import tiny
         ("data.resolution", 18, "data.resolution=18 must be a multiple of 4"),
         ("model.base_resolution", 30, "model.base_resolution"),
         ("model.attention", "cudnn", "bfloat16"),
+        ("profile", (3,), "a first and a last step"),
+        ("profile", (3, 2), "a first and a last step"),
         ("data.crop", (0.9, 0.5), "data.crop"),
         ("data.crop", (0.9,), "data.crop"),
         ("data.sizes", (4, 96), "data.sizes"),

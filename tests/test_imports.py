@@ -24,6 +24,7 @@ ALLOWED = {
     "metrics": {"metrics", "models", "data", "sharding"},
     "grid": set(),
     "flops": set(),
+    "hlo": set(),
     "sharding": set(),
     "state": set(),
 }

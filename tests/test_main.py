@@ -52,6 +52,8 @@ def test_summary_ends_with_one_json_line():
         (["--mode=trian"], "train|sample|evaluate|reference|summary"),
         (["--confg=x"], "confg"),
         ([], "--workdir is missing"),
+        (["--mode=plan"], "--topology is missing"),
+        (["--mode=plan", "--topology=v5e"], "--topology='v5e' is unknown; examples: v5e:8x8"),
         (["--workdir=RUN", "--config.data.resolution=33"], "must be a multiple of 4"),
         (["--workdir=RUN", "--mode=sample"], "no run here"),
         (["--workdir=RUN", "--mode=evaluate"], "no run here"),

@@ -84,7 +84,7 @@ def test_other_guidance_scales_need_no_other_program(trained):
     for guidance in (2.0, 4.0):
         other = sampler.at(tiny.config(**fields, **{"sampling.guidance": guidance}))
         made.append(other(params, request))
-    assert other._generate._cache_size() == 1
+    assert other.program._cache_size() == 1
     assert np.abs(made[0].astype(int) - made[1]).max() > 5
     assert_same(made[1], pictures(system, params, PROMPTS[:2], **{"sampling.guidance": 4.0}))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.parity import jit, random_like
-from condiff_jax import optim, sharding, state, train
+from condiff_jax import hosts, optim, sharding, state, train
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import ConfigError
 from condiff_jax.data.pipeline import batches, create_source
@@ -160,14 +160,11 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
     restored = []
     for name in ("whole", "parts"):
         checkpoints = Checkpoints(Workdir(tmp_path / name).checkpoints, config)
-        source = create_source(config)
-        data = batches(config, source, system.encode_text)
-        restored.append((checkpoints.restore(system, mesh, data), next(data)))
-    (whole, next_whole), (parts, next_parts) = restored
+        restored.append(checkpoints.restore(system, mesh))
+    whole, parts = restored
     assert int(whole.step) == 20
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert_close(next_whole, next_parts, 0)
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").open()]
         for n in ("whole", "parts")
@@ -218,7 +215,7 @@ def test_bad_loss_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, mo
 
 def test_sigterm_is_remembered_and_the_handler_restored():
     before = signal.getsignal(signal.SIGTERM)
-    with train.Interrupt() as interrupt:
+    with hosts.Interrupt() as interrupt:
         assert not interrupt.asked
         signal.raise_signal(signal.SIGTERM)
         assert interrupt.asked
@@ -267,16 +264,6 @@ def test_bad_requests_for_the_sample_grids_stop_a_run_before_it_trains(tmp_path,
     with pytest.raises(ConfigError, match=message):
         train.run(tiny.config(**fields), str(tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_too_many_broken_images_stop_the_run():
-    meter = train.Meter(0)
-    good = {"loss": np.float32(1), "grad_norm": np.float32(1), "broken": np.int32(0)}
-    meter.add(1, {**good, "broken": np.int32(10)}, 64)
-    assert meter.read()["broken_images"] == 10  # 1% of the first thousand
-    meter.add(2, {**good, "broken": np.int32(1)}, 64)
-    with pytest.raises(ConfigError, match="11 broken images among 128"):
-        meter.read()
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("ours", "mmdit")])

@@ -1,5 +1,8 @@
 """Files of a work directory: replaced in one step, and in order after a run was killed."""
 
+import dataclasses
+import json
+
 import pytest
 from etils import epath
 
@@ -75,6 +78,21 @@ def test_a_damaged_config_is_named(tmp_path, text):
     folder.config.write_text(text)
     with pytest.raises(ConfigError, match="config.json: damaged, or of another version"):
         folder.load_config()
+
+
+def test_a_run_goes_on_though_there_are_new_fields_of_how_it_is_run(tmp_path):
+    config, folder = tiny.config(**{"log.stall": 7}), Workdir(tmp_path)
+    values = dataclasses.asdict(config)
+    del values["log"]["stall"], values["parallel"], values["profile"], values["data"]["workers"]
+    folder.config.write_text(json.dumps(values))
+    folder.check(config)
+    assert folder.load_config(config) == config
+    with pytest.raises(ConfigError, match="missing field profile"):
+        folder.load_config()
+    del values["data"]["crop"]  # what the examples depend on is no such field
+    folder.config.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="missing field data.crop"):
+        folder.check(config)
 
 
 def test_a_run_that_begins_anew_may_have_other_encoders(tmp_path):

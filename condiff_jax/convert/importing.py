@@ -163,7 +163,7 @@ def run(config: Config, workdir: str) -> None:
     params = jax.tree.map(jnp.asarray, params)
     folder.open(config, vocabulary)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
-    checkpoints.save(0, state.create(params, optim.create(config)), None, float("inf"))
+    checkpoints.save(0, state.create(params, optim.create(config)), float("inf"))
     checkpoints.close()
     count = summary.count_parameters(params["model"]) / 1e6
     print(f"Imported {source}: {count:.2f} M parameters; " + "; ".join(messages))

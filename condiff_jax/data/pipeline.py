@@ -1,10 +1,11 @@
-"""The training input: grain datasets, sharded by host, with exact resume."""
+"""The training input: grain datasets, sharded by host, that start at any batch."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import grain
@@ -44,6 +45,8 @@ def create_source(config: Config, split: str = "train"):
     """The data set `config.data.name`; ValueError or FileNotFoundError for a bad path."""
     if config.data.name != "shapes" and not config.data.path:
         raise ValueError(f"empty, but data.name={config.data.name} needs a path")
+    if "://" in config.data.path:
+        raise ValueError(f"{config.data.path} is no folder; mount it on every host (gcsfuse)")
     return SOURCES[config.data.name](config, split)
 
 
@@ -132,20 +135,36 @@ def first_controls(config: Config, source, n: int = 1024) -> np.ndarray:
     return np.array([[control[name] for name in SCALARS] for control in controls], np.float32)
 
 
-def batches(
-    config: Config, source, encode_text=None, *, process: int = 0, processes: int = 1
-) -> grain.DatasetIterator:
-    """Endless local batches of host `process` of `examples`; its state resumes exactly.
+def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Any]:
+    """The items in order, read in as many threads as there are cores, and in so many processes."""
+    threads = os.cpu_count() or 1
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    dataset = dataset.to_iter_dataset(options)
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    yield from dataset
 
-    The stream is the same for any number of hosts: host p takes every processes-th example.
+
+def batches(
+    config: Config,
+    source,
+    encode_text=None,
+    *,
+    first: int = 0,
+    process: int = 0,
+    processes: int = 1,
+) -> grain.DatasetIterator:
+    """Endless local batches of host `process` of `examples`, from batch number `first` on.
+
+    Batch number i of all hosts together is the same for any number of them: examples i B to
+    (i + 1) B - 1, host p having the p-th of equal parts, as the devices of a mesh are ordered.
     """
     data = config.data
-    dataset = examples(config, source, encode_text)[process::processes]
-    dataset = dataset.batch(
+    dataset = examples(config, source, encode_text).batch(
         config.batch_size // processes,
         drop_remainder=True,
         batch_fn=source.batch if isinstance(source, Cache) else None,
-    )
+    )[first * processes + process :: processes]
     # Decoding lets other threads run; each makes a batch of its own. Short reads get in their way.
     alone = data.workers or isinstance(source, Cache)
     threads = 1 if alone else min(os.cpu_count() or 1, 8)

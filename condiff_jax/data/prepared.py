@@ -40,20 +40,21 @@ class TFDS(Records):
         self._features = {name: at for name, at in FEATURES.items() if name in features}
         instructions = builder.info.splits[self.split].file_instructions
         counts = [instruction.examples_in_shard for instruction in instructions]
-        self._shards = Shards([instruction.filename for instruction in instructions], counts)
-        if not len(self._shards):
+        self._shards = [instruction.filename for instruction in instructions]
+        self._records = Shards(self._shards, counts)
+        if not len(self._records):
             raise ValueError(f"{self.path} has no {self.split} samples")
         label = dict(features).get("label")
         self.classes = tuple(getattr(label, "names", None) or ("0",))
         super().__init__()
 
     def __len__(self):
-        return len(self._shards)
+        return len(self._records)
 
     def _read(self, i: int) -> dict:
         from tensorflow_datasets.proto import tf_example_pb2
 
-        shard, position = self._shards.find(i)
+        shard, position = self._records.find(i)
         (data,) = shard.read([position])
         # TFDS's parser, for any features, would take several times as long in Python.
         values = tf_example_pb2.Example.FromString(data).features.feature

@@ -295,7 +295,7 @@ def test_a_run_is_exported_as_averaged_or_as_trained(tmp_path, capsys):
         trained = state.create(params, optim.create(config))
         trained = trained.replace(params=jax.tree.map(lambda a: a + 1, params))
         checkpoints = Checkpoints(folder.checkpoints, config, create=True)
-        checkpoints.save(2, trained, None, 0.0)
+        checkpoints.save(2, trained, 0.0)
         checkpoints.close()
         average = exporting.run(config, str(tmp_path))
         raw = exporting.run(

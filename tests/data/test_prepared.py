@@ -189,7 +189,7 @@ def test_open_files_are_bounded_and_closed(captioned, tmp_path):
     assert count() == 0
     list(data)
     assert count() == len(list(copy.glob("cc12m-train*"))) == 1
-    assert data._shards._open.cache_info().maxsize <= 256
+    assert data._records._open.cache_info().maxsize <= 256
     del data
     assert count() == 0
 
@@ -253,4 +253,4 @@ def test_shards_can_be_shared_by_threads(captioned):
     with ThreadPoolExecutor(8) as pool:
         captions = list(pool.map(lambda i: data[i % 16]["caption"], range(200)))
     assert captions == [data[i % 16]["caption"] for i in range(200)]
-    assert data._shards.find(15)[1] == 15 and len(data._shards) == 16
+    assert data._records.find(15)[1] == 15 and len(data._records) == 16

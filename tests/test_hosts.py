@@ -1,0 +1,212 @@
+"""Several real processes: the curve of one, stopping together, and the end when one is gone."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from condiff_jax import hosts, reconstruction, sharding, startup
+from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.models import kl
+from condiff_jax.workdir import Workdir
+from tests import tiny
+from tests.children import Children
+
+DEVICES = 4  # of all processes together
+SMALL = [
+    "--config=configs/quickstart.py",
+    "--config.model.unroll=1",
+    "--config.log.every=1",
+    "--config.checkpoint.every=3",
+    "--config.sampling.n=4",
+    "--config.sampling.steps=2",
+    "--config.evaluation.metrics=('frechet_shapes','size_response')",
+    "--config.evaluation.samples=8",
+    "--config.evaluation.size_prompts=2",
+    "--config.evaluation.sizes=(12,24)",
+]
+ENDLESS = "--config.steps=100000"
+
+
+def start(folder, *args, n=1):
+    arguments = [*SMALL, f"--workdir={folder}", *args]
+    return Children(arguments, folder.with_suffix(".log"), n=n, devices=DEVICES // n)
+
+
+def curve(folder):
+    """{step: loss}, and that no step is there twice."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    values = [json.loads(line) for line in lines if line.endswith("\n")]
+    assert [value["step"] for value in values] == list(range(1, len(values) + 1))
+    return {value["step"]: value["loss"] for value in values}
+
+
+def wait_for_step(folder, children, step):
+    deadline = time.time() + 240
+    while len(curve(folder)) < step:
+        assert time.time() < deadline, children.outputs()
+        assert all(process.is_alive() for process in children.processes), children.outputs()
+        time.sleep(0.05)
+
+
+def final(folder, step):
+    """The state of the newest checkpoint, on this process's devices."""
+    config = Workdir(str(folder)).load_config()
+    checkpoints = Checkpoints(Workdir(str(folder)).checkpoints, config)
+    assert checkpoints.latest == step
+    with tiny.few_layers():
+        return checkpoints.restore(tiny.system(config), sharding.local_mesh())
+
+
+def test_any_number_of_processes_train_the_same_model(tmp_path):
+    """Four processes, one of which is told to stop; two, one of which is killed; two to the end:
+    the losses of one undisturbed process, to f32's rounding, and its pictures."""
+    run = tmp_path / "run"
+    with start(run, ENDLESS, n=4) as four:
+        wait_for_step(run, four, 2)
+        four.processes[2].terminate()  # SIGTERM to one of them alone
+        assert four.wait(120) == [0] * 4
+        outputs = four.outputs()
+    stopped = len(curve(run))
+    assert all(f"Stopped at step {stopped};" in output for output in outputs)
+    assert (run / "checkpoints" / str(stopped)).is_dir()
+
+    with start(run, ENDLESS, n=2) as two:
+        wait_for_step(run, two, stopped + 4)  # a checkpoint on the way
+        two.processes[1].kill()
+        killed = time.time()
+        codes = two.wait(60)
+        assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL
+        assert time.time() - killed < 60
+        # By a broken connection, or by the heartbeat that is missing.
+        said = ("another process is gone", "another task died")
+        assert any(words in two.outputs()[0] for words in said)
+    reached = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    assert reached > stopped
+
+    last = reached + 3
+    with start(run, f"--config.steps={last}", n=2) as two:
+        assert two.wait(240) == [0, 0], two.outputs()
+        assert "Finished" in two.outputs()[0] and "Finished" not in two.outputs()[1]
+    alone = tmp_path / "alone"
+    with start(alone, f"--config.steps={last}") as one:
+        assert one.wait(240) == [0], one.outputs()
+    assert set(curve(run)) == set(curve(alone)) == set(range(1, last + 1))
+    np.testing.assert_allclose(list(curve(run).values()), list(curve(alone).values()), rtol=1e-5)
+    several, single = final(run, last), final(alone, last)
+    for a, b in zip(jax.tree.leaves(several), jax.tree.leaves(single), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    found = [
+        json.loads((folder / "evaluation.jsonl").read_text())["metrics"] for folder in (run, alone)
+    ]
+    several, single = ({k: v for k, v in one.items() if v is not None} for one in found)
+    assert {"frechet_shapes", "size_l2"} <= several.keys()
+    assert several == pytest.approx(single, rel=1e-3, abs=1e-4)
+
+
+def test_processes_share_the_shards_of_a_cache_and_stop_with_sigterm(tmp_path):
+    network = kl.AutoencoderKL(kl.SIZES["tiny"])
+    params = network.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    reconstruction.export(network, params, epath.Path(tmp_path / "autoencoder"))
+    arguments = [
+        "--config=configs/quickstart.py",
+        "--mode=encode",
+        "--config.autoencoder.name=kl",
+        "--config.autoencoder.size=tiny",
+        f"--config.autoencoder.path={tmp_path / 'autoencoder'}",
+        "--config.model.size=tiny/2",
+        "--config.encode.records=1500",
+        "--config.encode.shard_mb=20",
+    ]
+
+    def start(n, out):
+        return Children([*arguments, f"--config.encode.path={out}"], tmp_path / f"log{n}", n=n)
+
+    with start(2, tmp_path / "shared") as run:
+        deadline = time.time() + 120
+        while not list(tmp_path.glob("shared/*.array_record")):
+            assert time.time() < deadline, run.outputs()
+            time.sleep(0.01)
+        for process in run.processes:  # process 0 first: it must wait for those connected to it
+            process.terminate()
+            time.sleep(1)
+        assert run.wait(60) == [0, 0], run.outputs()
+        assert all(startup.STOPPED in output for output in run.outputs())
+        assert not (tmp_path / "shared" / "manifest.json").exists()
+    found = []
+    for n, name in ((2, "shared"), (1, "alone")):
+        with start(n, tmp_path / name) as run:
+            assert run.wait(240) == [0] * n, run.outputs()
+        found.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert found[0] == found[1] and len(found[0]) >= 10  # shards and the manifest
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}, "Slurm"),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "Cloud TPU on Kubernetes"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "Cloud TPU on Kubernetes"),
+    ],
+)
+def test_who_has_started_several_processes(environment, expected):
+    assert hosts.cluster(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "environment", "expected"),
+    [
+        (["/dev/accel0"], {}, "Cloud TPU"),
+        (["/dev/accel0"], {"JAX_PLATFORMS": "cpu"}, None),
+        (["/dev/accel0"], {"TPU_SKIP_MDS_QUERY": "1"}, None),
+        ([], {}, None),
+    ],
+)
+def test_tpu_machines_are_known_by_their_devices(devices, environment, expected, monkeypatch):
+    monkeypatch.setattr(hosts.glob, "glob", lambda form: devices if "accel" in form else [])
+    monkeypatch.setattr(hosts.util, "find_spec", lambda name: name)
+    assert hosts.cluster(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "message"),
+    [
+        (("localhost:1", 2, None), 2, "--process is missing; give --coordinator, --processes"),
+        ((None, 2, 0), 2, "--coordinator is missing"),
+        (("localhost:1", 2, 2), 1, "the processes did not meet (process 2 of 2, localhost:1)"),
+    ],
+)
+def test_processes_that_cannot_meet_are_one_line(given, code, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        hosts.join(*given)
+    error = capsys.readouterr().err
+    assert exit.value.code == code and error.count("\n") == 1
+    assert error.startswith(f"error: {message}")
+
+
+def test_one_process_alone_joins_nobody(monkeypatch):
+    monkeypatch.setattr(hosts, "cluster", lambda environment: None)
+    monkeypatch.setattr(jax.distributed, "initialize", None)  # would fail
+    hosts.join(None, None, None)
+
+
+def test_what_the_cluster_knows_is_left_to_it(monkeypatch):
+    called = []
+    monkeypatch.setattr(hosts, "cluster", lambda environment: "Slurm")
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: called.append((a, k)))
+    monkeypatch.setattr(hosts.faulthandler, "disable", lambda: None)
+    hosts.join(None, None, None)
+    ((where, how),) = called
+    assert where == (None, None, None) and how["cluster_detection_method"] is None
+    assert how["heartbeat_timeout_seconds"] < 60

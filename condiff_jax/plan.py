@@ -28,7 +28,7 @@ from condiff_jax.train import compile_step, forward_flops
 
 GIB = 2**30
 GROWTH = 8  # most times that one is larger than the last; huge arrays take long to compile
-PROBES = 5  # batch sizes to compile in search of the largest
+PROBES = 3  # programs that fit to compile in search of the largest batch; others fail early
 # What to change, in this order, where a config does not fit; the first that helps is named.
 REMEDIES = (
     {"model.remat": "block"},
@@ -156,12 +156,13 @@ def largest(
 
     total(size) grows with the size. It is tried at `first`, then where a straight line through the
     two largest that fit says or, if that line was tried, at the geometric mean of the bounds, until
-    they are a 16th apart or all probes used. fixed: what size 0 needs.
+    they are a 16th apart or `probes` sizes have fitted. fixed: what size 0 needs.
     """
     fits, fails, line, size = 0, None, [(0, fixed)], first
-    for _ in range(probes):
+    while probes:
         needed = total(size)
         if needed <= capacity:
+            probes -= 1
             fits, line = size, [*line, (size, needed)][-2:]
             (a, at_a), (b, at_b) = line
             size = fits + int((capacity - at_b) * (b - a) / max(at_b - at_a, 1))

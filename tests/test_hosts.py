@@ -1,5 +1,6 @@
 """Several real processes: the curve of one, stopping together, and the end when one is gone."""
 
+import fnmatch
 import json
 import signal
 import time
@@ -165,17 +166,22 @@ def test_who_has_started_several_processes(environment, expected):
 
 
 @pytest.mark.parametrize(
-    ("devices", "environment", "expected"),
+    ("devices", "installed", "environment", "expected"),
     [
-        (["/dev/accel0"], {}, "Cloud TPU"),
-        (["/dev/accel0"], {"JAX_PLATFORMS": "cpu"}, None),
-        (["/dev/accel0"], {"TPU_SKIP_MDS_QUERY": "1"}, None),
-        ([], {}, None),
+        (["/dev/accel0"], ["libtpu"], {}, "Cloud TPU"),
+        (["/dev/vfio/0"], ["libtpu"], {}, "Cloud TPU"),
+        (["/dev/vfio/vfio"], ["libtpu"], {}, None),  # any machine's that can lend devices
+        (["/dev/accel0"], [], {}, None),
+        (["/dev/accel0"], ["libtpu"], {"JAX_PLATFORMS": "cpu"}, None),
+        (["/dev/accel0"], ["libtpu"], {"TPU_SKIP_MDS_QUERY": "1"}, None),
+        ([], ["libtpu"], {}, None),
     ],
 )
-def test_tpu_machines_are_known_by_their_devices(devices, environment, expected, monkeypatch):
-    monkeypatch.setattr(hosts.glob, "glob", lambda form: devices if "accel" in form else [])
-    monkeypatch.setattr(hosts.util, "find_spec", lambda name: name)
+def test_tpu_machines_are_known_by_their_devices(
+    devices, installed, environment, expected, monkeypatch
+):
+    monkeypatch.setattr(hosts.glob, "glob", lambda form: fnmatch.filter(devices, form))
+    monkeypatch.setattr(hosts.util, "find_spec", lambda name: name if name in installed else None)
     assert hosts.cluster(environment) == expected
 
 
@@ -184,6 +190,7 @@ def test_tpu_machines_are_known_by_their_devices(devices, environment, expected,
     [
         (("localhost:1", 2, None), 2, "--process is missing; give --coordinator, --processes"),
         ((None, 2, 0), 2, "--coordinator is missing"),
+        ((None, None, 0), 2, "--coordinator is missing"),
         (("localhost:1", 2, 2), 1, "the processes did not meet (process 2 of 2, localhost:1)"),
     ],
 )
@@ -201,12 +208,14 @@ def test_one_process_alone_joins_nobody(monkeypatch):
     hosts.join(None, None, None)
 
 
-def test_what_the_cluster_knows_is_left_to_it(monkeypatch):
+@pytest.mark.parametrize("given", [(None, None, None), ("a:1", 2, 0)])
+def test_what_the_cluster_knows_is_left_to_it_unless_told(monkeypatch, given):
     called = []
     monkeypatch.setattr(hosts, "cluster", lambda environment: "Slurm")
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: called.append((a, k)))
     monkeypatch.setattr(hosts.faulthandler, "disable", lambda: None)
-    hosts.join(None, None, None)
+    hosts.join(*given)
     ((where, how),) = called
-    assert where == (None, None, None) and how["cluster_detection_method"] is None
+    assert where == given
+    assert how["cluster_detection_method"] == (None if given[0] is None else "deactivate")
     assert how["heartbeat_timeout_seconds"] < 60

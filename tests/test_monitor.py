@@ -21,6 +21,36 @@ def test_too_many_broken_images_stop_the_run():
     meter.add(2, {**GOOD, "broken": np.int32(1)}, 64)
     with pytest.raises(ConfigError, match="11 broken images among 128"):
         meter.read()
+    long = monitor.Meter(100_000)  # of which 1% may be broken
+    long.add(1, {**GOOD, "broken": np.int32(1000)}, 64)
+    assert long.read()["broken_images"] == 1000
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_is_named(name, value):
+    meter = monitor.Meter(0)
+    meter.add(7, GOOD, 8)
+    meter.add(8, {**GOOD, name: np.float32(value)}, 8)
+    with pytest.raises(FloatingPointError, match="^step 8: "):
+        meter.read()
+
+
+def test_metrics_are_means_since_the_last_read():
+    meter = monitor.Meter(0)
+    for values in ((1, 5), (3,)):
+        for value in values:
+            meter.add(1, {**GOOD, "loss": np.float32(value)}, 8)
+        assert meter.read()["loss"] == 3
+
+
+def test_the_host_stays_two_steps_ahead_of_the_device(monkeypatch):
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda metrics: waited.append(metrics["step"]))
+    meter = monitor.Meter(0)
+    for step in range(5):
+        meter.add(step, {**GOOD, "step": step}, 8)
+    assert waited == [0, 1, 2]
 
 
 def test_input_wait_is_the_share_of_the_time_since_the_last_read(monkeypatch):
@@ -76,6 +106,9 @@ def test_an_accelerator_without_a_known_peak_is_named_once(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "no mfu: flops.CHIPS does not know the peak of abacus"
     ]
+    monitor._peak.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert monitor._peak() is None and len(caplog.records) == 1  # nobody asks for a CPU's
     monitor._peak.cache_clear()
 
 

@@ -27,7 +27,7 @@ from condiff_jax.topology import Topology, parse_all
 from condiff_jax.train import compile_step, forward_flops
 
 GIB = 2**30
-GROWTH = 8  # most times that one is larger than the last; huge arrays take long to compile
+GROWTH = 4  # most times that one is larger than the last; huge arrays take long to compile
 PROBES = 3  # programs that fit to compile in search of the largest batch; others fail early
 # What to change, in this order, where a config does not fit; the first that helps is named.
 REMEDIES = (

@@ -16,7 +16,7 @@ def get_config(args: str | None = None):
     row = base.arguments(args, classes=10)
     config = quickstart.get_config()
     config.objective = "classification"
-    config.steps = 4000
+    config.steps = 2000
     config.batch_size = 32
     config.model.name = "unet"  # its encoder half
     config.model.size = "tiny"

@@ -18,11 +18,10 @@ def get_config(args: str | None = None):
     """Arguments: classes (10: warm or cool shapes | 30: colour and shape)."""
     row = base.arguments(args, classes=10)
     config = quickstart.get_config()
-    config.steps = 30_000
+    config.steps = 20_000
     config.data.semantics = "class"
     config.data.classes = row.classes
     config.sampling.guidance = 1.0
     config.sampling.control_guidance = 1.0
-    config.sampling.steps = 50
-    config.evaluation.prompts = 500
+    config.evaluation.prompts = 250
     return config

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from condiff_jax import config as config_lib
 from condiff_jax import kinship, models
-from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.checkpoint import Checkpoints, newest
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.convert import weights
 from condiff_jax.schema import Sampling
@@ -134,12 +134,9 @@ def describe(config: Config) -> dict[str, Any]:
     settings = config.sampling
     if not settings.classifier:
         return {}
-    found = load_config(settings, config)
-    with _blaming(settings.classifier):
-        checkpoints = Checkpoints(Workdir(settings.classifier).checkpoints, found)
-        step = checkpoints.latest
-        checkpoints.close()
+    found = kinship.digest(load_config(settings, config))
+    step = newest(Workdir(settings.classifier).checkpoints)
     return {
-        "classifier": {"config": kinship.digest(found), "step": step},
+        "classifier": {"config": found, "step": step},
         "classifier_guidance": settings.classifier_guidance,
     }

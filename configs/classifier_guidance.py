@@ -4,7 +4,7 @@
     python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided
     python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided \\
       --mode=evaluate --config.sampling.classifier=runs/classifier \\
-      --config.evaluation.grid="classifier_guidance=0,1,2,4,8;guidance=0,1"
+      --config.evaluation.grid="guidance=0,1;classifier_guidance=0,1,2,4,8"
     python -m condiff_jax.report runs/guided --out=guided.html
 
 The denoiser hears the class in nine pictures of ten. With guidance=0 (Eq. 2) it is asked for no

@@ -1,5 +1,6 @@
 """Noisy classifiers: their training, and what they make of the sampling of denoisers."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -24,6 +25,7 @@ from condiff_jax import (
 from condiff_jax import config as config_lib
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import ConfigError
+from condiff_jax.convert import weights
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.diffusion.loss import add_noise
 from condiff_jax.models import unet
@@ -176,7 +178,7 @@ def run(tmp_path_factory):
 
 
 def guided(trained, **fields):
-    return tiny.config(steps=2, **DENOISER, **{"sampling.classifier": str(trained)}, **fields)
+    return tiny.config(**DENOISER | {"steps": 2, "sampling.classifier": str(trained)} | fields)
 
 
 def one_device():
@@ -189,12 +191,12 @@ def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
     fields = {"sampling.sampler": name, "sampling.guidance": 2.0, "sampling.clip": False}
     configs = {
         weight: guided(trained, **fields, **{"sampling.classifier_guidance": weight})
-        for weight in (0.0, 30.0)
+        for weight in (0.0, 1000.0)
     }
-    system, (params, asked) = tiny.system(configs[30.0]), (run[1], [0, 3, 5, 9])
-    sampler = sample.Sampler(system, one_device(), configs[30.0].sampling)
+    system, (params, asked) = tiny.system(configs[1000.0]), (run[1], [0, 3, 5, 9])
+    sampler = sample.Sampler(system, one_device(), configs[1000.0].sampling)
     requests = sample.requests(system, asked)
-    network, own = classifier.load(system, one_device(), configs[30.0].sampling)
+    network, own = classifier.load(system, one_device(), configs[1000.0].sampling)
 
     @jax.jit
     def by_hand(weight):
@@ -223,7 +225,7 @@ def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
     assert sampler.program._cache_size() == 1
     for weight, pictures in found.items():
         assert np.abs(pictures - by_hand(weight)).max() <= 1
-    assert np.abs(found[30.0] - found[0.0]).max() > 5
+    assert np.abs(found[1000.0] - found[0.0]).max() > 5
 
 
 def test_a_grid_of_weights_has_one_program_and_its_own_records(trained, run):
@@ -307,6 +309,22 @@ def test_a_classifier_of_other_classes_is_refused(trained):
     message = "it tells other classes apart .10: .* than this model draws .30: "
     with pytest.raises(ConfigError, match=message):
         sample.Sampler(tiny.system(config), one_device(), config.sampling)
+
+
+def test_a_classifier_in_the_latents_of_another_autoencoder_is_refused(tmp_path):
+    fields = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "model.size": "tiny/1"}
+    system = tiny.system(tiny.config(**DENOISER | fields))
+    config = tiny.config(**FIELDS | fields | {"model.size": "tiny"})
+    found, folder = classifier.create(config, system.vocabulary), Workdir(str(tmp_path))
+    file = tmp_path / "coder.safetensors"
+    file.write_bytes(b"weights")
+    coder = dataclasses.replace(system.frozen["autoencoder"], path=str(file))
+    system.__dict__["frozen"] = {"autoencoder": coder}  # as the cached property keeps it
+    for known, refused in ((weights.sha256([file]), False), ("ab", True)):
+        folder.encoders.write_text(json.dumps({"autoencoder": known}))
+        message = "latents of other files than those at autoencoder.path"
+        with pytest.raises(ConfigError, match=message) if refused else contextlib.nullcontext():
+            classifier._check(found, system, folder)
 
 
 def test_a_folder_without_a_classifier_is_refused(run, tmp_path):

@@ -28,6 +28,12 @@ def abstract_state(system: System, mesh: Mesh) -> state.State:
     )
 
 
+def newest(path: epath.Path) -> int | None:
+    """The newest finished step in a folder of checkpoints, None without any; nothing is opened."""
+    steps = [int(found.name) for found in path.glob("*") if found.name.isdigit()]
+    return max(steps, default=None)
+
+
 class Checkpoints:
     """The folder of checkpoints: STEP/ holds `state` and `metrics`.
 

@@ -74,7 +74,7 @@ def _scalar(kind: type, value: Any, field: str):
 
 
 CHOICES = {
-    "objective": ("diffusion", "reconstruction"),
+    "objective": ("diffusion", "reconstruction", "classification"),
     "model.name": MODELS,
     "model.streams": ("auto", *STREAMS),
     "model.position": ("resample", "extrapolate"),
@@ -252,18 +252,32 @@ def _validate_data(config: Config) -> None:
 
 
 def _validate_training(config: Config) -> None:
-    if config.objective == "reconstruction":
-        if config.autoencoder.name == "pixels":
-            raise ConfigError("config: objective=reconstruction needs autoencoder.name=kl or vq")
+    if config.objective == "reconstruction" and config.autoencoder.name == "pixels":
+        raise ConfigError("config: objective=reconstruction needs autoencoder.name=kl or vq")
+    if config.objective == "classification":
+        for field, value in (("data.semantics", "class"), ("model.name", "unet")):
+            if get(config, field) != value:
+                raise ConfigError(f"config: objective=classification needs {field}={value}")
+    if config.objective != "diffusion":
         if config.data.name == "latents":
-            raise ConfigError("config: objective=reconstruction needs pictures, not latents")
+            raise ConfigError(f"config: objective={config.objective} needs pictures, not latents")
         for field, empty in (
             ("evaluation.metrics", ()),
             ("init.pretrain", None),
             ("init.path", ""),
+            ("sampling.classifier", ""),
         ):
             if get(config, field) != empty:
-                raise ConfigError(f"config: objective=reconstruction has no {field}")
+                raise ConfigError(f"config: objective={config.objective} has no {field}")
+    if config.sampling.classifier and config.data.semantics == "text":
+        raise ConfigError(
+            "config: sampling.classifier guides to a class; data.semantics=text has none"
+        )
+    if not config.sampling.classifier and config.sampling.classifier_guidance != 1:
+        raise ConfigError(
+            "config: sampling.classifier_guidance needs sampling.classifier, the work directory of "
+            "a classifier (configs/classifier.py)"
+        )
     if config.batch_size % config.optimizer.accumulate:
         raise ConfigError(
             f"config: batch_size={config.batch_size} must be a multiple of "

@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from condiff_jax import classifier, fidelity, protocols, sharding
 from condiff_jax import config as config_lib
-from condiff_jax import fidelity, protocols, sharding
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.data import shapes
@@ -98,7 +98,7 @@ def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
     names = ("sampler", "steps", "spacing", "eta", "clip", "guidance", "control_guidance")
     names += ("base_resolution", "size", "seed")
     sampling = {name: getattr(asked, name) for name in names}
-    sampling |= {"ema": ema, "control": asked_control(config)}
+    sampling |= {"ema": ema, "control": asked_control(config)} | classifier.describe(config)
     if asked.size in ("tied", "untied"):
         sampling["size_range"] = list(asked.size_range)
     features = fidelity.describe_networks(networks)

@@ -111,6 +111,8 @@ class Reporter(Log):
             f"step {step}, {settings.sampler} {settings.steps} steps, "
             f"guidance {scale:g}, control guidance {settings.control_guidance:g}"
         )
+        if settings.classifier:
+            title += f", classifier guidance {settings.classifier_guidance:g}"
         self.picture(step, caption_grid(pictures, titles(self.system, asked), title=title))
         return pictures
 

@@ -116,7 +116,7 @@ def lower_step(system: System, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
 
 def lower_sampler(system: System, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """The sampler of mode sample at `sampling.batch_size`, lowered, and what it is given."""
-    settings = system.config.sampling
+    settings = dataclasses.replace(system.config.sampling, classifier="")  # not trained yet
     size = -(-settings.batch_size // mesh.size) * mesh.size
     params, others = abstract_state(system, mesh).params, frozen(system, mesh)
     requests = example(system, mesh, size)

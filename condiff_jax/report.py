@@ -1,9 +1,11 @@
 """Tables of the paper beside our numbers: `python -m condiff_jax.report configs/tableA1.py`.
 
     python -m condiff_jax.report configs/table3.py --results runs/table3 --out=table3.html
+    python -m condiff_jax.report runs/guided --out=guided.html
 
 The results are those of `python -m condiff_jax.sweep`; without --results, the recorded ones in
-benchmarks/results. Table A1 needs none: its values are computed.
+benchmarks/results. Table A1 needs none: its values are computed. The last command shows what one
+run's evaluations have measured, such as over evaluation.grid, and plots it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from condiff_jax import config as config_lib
-from condiff_jax import page, results, startup, summary
+from condiff_jax import evaluations, page, results, startup, summary
 from condiff_jax.config import ConfigError
 from condiff_jax.results import Line, Table
 from condiff_jax.system import create as create_system
@@ -117,6 +119,18 @@ def tabulate(heading: str, module: dict, lines: Sequence[Line]) -> Table:
     ]
     notes = [*remarks(paper, ours, lines), *module.get("NOTES", ()), *cited]
     return Table(heading, columns, rows, notes)
+
+
+def tabulate_run(place: str, lines: Sequence[Line], common: dict[str, str]) -> Table:
+    """The evaluations of one run: a row for each setting, and what all have in common."""
+    names = results.measures(lines)
+    columns = [("", "setting"), *(("", name) for name in names), ("", "seeds")]
+    rows = [[line.title, *(measured(line, name) for name in names), _seeds(line)] for line in lines]
+    known = ", ".join(f"{name}={value}" for name, value in common.items() if value)
+    notes = [f"All with {known}."] if known else []
+    if any(len(line.done) > 1 for line in lines):
+        notes.append("Mean over seeds ± half of their range.")
+    return Table(f"Evaluations of {Path(place).stem}", columns, rows, notes)
 
 
 def published(value: float | None) -> str:
@@ -255,7 +269,10 @@ def recorded(records: Iterable[dict[str, Any]]) -> str:
 def parse(argv: Sequence[str]):
     """The command line; `format` follows the end of --out's name if it is not given."""
     parser = results.Parser("python -m condiff_jax.report", description=__doc__)
-    parser.add_argument("table", help="config file with PAPER, such as configs/tableA1.py")
+    parser.add_argument(
+        "table",
+        help="config file with PAPER, such as configs/tableA1.py; or a work directory, or .json",
+    )
     parser.add_argument(
         "--results",
         nargs="+",
@@ -275,6 +292,8 @@ def parse(argv: Sequence[str]):
 def run(argv: Sequence[str]) -> None:
     """Make the report that the arguments ask for; ConfigError if they are bad."""
     args = parse(argv)
+    if not args.table.endswith(".py"):
+        return run_evaluations(args)
     module, name = results.load_table(args.table), results.table_name(args.table)
     if "PAPER" not in module:
         raise ConfigError(f"{args.table} has no PAPER, the published values of its rows")
@@ -294,6 +313,23 @@ def run(argv: Sequence[str]) -> None:
         table = tabulate(title(name, module), module, lines)
         if args.save:
             write(args.save, recorded(records))
+    publish(args, table, lines)
+
+
+def run_evaluations(args) -> None:
+    """The report of one run's evaluations."""
+    if args.results:
+        raise ConfigError(f"{args.table} is no table: it takes no --results")
+    records = evaluations.read(args.table)
+    lines, common = evaluations.lines(records)
+    publish(args, tabulate_run(args.table, lines, common), lines)
+    if args.save:
+        kept = [{name: one[name] for name in one if name != "root"} for one in records]
+        write(args.save, json.dumps(kept, indent=1) + "\n")
+
+
+def publish(args, table: Table, lines: Sequence[Line]) -> None:
+    """Write or print a report in its format."""
     render = {"text": text, "markdown": markdown, "html": lambda table: page.html(table, lines)}
     content = render[args.format](table).rstrip("\n") + "\n"
     if args.out:

@@ -95,6 +95,17 @@ def identify(record: dict[str, Any]) -> tuple:
     return tuple(record[name] for name in ("table", "row", "seed", "scale")) + (overrides,)
 
 
+def load_json(path: epath.Path) -> list[dict[str, Any]]:
+    """A JSON list of objects; ConfigError for a file that is something else."""
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise TypeError("not a list of objects")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not a file of results ({error!r})") from error
+    return found
+
+
 def read_file(path: epath.Path) -> list[dict[str, Any]]:
     """The results in a JSON-lines file or a JSON list; a torn last line is left out.
 

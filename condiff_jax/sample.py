@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -15,10 +16,12 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from condiff_jax import sharding
+from condiff_jax import classifier, sharding
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.guidance import (
+    classifier_gradient,
+    classifier_guidance,
     dual_guidance,
     needed_branches,
     scaled_guidance,
@@ -111,13 +114,19 @@ class Program(NamedTuple):
     clip: bool
     seed: int
     needed: tuple[bool, bool, bool]  # see `dual_guidance`
+    classifier: nn.Module | None = None  # that guides besides
 
     @classmethod
-    def create(cls, settings: Sampling, resolution: int) -> tuple[Program, np.ndarray]:
-        """Of these settings, and their guidance scales (2,): lambda by Eq. 4 and beta of Eq. 2."""
+    def create(
+        cls, settings: Sampling, resolution: int, network: nn.Module | None = None
+    ) -> tuple[Program, np.ndarray]:
+        """Of these settings, and their guidance scales (3,): lambda by Eq. 4, beta of Eq. 2, and
+        the weight of the classifier `network`, if there is one.
+        """
         scales = guidance_scale(settings, resolution), settings.control_guidance
-        fields = (getattr(settings, name) for name in cls._fields[:-1])
-        return cls(*fields, needed_branches(*scales)), np.array(scales, np.float32)
+        fields = (getattr(settings, name) for name in cls._fields[:-2])
+        program = cls(*fields, needed_branches(*scales), network)
+        return program, np.array([*scales, settings.classifier_guidance], np.float32)
 
 
 def noise_keys(seed: int, index: jax.Array) -> jax.Array:
@@ -138,7 +147,8 @@ def generate(
 ) -> jax.Array:
     """Pictures uint8 (B, R, R, 3) for the requests in `batch`; pure, to be jitted.
 
-    params, frozen: see `System.init` and `System.load_frozen`. index (B,) int32: the number of each
+    params, frozen: see `System.init` and `System.load_frozen`; frozen also has the parameters of
+    program.classifier, "classifier". index (B,) int32: the number of each
     sample; its noise comes from (program.seed, index). scales: see `Program.create`.
     """
     params = {**params, **frozen}
@@ -148,7 +158,13 @@ def generate(
         shape = (system.config.text_encoder.length, system.config.text_encoder.width)
         text_noise = jax.vmap(partial(jax.random.normal, shape=shape))(keys[:, 0])
     cond = system.condition(params, batch, text_noise)
-    denoise = dual_guidance(system.denoise(params), *scales, program.needed)
+    denoise, shift = dual_guidance(system.denoise(params), *scales[:2], program.needed), {}
+    if program.classifier is not None:
+        log_prob = classifier.log_prob(program.classifier, params["classifier"])
+        if program.sampler == "ddpm":
+            shift = {"gradient": classifier_gradient(log_prob, scales[2])}
+        else:
+            denoise = classifier_guidance(denoise, log_prob, system.schedule, scales[2])
     x = SAMPLERS[program.sampler](
         denoise,
         system.schedule,
@@ -159,15 +175,20 @@ def generate(
         spacing=program.spacing,
         eta=program.eta,
         clip=system.autoencoder.bound if program.clip else None,
+        **shift,
     )
     return system.autoencoder.decode(params.get("autoencoder"), x)
 
 
 class Sampler:
-    """`generate` for batches of one size spread over a mesh, compiled once a `Program`."""
+    """`generate` for batches of one size spread over a mesh, compiled once a `Program`.
+
+    The classifier that settings name is loaded; ConfigError unless it fits the system.
+    """
 
     def __init__(self, system: System, mesh: Mesh, settings: Sampling, frozen: dict | None = None):
         self.system, self.mesh, self.settings, self.frozen = system, mesh, settings, frozen or {}
+        self._load_classifier()
         self.program = jax.jit(
             sharding.traced_on(mesh, partial(generate, system=system)),
             static_argnames="program",
@@ -179,7 +200,16 @@ class Sampler:
         other = copy.copy(self)
         other.system = dataclasses.replace(self.system, config=config)
         other.settings = config.sampling
+        if other.settings.classifier != self.settings.classifier:
+            other._load_classifier()
         return other
+
+    def _load_classifier(self) -> None:
+        self.frozen = {name: part for name, part in self.frozen.items() if name != "classifier"}
+        self.classifier = None
+        if self.settings.classifier:
+            self.classifier, params = classifier.load(self.system, self.mesh, self.settings)
+            self.frozen["classifier"] = params
 
     def __call__(self, params: dict, batch: dict, *, first: int = 0, label: str = "") -> np.ndarray:
         """Pictures uint8 (N, R, R, 3) for N requests, numbered from `first`."""
@@ -187,7 +217,8 @@ class Sampler:
         devices = self.mesh.size
         size = -(-min(self.settings.batch_size, n) // devices) * devices
         out = []
-        program, scales = Program.create(self.settings, self.system.config.data.resolution)
+        resolution = self.system.config.data.resolution
+        program, scales = Program.create(self.settings, resolution, self.classifier)
         starts = tqdm(range(0, n, size), desc=label or "sampling", disable=n <= size, leave=False)
         for start in starts:
             rows = np.arange(start, start + size) % n  # the last part is filled up

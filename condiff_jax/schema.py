@@ -154,6 +154,8 @@ class Sampling:
     guidance: float
     base_resolution: int
     control_guidance: float
+    classifier: str
+    classifier_guidance: float
     clip: bool
     ema: bool
     seed: int

@@ -34,7 +34,7 @@ RULES = (
     (r"\w+_(down|up)sample/kernel", P(None, None, None, "fsdp")),  # (height, width, in, out)
     (r"(model|encoder|decoder)/conv_out/kernel", P(None, None, "fsdp")),
     (r"(quant_conv|post_quant_conv|critic/\w+|lpips/\w+/\w+)/kernel|lpips/heads/\d+", P()),
-    (r"time/kernel", P("fsdp")),  # (E, C)
+    (r"(time|norm2/projection|classifier/head)/kernel", P("fsdp")),  # (E, C)
     (r"embedding", P(None, "fsdp")),  # (entries, D)
     (r"model/(decoder_)?positions", P(None, "fsdp")),  # (N, D)
     (r"text_encoder/positions|mask_token|relative_bias", P()),

@@ -32,7 +32,9 @@ from condiff_jax.config import Config, ConfigError
 from condiff_jax.workdir import append_json
 
 DATA_PATH = re.compile(r"(init\.pretrain\.)*(data|autoencoder|text_encoder)\.path")
-FILE = re.compile(r"(init\.pretrain\.)*(evaluation\.lpips|sampling\.prompt_file|convert\.source)")
+FILE = re.compile(
+    r"(init\.pretrain\.)*(evaluation\.lpips|sampling\.(prompt_file|classifier)|convert\.source)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

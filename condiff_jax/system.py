@@ -73,12 +73,8 @@ def create_vocabulary(config: Config, source) -> Vocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class System:
-    """Networks of one configuration, and the parameters by network that they have.
-
-    Trained: "model" and, unless it is frozen, "text_encoder" (`init`); frozen: that and
-    "autoencoder", as far as they are used (`load_frozen`). Methods take both in one dictionary.
-    """
+class Noising:
+    """What all networks of noised pictures have: data, latents and noise levels of a config."""
 
     config: Config
     vocabulary: Vocabulary
@@ -86,19 +82,12 @@ class System:
     text_encoder: WordEmbedding | Clip | None
     autoencoder: Pixels | Latents
     schedule: Schedule
-    control: ControlSpec
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of what the denoiser sees."""
         side = self.config.data.resolution // self.autoencoder.factor
         return side, side, self.autoencoder.channels
-
-    def encode_text(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (T,) int32 and mask (T,) bool of a caption."""
-        if isinstance(self.text_encoder, Clip):
-            return self.text_encoder.tokenize(caption)
-        return tokenize(self.vocabulary.tokenizer, caption, self.config.text_encoder.length)
 
     def example(self, batch: int) -> dict[str, Any]:
         """A batch of zeros with the shapes and types that pictures and requests have."""
@@ -113,6 +102,43 @@ class System:
             out["ids"] = np.zeros((batch, length), np.int32)
             out["mask"] = np.ones((batch, length), bool)
         return out
+
+    @cached_property
+    def frozen(self) -> dict[str, Autoencoder | Clip]:
+        """Where the parameters that are not trained come from, by network; {} if all are."""
+        out = {}
+        if isinstance(self.autoencoder, Latents):
+            out["autoencoder"] = Autoencoder(self.config.autoencoder.path, self.autoencoder.network)
+        if isinstance(self.text_encoder, Clip):
+            out["text_encoder"] = self.text_encoder
+        return out
+
+    def load_frozen(self) -> dict:
+        """The parameters that are not trained, by network; ConfigError where there are none."""
+        return {name: encoder.load() for name, encoder in self.frozen.items()}
+
+    def clean(self, params: dict, batch: dict, noise: jax.Array | None) -> jax.Array:
+        """x_0 (B, H, W, C) of a batch; noise of that shape is for latents, which are drawn."""
+        if "moments" in batch:  # coded once and for all by mode encode
+            return self.autoencoder.sample(batch["moments"], noise)
+        return self.autoencoder.encode(params.get("autoencoder"), batch["image"], noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class System(Noising):
+    """Networks of one configuration, and the parameters by network that they have.
+
+    Trained: "model" and, unless it is frozen, "text_encoder" (`init`); frozen: that and
+    "autoencoder", as far as they are used (`load_frozen`). Methods take both in one dictionary.
+    """
+
+    control: ControlSpec
+
+    def encode_text(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (T,) int32 and mask (T,) bool of a caption."""
+        if isinstance(self.text_encoder, Clip):
+            return self.text_encoder.tokenize(caption)
+        return tokenize(self.vocabulary.tokenizer, caption, self.config.text_encoder.length)
 
     def init(self, key: jax.Array) -> dict:
         """Fresh parameters of what is trained, f32."""
@@ -134,20 +160,6 @@ class System:
             tokens = jnp.zeros((1, text.length, text.width), dtype)
             semantics = Text(tokens, jnp.asarray(batch["mask"]), tokens[:, 0])
         return Cond.of(semantics, self.control.control(batch["control"]))
-
-    @cached_property
-    def frozen(self) -> dict[str, Autoencoder | Clip]:
-        """Where the parameters that are not trained come from, by network; {} if all are."""
-        out = {}
-        if isinstance(self.autoencoder, Latents):
-            out["autoencoder"] = Autoencoder(self.config.autoencoder.path, self.autoencoder.network)
-        if isinstance(self.text_encoder, Clip):
-            out["text_encoder"] = self.text_encoder
-        return out
-
-    def load_frozen(self) -> dict:
-        """The parameters that are not trained, by network; ConfigError where there are none."""
-        return {name: encoder.load() for name, encoder in self.frozen.items()}
 
     def condition(self, params: dict, batch: dict, text_noise: jax.Array | None) -> Cond:
         """The full condition of a batch; text_noise (B, T, C) is eps of Eq. 7, None for classes."""
@@ -183,6 +195,19 @@ def _text_encoder(config: Config, vocabulary: Vocabulary) -> WordEmbedding | Cli
     return WordEmbedding(words, config.text_encoder.width, dtype)
 
 
+def create_noising(config: Config) -> tuple[Pixels | Latents, Schedule]:
+    """The space that diffusion runs in, and its noise levels (Eq. 3)."""
+    diffusion = config.diffusion
+    betas = (diffusion.beta_start, diffusion.beta_end)
+    schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps, *betas)
+    if diffusion.base_resolution:
+        schedule = rescale(schedule, diffusion.base_resolution, config.data.resolution)
+    settings = config.autoencoder
+    if settings.name != "pixels":
+        return Latents.create(config), schedule
+    return Pixels(settings.scale, settings.shift), schedule
+
+
 def create(config: Config, vocabulary: Vocabulary) -> System:
     """Build the modules; nothing is allocated, and nothing of frozen encoders read.
 
@@ -192,15 +217,7 @@ def create(config: Config, vocabulary: Vocabulary) -> System:
         raise ConfigError(
             f"config: objective={config.objective} has no denoiser; of the modes it has train alone"
         )
-    diffusion = config.diffusion
-    betas = (diffusion.beta_start, diffusion.beta_end)
-    schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps, *betas)
-    if diffusion.base_resolution:
-        schedule = rescale(schedule, diffusion.base_resolution, config.data.resolution)
-    settings = config.autoencoder
-    autoencoder = Pixels(settings.scale, settings.shift)
-    if settings.name != "pixels":
-        autoencoder = Latents.create(config)
+    autoencoder, schedule = create_noising(config)
     settings = config.conditioning
     weighting = Weighting.create(
         settings.weighting, alpha=settings.alpha, k=settings.k, sigma=schedule.sigma

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from condiff_jax import (
+    classification,
+    classifier,
     encode,
     evaluate,
     flops,
@@ -26,11 +28,12 @@ from condiff_jax import (
     transfer,
 )
 from condiff_jax.checkpoint import Checkpoints, abstract_state
+from condiff_jax.classifier import NoisyClassifier
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.dropout import drop_flags
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.data.pipeline import batches, first_controls
-from condiff_jax.diffusion.loss import denoising_loss
+from condiff_jax.diffusion.loss import denoising_loss, draw_timesteps
 from condiff_jax.diffusion.prediction import loss_weight
 from condiff_jax.hosts import Interrupt
 from condiff_jax.logs import Reporter
@@ -42,6 +45,8 @@ from condiff_jax.system import System, Vocabulary, create_vocabulary, open_sourc
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir, write
 
+Trained = System | Reconstructor | NoisyClassifier
+
 
 def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Array]:
     """All randomness of one step, each use with its own key; leading dimension B."""
@@ -50,11 +55,8 @@ def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Arra
     drop_semantics, drop_control = drop_flags(
         key_drop, batch, settings.drop_semantics, settings.drop_control, settings.dropping
     )
-    # One t from each of B equal parts of 0..T-1, shifted together: every t is uniform, and the
-    # batch covers all noise levels, whose losses differ a hundredfold (arXiv:2107.00630, I.1).
-    u = (jnp.arange(batch) / batch + jax.random.uniform(key_t)) % 1.0
     noise = {
-        "t": (u * system.schedule.timesteps).astype(jnp.int32),
+        "t": draw_timesteps(key_t, batch, system.schedule.timesteps),
         "eps": jax.random.normal(key_eps, (batch, *system.latent_shape)),
         "drop_semantics": drop_semantics,
         "drop_control": drop_control,
@@ -80,11 +82,7 @@ def loss_fn(
     params = {**params, **(frozen or {})}
     cond: Cond = system.condition(params, batch, noise.get("text"))
     cond = cond.replace(drop_semantics=noise["drop_semantics"], drop_control=noise["drop_control"])
-    if "moments" in batch:  # coded once and for all by mode encode
-        x0 = system.autoencoder.sample(batch["moments"], noise["latent"])
-    else:
-        coder = params.get("autoencoder")
-        x0 = system.autoencoder.encode(coder, batch["image"], noise.get("latent"))
+    x0 = system.clean(params, batch, noise.get("latent"))
     inputs = (system.schedule, x0, noise["t"], noise["eps"], cond)
     loss = denoising_loss(system.denoise(params), *inputs)
     if "hidden" in noise:
@@ -93,7 +91,7 @@ def loss_fn(
     return (weight * loss).mean()
 
 
-def objective(system: System | Reconstructor) -> tuple[Callable, Callable]:
+def objective(system: Trained) -> tuple[Callable, Callable]:
     """(draw_noise, loss) of what `config.objective` names.
 
     draw_noise(key, system, batch size, step) -> noise; loss(params, batch, noise, system=, frozen=)
@@ -101,6 +99,8 @@ def objective(system: System | Reconstructor) -> tuple[Callable, Callable]:
     """
     if isinstance(system, Reconstructor):
         return reconstruction.draw_noise, reconstruction.loss_fn
+    if isinstance(system, NoisyClassifier):
+        return classification.draw_noise, classification.loss_fn
     return (
         lambda key, system, batch, step: draw_noise(key, system, batch),
         lambda *inputs, **settings: (loss_fn(*inputs, **settings), {}),
@@ -133,7 +133,7 @@ def train_step(
     batch: dict,
     frozen: dict | None = None,
     *,
-    system: System | Reconstructor,
+    system: Trained,
     tx: optax.GradientTransformation,
 ) -> tuple[state.State, dict]:
     """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted.
@@ -177,13 +177,15 @@ def compile_step(system: System, mesh: Mesh):
     return init, step
 
 
-def forward_flops(system: System | Reconstructor) -> int:
+def forward_flops(system: Trained) -> int:
     """FLOPs of the denoiser for one image, multiply-add = 2; those of encoders are left out.
 
     Of an autoencoder's training: of coding and decoding, without critic and LPIPS.
     """
     if isinstance(system, Reconstructor):
         return reconstruction.forward_flops(system)
+    if isinstance(system, NoisyClassifier):
+        return classification.forward_flops(system)
     # Other attention is a kernel, whose products nobody sees.
     system = dataclasses.replace(system, model=system.model.clone(backend="xla"))
     params = jax.eval_shape(system.init, jax.random.key(0))
@@ -215,7 +217,8 @@ def _run(config: Config, workdir: str) -> bool:
         system, vocabulary = reconstruction.create(config), Vocabulary((), ())
     else:
         vocabulary = create_vocabulary(config, source)
-        system = create_system(config, vocabulary)
+        create = classifier.create if config.objective == "classification" else create_system
+        system = create(config, vocabulary)
     if config.data.name == "latents":
         encode.check(system, source)
     folder = Workdir(workdir)
@@ -245,8 +248,8 @@ def _run(config: Config, workdir: str) -> bool:
         train_state = init(jax.random.key(config.seed))
     if isinstance(system, System) and (first is None or folder.load_control() is None):
         folder.save_control(first_controls(config, source))
-    kind = reconstruction.Reporter if isinstance(system, Reconstructor) else Reporter
-    reporter = kind(system, mesh, folder, frozen, first=first or 0)
+    kinds = {Reconstructor: reconstruction.Reporter, NoisyClassifier: classification.Reporter}
+    reporter = kinds.get(type(system), Reporter)(system, mesh, folder, frozen, first=first or 0)
     try:
         with Interrupt() as interrupt:
             train_state = loop(

@@ -38,7 +38,8 @@ sampling than FID (Sec. 3.1), `coco_clip`: 25 steps and a guidance of 5.
 Models for own experiments, for any architecture and start (but `unet` from captions to classes or
 back, whose two sizes differ): `imagenet1k_256.py`,
 `imagenet1k_512.py`, `imagenet22k_256.py`, `cc12m_256.py`, `cc12m_512.py`; without any download
-`quickstart.py`; for small pictures of your own `pictures_64.py` (made by mode prepare, of classes
+`quickstart.py`, and `classifier.py` with `classifier_guidance.py` (guidance by a classifier); for
+small pictures of your own `pictures_64.py` (made by mode prepare, of classes
 or captions) and `emoji_64.py` (webdataset tars). `base.py` documents every field, `recipes.py`
 holds what the tables share.
 """

@@ -39,7 +39,8 @@ def get_config() -> ConfigDict:
     config.batch_size = 64  # images a step, over all devices and accumulated parts
     # First and last step of a trace for xprof or TensorBoard, written into the work directory
     config.profile = ()
-    # What is trained: diffusion | reconstruction (config.autoencoder, see configs/autoencoder.py)
+    # What is trained: diffusion | reconstruction (config.autoencoder, see configs/autoencoder.py) |
+    # classification (of noised pictures, to guide sampling, see configs/classifier.py)
     config.objective = "diffusion"
 
     config.model = model = ConfigDict()
@@ -168,6 +169,10 @@ def get_config() -> ConfigDict:
     sampling.guidance = 1.5  # lambda of Eq. 2
     sampling.base_resolution = 0  # Eq. 4: the resolution the guidance is for; 0: this one
     sampling.control_guidance = 1.0  # beta of Eq. 2
+    # Classifier guidance (arXiv:2105.05233): a work directory with objective=classification, and
+    # its weight, of epsilon's shift (ddim) or the mean's (ddpm); 1: Bayes' rule
+    sampling.classifier = ""
+    sampling.classifier_guidance = 1.0
     sampling.clip = True  # keep the predicted picture in range (pixel space only)
     sampling.ema = True  # sample with the averaged parameters
     sampling.seed = 0  # sample i depends on (seed, i) alone

@@ -121,7 +121,7 @@ def test_every_setting_reaches_guidance_and_sampler(trained, changed):
         request = sample.requests(system, PROMPTS[:2])
         jax.eval_shape(generate, params, {}, request, np.arange(2, dtype=np.int32), scales)
     scale = 2.0 if "base_resolution" in changed else settings["guidance"]  # Eq. 4
-    np.testing.assert_allclose(scales, [scale, settings["control_guidance"]])
+    np.testing.assert_allclose(scales, [scale, settings["control_guidance"], 1.0])
     assert guidance.call_args.args[3] == needed_branches(scale, settings["control_guidance"])
     given = {name: settings[name] for name in ("steps", "spacing", "eta")}
     given["clip"] = system.autoencoder.bound if settings["clip"] else None

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from condiff_jax.diffusion.schedule import Schedule
+
 Denoise = Callable[..., jax.Array]
 
 
@@ -61,6 +63,45 @@ def dual_guidance(
 def classifier_free_guidance(denoise: Denoise, scale: float) -> Denoise:
     """eps = lambda eps(c,s) + (1 - lambda) eps(0,0) [Ho & Salimans]: Eq. 2 with beta = 1."""
     return dual_guidance(denoise, scale, 1.0)
+
+
+def implicit_classifier_guidance(denoise: Denoise, weight: float) -> Denoise:
+    """eps = (w + 1) eps(c,s) - w eps(0,0) (arXiv:2207.12598, Eq. 6): lambda = w + 1.
+
+    That is the weight w of `classifier_guidance` by the classifier p(y | x_t) that conditional and
+    unconditional predictions imply, on top of the conditional one.
+    """
+    return classifier_free_guidance(denoise, weight + 1)
+
+
+def classifier_gradient(log_prob: Callable, scale: float | jax.Array) -> Callable:
+    """gradient(x, t, cond) = scale * d log p(y | x_t, t) / d x_t, f32 of x's shape.
+
+    log_prob(x, t, cond) -> (B,) of the class that the condition names.
+    """
+
+    def gradient(x: jax.Array, t: jax.Array, cond) -> jax.Array:
+        return scale * jax.grad(lambda x: log_prob(x, t, cond).sum())(x.astype(jnp.float32))
+
+    return gradient
+
+
+def classifier_guidance(
+    denoise: Denoise, log_prob: Callable, schedule: Schedule, scale: float | jax.Array
+) -> Denoise:
+    """eps - sqrt(1 - alpha_bar_t) w grad log p(y | x_t, t) (arXiv:2105.05233, Alg. 2), w = scale.
+
+    This is the epsilon of p(x_t) p(y | x_t)^w. For samplers without noise; with noise, see
+    `sampler.ddpm`. Around another guidance, the gradient is added once, to the guided epsilon.
+    log_prob: see `classifier_gradient`.
+    """
+    gradient = classifier_gradient(log_prob, scale)
+
+    def guided(x: jax.Array, t: jax.Array, cond) -> jax.Array:
+        std = jnp.sqrt(1 - schedule.alpha_bar_at(t, x.ndim))
+        return denoise(x, t, cond) - std * gradient(x, t, cond)
+
+    return guided
 
 
 def scaled_guidance(scale: float, upsampling: float) -> float:

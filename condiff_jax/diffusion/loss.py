@@ -10,6 +10,16 @@ import jax.numpy as jnp
 from condiff_jax.diffusion.schedule import Schedule
 
 
+def draw_timesteps(key: jax.Array, batch: int, timesteps: int) -> jax.Array:
+    """t (B,) int32, one from each of B equal parts of 0..T-1, shifted together.
+
+    So every t is uniform, and the batch covers all noise levels, whose losses differ a hundredfold
+    (arXiv:2107.00630, I.1).
+    """
+    u = (jnp.arange(batch) / batch + jax.random.uniform(key)) % 1.0
+    return (u * timesteps).astype(jnp.int32)
+
+
 def add_noise(schedule: Schedule, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
     """Eq. 5, equal to Eq. 6: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps."""
     alpha_bar = schedule.alpha_bar_at(t, x0.ndim)

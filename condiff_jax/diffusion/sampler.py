@@ -55,11 +55,14 @@ def ddim(
     spacing: str = "trailing",
     eta: float = 0.0,
     clip: float | None = None,
+    gradient: Callable | None = None,
 ) -> jax.Array:
     """DDIM [arXiv:2010.02502, Eq. 12] from x = x_T (B, H, W, C) to x_0, of the same shape.
 
     keys (B,): noise of sample i comes from keys[i], so it does not depend on the batch around
     it. eta: 0 deterministic, 1 ancestral. clip: bound on |x_0_hat| (pixel models use 1).
+    gradient(x, t, cond): shifts the mean of each step by its variance times this, at x = x_t (Alg.
+    1 of arXiv:2105.05233); steps without noise, such as all with eta = 0, have no variance.
     """
     t = timesteps(schedule.timesteps, steps, spacing)
     alpha_bar = schedule.alpha_bar[t]
@@ -70,13 +73,16 @@ def ddim(
 
     def step(x, inputs):
         i, t, (a, a_next, std) = inputs
-        eps = denoise(x, jnp.full(x.shape[:1], t), cond)
+        given = x, jnp.full(x.shape[:1], t), cond
+        eps = denoise(*given)
         x0 = (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
         if clip is not None:
             x0 = jnp.clip(x0, -clip, clip)
             eps = (x - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
         direction = jnp.sqrt(jnp.maximum(1 - a_next - std**2, 0)) * eps
         x = jnp.sqrt(a_next) * x0 + direction
+        if gradient is not None:
+            x += std**2 * gradient(*given)
         if eta:
             x += std * _normal(keys, 1 + i, x.shape[1:])
         return x, None

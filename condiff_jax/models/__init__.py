@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from condiff_jax.conditioning.control import Weighting
-from condiff_jax.models import attention, dit, mdt, mmdit, pixart, transformer, unet
+from condiff_jax.models import attention, classifier, dit, mdt, mmdit, pixart, transformer, unet
 
 if TYPE_CHECKING:
     from condiff_jax.config import Config
@@ -96,16 +96,25 @@ def create(
     config: Config, *, classes: int | None, weighting: Weighting, factor: int = 1
 ) -> nn.Module:
     """The denoiser `config.model.name`; classes: None for text; factor: of the autoencoder."""
-    model, dtype = config.model, jnp.dtype(config.model.dtype)
-    architecture, backend = MODELS[model.name], model.attention
-    if backend == "auto":
-        backend = attention.fastest(jax.default_backend(), dtype)
+    architecture = MODELS[config.model.name]
     return architecture.module(
         classes=classes,
         weighting=weighting,
-        qk_norm=model.qk_norm,
-        remat=model.remat,
-        backend=backend,
-        dtype=dtype,
+        qk_norm=config.model.qk_norm,
+        **_computing(config),
         **architecture.settings(config, classes, factor),
     )
+
+
+def create_classifier(config: Config, *, classes: int) -> classifier.Classifier:
+    """The classifier of noised pictures: the encoder half of the UNet of `config.model.size`."""
+    return classifier.Classifier(classes=classes, **_computing(config), **_unet(config))
+
+
+def _computing(config: Config) -> dict:
+    """Fields of every module that change how it computes, but not what."""
+    model, dtype = config.model, jnp.dtype(config.model.dtype)
+    backend = model.attention
+    if backend == "auto":
+        backend = attention.fastest(jax.default_backend(), dtype)
+    return {"remat": model.remat, "backend": backend, "dtype": dtype}

@@ -56,6 +56,32 @@ class Modulation(nn.Module):
         return jnp.split(x, self.count, axis=-1)
 
 
+class AdaGN(nn.Module):
+    """Adaptive group normalisation (arXiv:2105.05233, Sec. 3): y_s GroupNorm(h) + y_b.
+
+    h (B, H, W, C) and an embedding (B, E), of which [y_s, y_b] are a linear projection, -> h's
+    shape and dtype. Without bias the projection is around zero, so that of y_s starts at one.
+    """
+
+    groups: int
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: jax.Array, emb: jax.Array) -> jax.Array:
+        width = h.shape[-1]
+        norm = nn.GroupNorm(
+            self.groups, epsilon=self.epsilon, use_scale=False, use_bias=False, dtype=jnp.float32
+        )
+
+        def identity(key, shape, dtype):
+            return jnp.repeat(jnp.array([1.0, 0.0], dtype), width)
+
+        project = nn.Dense(2 * width, bias_init=identity, dtype=self.dtype, name="projection")
+        scale, shift = jnp.split(project(emb)[:, None, None], 2, axis=-1)
+        return (scale * norm(h) + shift).astype(h.dtype)
+
+
 class Mlp(nn.Module):
     """Linear-GELU(tanh)-Linear, (B, T, D) -> (B, T, out); or with another activation."""
 

@@ -74,22 +74,32 @@ def upsample(x: jax.Array) -> jax.Array:
 
 
 class ResNetBlock(nn.Module):
-    """x (B, H, W, C), time embedding (B, E) or None -> (B, H, W, width); no residual at first."""
+    """x (B, H, W, C), embedding (B, E) or None -> (B, H, W, width); no residual at first.
+
+    The embedding, of the timestep and what else is given, is added to the features or, adaptive,
+    modulates their second norm (`AdaGN`).
+    """
 
     width: int
     groups: int
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
+    adaptive: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array | None = None) -> jax.Array:
         conv = partial(nn.Conv, self.width, dtype=self.dtype)
         y = nn.silu(group_norm(self.groups, self.epsilon, "norm1")(x))
         y = conv((3, 3), name="conv1")(y)
-        if emb is not None:
-            emb = nn.Dense(self.width, dtype=self.dtype, name="time")(nn.silu(emb))
-            y = y + emb[:, None, None]
-        y = nn.silu(group_norm(self.groups, self.epsilon, "norm2")(y))
+        if self.adaptive:
+            norm = layers.AdaGN(self.groups, self.epsilon, self.dtype, name="norm2")
+            y = norm(y, nn.silu(emb))
+        else:
+            if emb is not None:
+                emb = nn.Dense(self.width, dtype=self.dtype, name="time")(nn.silu(emb))
+                y = y + emb[:, None, None]
+            y = group_norm(self.groups, self.epsilon, "norm2")(y)
+        y = nn.silu(y)
         y = conv((3, 3), kernel_init=layers.zeros, name="conv2")(y)
         if x.shape[-1] != self.width:
             x = conv((1, 1), name="shortcut")(x)
@@ -113,7 +123,8 @@ class GatedMlp(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and MLP over pixels (B, H, W, C); no residual at first.
 
-    Queries and keys are normalised only where attention hears the condition.
+    Queries and keys are normalised only where attention hears the condition. Without a context
+    there is no cross-attention.
     """
 
     heads: int
@@ -123,7 +134,7 @@ class TransformerBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: jax.Array | None) -> jax.Array:
         b, h, w, width = x.shape
         conv = partial(nn.Conv, width, (1, 1), dtype=self.dtype)
         attention = partial(
@@ -133,8 +144,9 @@ class TransformerBlock(nn.Module):
         z = z.reshape(b, h * w, width)
         y = layer_norm("self_norm")(z)
         z = z + attention(qk_norm=False, name="self_attention")(y)
-        y = layer_norm("cross_norm")(z)
-        z = z + attention(qk_norm=self.qk_norm, name="cross_attention")(y, context)
+        if context is not None:
+            y = layer_norm("cross_norm")(z)
+            z = z + attention(qk_norm=self.qk_norm, name="cross_attention")(y, context)
         z = z + GatedMlp(self.dtype, name="mlp")(layer_norm("mlp_norm")(z))
         return x + conv(kernel_init=layers.zeros, name="proj_out")(z.reshape(x.shape))
 
@@ -144,7 +156,7 @@ class UNet(nn.Module):
 
     Height and width divide by 2^(levels - 1). classes: number of classes for class-conditional
     models, which attend to one token; None for text. remat: `block` stores only what goes into
-    each ResNet and transformer block.
+    each ResNet and transformer block. adaptive: the embedding modulates norms, see `ResNetBlock`.
     """
 
     size: Size
@@ -154,6 +166,7 @@ class UNet(nn.Module):
     remat: str = "none"
     backend: str = "xla"
     dtype: Any = jnp.float32
+    adaptive: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
@@ -169,11 +182,11 @@ class UNet(nn.Module):
             x.shape[-1], (3, 3), kernel_init=layers.zeros, dtype=jnp.float32, name="conv_out"
         )(y)
 
-    def embed_time(self, t: jax.Array, cond: Cond) -> jax.Array:
+    def embed_time(self, t: jax.Array, cond: Cond | None) -> jax.Array:
         """What ResNet blocks hear (B, 4 * channels[0]): the timestep, and control (Eq. 1)."""
         first = self.size.channels[0]
         emb = layers.VectorEmbed(4 * first, self.dtype, name="timestep")(sinusoid(t, first))
-        if cond.control is not None:
+        if cond is not None and cond.control is not None:
             control = ControlEmbed(4 * first, self.weighting, self.dtype, name="control")
             emb = emb + control(cond.control, t, cond.drop_control)
         return emb
@@ -194,8 +207,11 @@ class UNet(nn.Module):
         """A ResNet block and, to attend, a transformer block; given: (time embedding, context)."""
         size, remat, y = self.size, REMAT[self.remat], layers.by_example(y)
         emb, context = given
-        resnet = remat(ResNetBlock)
-        y = resnet(width, size.groups, dtype=self.dtype, name=f"{part}_resnet_{index}")(y, emb)
+        resnet = remat(ResNetBlock)(
+            width, size.groups, dtype=self.dtype, adaptive=self.adaptive,
+            name=f"{part}_resnet_{index}",
+        )  # fmt: skip
+        y = resnet(y, emb)
         if not attend:
             return y
         transformer = remat(TransformerBlock)(

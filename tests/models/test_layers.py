@@ -115,3 +115,35 @@ def test_head_projection_without_bias():
     x = jnp.zeros((1, 1, 4))
     params = layers.HeadProjection(2, use_bias=False).init(jax.random.key(0), x)["params"]
     assert set(params["linear"]) == {"kernel"}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_adagn_by_hand(dtype):
+    """y_s GroupNorm(h) + y_b (arXiv:2105.05233, Sec. 3), in numpy."""
+    rng = np.random.default_rng(0)
+    h, emb = rng.normal(3, 2, (2, 3, 5, 8)), rng.normal(size=(2, 7))
+    layer = layers.AdaGN(groups=4, epsilon=1e-3, dtype=dtype)
+    params = layer.init(jax.random.key(0), h, emb)["params"]
+    assert jax.tree.map(jnp.shape, params) == {"projection": {"kernel": (7, 16), "bias": (16,)}}
+    np.testing.assert_array_equal(params["projection"]["bias"], [1] * 8 + [0] * 8)  # y_s, y_b
+    kernel, bias = rng.normal(size=(7, 16)), rng.normal(size=16)
+    out = layer.apply({"params": {"projection": {"kernel": kernel, "bias": bias}}},
+                      jnp.asarray(h, dtype), jnp.asarray(emb, dtype))  # fmt: skip
+    assert out.dtype == dtype
+    groups = h.reshape(2, 15, 4, 2)  # two neighbouring channels each
+    mean, variance = (getattr(groups, f)((1, 3), keepdims=True) for f in ("mean", "var"))
+    normed = ((groups - mean) / np.sqrt(variance + 1e-3)).reshape(h.shape)
+    scale, shift = np.split(emb @ kernel + bias, 2, axis=1)
+    expected = scale[:, None, None] * normed + shift[:, None, None]
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.1
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_adagn_starts_near_the_plain_norm():
+    h = np.random.default_rng(0).normal(3, 2, (1, 4, 4, 8)).astype(np.float32)
+    layer = layers.AdaGN(groups=2)
+    params = layer.init(jax.random.key(0), h, np.zeros((1, 6), np.float32))
+    out = layer.apply(params, h, np.zeros((1, 6), np.float32))  # y_s = 1 and y_b = 0
+    whole = h.reshape(1, 16, 2, 4)
+    normed = (whole - whole.mean((1, 3), keepdims=True)) / whole.std((1, 3), keepdims=True)
+    np.testing.assert_allclose(out, normed.reshape(h.shape), atol=1e-3)

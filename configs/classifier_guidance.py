@@ -1,0 +1,27 @@
+"""Classifier guidance on the embedded data: how often the class is right, by the guidance's weight.
+
+    python -m condiff_jax.main --config=configs/classifier.py --workdir=runs/classifier
+    python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided
+    python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided \\
+      --mode=evaluate --config.sampling.classifier=runs/classifier \\
+      --config.evaluation.grid="guidance=0,1;classifier_guidance=0,1,2,4,8"
+    python -m condiff_jax.report runs/guided --out=guided.html
+
+The denoiser hears the class in nine pictures of ten. With guidance=0 (Eq. 2) it is asked for no
+class, and only the classifier knows which one is wanted; with guidance=1 both do.
+"""
+
+from configs import base, quickstart
+
+
+def get_config(args: str | None = None):
+    """Arguments: classes (10: warm or cool shapes | 30: colour and shape)."""
+    row = base.arguments(args, classes=10)
+    config = quickstart.get_config()
+    config.steps = 20_000
+    config.data.semantics = "class"
+    config.data.classes = row.classes
+    config.sampling.guidance = 1.0
+    config.sampling.control_guidance = 1.0
+    config.evaluation.prompts = 250
+    return config

@@ -1,0 +1,377 @@
+"""Noisy classifiers: their training, and what they make of the sampling of denoisers."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from condiff_jax import (
+    classification,
+    classifier,
+    evaluate,
+    optim,
+    sample,
+    sharding,
+    state,
+    train,
+)
+from condiff_jax import config as config_lib
+from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.config import ConfigError
+from condiff_jax.convert import weights
+from condiff_jax.data.pipeline import create_source
+from condiff_jax.diffusion.loss import add_noise
+from condiff_jax.models import unet
+from condiff_jax.models.unet import Size
+from condiff_jax.system import create_vocabulary
+from condiff_jax.workdir import Workdir
+from configs import classifier as classifier_config
+from tests import tiny
+
+SMALL = Size((8,), (False,), 12, heads=2, resnets=1)  # only the middle attends
+CLASSES = {"data.semantics": "class", "data.classes": 10, "conditioning.control": ()}
+FIELDS = CLASSES | {
+    "objective": "classification", "model.name": "unet", "model.size": "tiny", "log.every": 1,
+    "optimizer.learning_rate": 3e-3, "optimizer.ema": 0.9,
+}  # fmt: skip
+IMAGES = (16, 16, 16, 3)
+DENOISER = CLASSES | {"model.name": "dit_ln", "sampling.control_guidance": 1.0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    with tiny.few_layers(), mock.patch.dict(unet.SIZES, {"tiny": SMALL}):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    monkeypatch.setattr(classification, "PICTURES", 12)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a classifier that was stopped after 2 of 4 steps and went on."""
+    path = tmp_path_factory.mktemp("classifier")
+    with mock.patch.object(classification, "PICTURES", 12):
+        for steps in (2, 4):
+            assert train.run(tiny.config(steps=steps, **FIELDS), str(path))
+    return path
+
+
+def restored(path, config):
+    vocabulary = Workdir(str(path)).load_vocabulary()
+    system = classifier.create(config, vocabulary)
+    checkpoints = Checkpoints(Workdir(str(path)).checkpoints, config)
+    return jax.device_get(checkpoints.restore(system, sharding.create_mesh()))
+
+
+def test_two_steps_and_two_are_four_bit_for_bit(trained, tmp_path):
+    config = tiny.config(steps=4, **FIELDS)
+    assert train.run(config, str(tmp_path))
+    whole, parts = restored(tmp_path, config), restored(trained, config)
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    first = {"step", "loss", "accuracy", *(f"accuracy_{i}" for i in (1, 2, 3, 4))}
+    for line, again in zip(*(lines(p / "metrics.jsonl") for p in (tmp_path, trained)), strict=True):
+        assert {name: line[name] for name in first} == {name: again[name] for name in first}
+    quarters = [line[f"accuracy_{i}"] for i in (1, 2, 3, 4)]
+    assert np.mean(quarters) == pytest.approx(line["accuracy"])
+    (found,) = [line for line in lines(tmp_path / "evaluation.jsonl") if line["step"] == 4]
+    assert 0 <= found["accuracy"] <= 1 and (tmp_path / "samples/4.png").exists()
+    assert train.run(config, str(tmp_path))  # nothing to do
+    assert len(lines(tmp_path / "evaluation.jsonl")) == 1
+
+
+@pytest.fixture(scope="module")
+def system():
+    config = tiny.config(**FIELDS)
+    return classifier.create(config, create_vocabulary(config, create_source(config)))
+
+
+def pictures(n):
+    source = create_source(tiny.config(**FIELDS), "validation")
+    records = [source[i] for i in range(n)]
+    images = [classification.center(record["image"], 16)[0] for record in records]
+    return {
+        "image": jnp.asarray(np.stack(images)),
+        "label": jnp.array([record["label"] for record in records]),
+    }
+
+
+def test_the_loss_is_the_cross_entropy_of_noised_pictures(system):
+    batch, rng = pictures(8), np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32),
+        jax.eval_shape(system.init, jax.random.key(0)),
+    )
+    noise = classification.draw_noise(jax.random.key(1), system, 8, 0)
+    assert sorted(np.asarray(noise["t"]) // 125) == list(range(8))  # one of each eighth
+    run = jax.jit(partial(classification.loss_fn, system=system))
+    loss, parts = run(params, batch, noise)
+    x0 = batch["image"] / 127.5 - 1
+    x = add_noise(system.schedule, x0, noise["t"], noise["eps"])
+    logits = jax.jit(system.model.apply)({"params": params["classifier"]}, x, noise["t"])
+    logits, label = np.asarray(logits, np.float64), np.asarray(batch["label"])
+    probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert loss == pytest.approx(-np.log(probability[range(8), label]).mean(), rel=1e-4)
+    right = logits.argmax(1) == label
+    assert parts["accuracy"] == pytest.approx(right.mean())
+    for i in range(4):
+        inside = np.asarray(noise["t"]) // 250 == i
+        assert inside.sum() == 2
+        assert parts[f"accuracy_{i + 1}"] == pytest.approx(right[inside].mean())
+
+
+def test_the_loss_falls_where_classes_are_seen(system):
+    """Class 0 is dark, class 1 is bright; noise hides it from some of t alone."""
+    label, tx = jnp.arange(16) % 2, optim.create(system.config)
+    image = jnp.broadcast_to((40 + 175 * label).astype(jnp.uint8)[:, None, None, None], IMAGES)
+    batch = {"image": image, "label": label, "broken": jnp.zeros(16, jnp.int32)}
+    step = jax.jit(partial(train.train_step, system=system, tx=tx))
+    train_state, losses = state.create(jax.jit(system.init)(jax.random.key(0)), tx), []
+    for _ in range(100):
+        train_state, metrics = step(train_state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(np.log(10), rel=1e-4)  # it begins with no opinion
+    assert np.mean(losses[-10:]) < 0.55  # log 2 is 0.69: more than how frequent they are
+    assert metrics["accuracy_1"] == 1
+
+
+def test_flops_are_those_of_the_network(system):
+    found = train.forward_flops(system)
+    resolution = system.config.data.resolution
+    assert found > 2 * 9 * 8 * 8 * resolution**2  # one of its convolutions
+
+
+# ---------------------------------------------------------------------------------------------
+# Guided sampling
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder, parameters) of a denoiser with random parameters."""
+    config = tiny.config(steps=2, **DENOISER)
+    path, system = tmp_path_factory.mktemp("denoiser"), tiny.system(config)
+    folder = Workdir(str(path))
+    folder.open(config, system.vocabulary)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32),
+        jax.eval_shape(system.init, jax.random.key(0)),
+    )
+    train_state = state.create(params, optim.create(config)).replace(step=jnp.array(2))
+    checkpoints = Checkpoints(folder.checkpoints, config, create=True)
+    checkpoints.save(2, train_state, 0.0)
+    checkpoints.close()
+    return path, params
+
+
+def guided(trained, **fields):
+    return tiny.config(**DENOISER | {"steps": 2, "sampling.classifier": str(trained)} | fields)
+
+
+def one_device():
+    return sharding.create_mesh(devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
+    """What `Sampler` draws is what the samplers draw with the two forms of the guidance."""
+    fields = {"sampling.sampler": name, "sampling.guidance": 2.0, "sampling.clip": False}
+    configs = {
+        weight: guided(trained, **fields, **{"sampling.classifier_guidance": weight})
+        for weight in (0.0, 1000.0)
+    }
+    system, (params, asked) = tiny.system(configs[1000.0]), (run[1], [0, 3, 5, 9])
+    sampler = sample.Sampler(system, one_device(), configs[1000.0].sampling)
+    requests = sample.requests(system, asked)
+    network, own = classifier.load(system, one_device(), configs[1000.0].sampling)
+
+    @jax.jit
+    def by_hand(weight):
+        keys = sample.noise_keys(0, jnp.arange(4))[:, 1]
+        cond = system.condition(params, requests, None)
+
+        def log_prob(x, t):
+            logits = network.apply({"params": own}, x, t)
+            return jax.nn.log_softmax(logits)[jnp.arange(4), jnp.array(asked)].sum()
+
+        eps, shift = sample.dual_guidance(system.denoise(params), 2.0), {}
+        if name == "ddpm":
+            denoise = eps
+            shift["gradient"] = lambda x, t, cond: weight * jax.grad(log_prob)(x, t)
+        else:
+
+            def denoise(x, t, cond):
+                std = jnp.sqrt(1 - system.schedule.alpha_bar_at(t, 4))
+                return eps(x, t, cond) - weight * std * jax.grad(log_prob)(x, t)
+
+        x = sample.initial_noise(keys, system.latent_shape)
+        x = sample.SAMPLERS[name](denoise, system.schedule, x, cond, keys, steps=3, **shift)
+        return system.autoencoder.decode(None, x)
+
+    found = {w: sampler.at(config)(params, requests).astype(int) for w, config in configs.items()}
+    assert sampler.program._cache_size() == 1
+    for weight, pictures in found.items():
+        assert np.abs(pictures - by_hand(weight)).max() <= 1
+    assert np.abs(found[1000.0] - found[0.0]).max() > 5
+
+
+def test_a_grid_of_weights_has_one_program_and_its_own_records(trained, run):
+    fields = {
+        "evaluation.metrics": ("prompt_accuracy",), "evaluation.prompts": 4,
+        "evaluation.grid": "classifier_guidance=0,1,2,4", "sampling.batch_size": 8,
+    }  # fmt: skip
+    config = guided(trained, **fields)
+    made = []
+    created = sample.Sampler.__init__
+
+    def noting(self, *args):
+        created(self, *args)
+        made.append(self)
+
+    with mock.patch.object(sample.Sampler, "__init__", noting):
+        records = evaluate.run(config, str(run[0]))
+    (sampler,) = made
+    assert sampler.program._cache_size() == 1
+    assert [one["sampling"]["classifier_guidance"] for one in records] == [0, 1, 2, 4]
+    assert {one["sampling"]["classifier"]["step"] for one in records} == {4}
+    with mock.patch.object(sample.Sampler, "__call__", side_effect=AssertionError("sampled")):
+        assert evaluate.run(config, str(run[0])) == records
+    # Records from before there were classifiers stay what they are.
+    plain = evaluate.describe(tiny.config(**DENOISER), 2, ema=True)["sampling"]
+    assert not {"classifier", "classifier_guidance"} & plain.keys()
+
+
+def test_parameters_are_arguments_and_no_constants(trained, run):
+    config = guided(trained)
+    system = tiny.system(config)
+    sampler = sample.Sampler(system, one_device(), config.sampling)
+    program, scales = sample.Program.create(config.sampling, 16, sampler.classifier)
+    args = run[1], sampler.frozen, sample.requests(system, [1]), np.arange(1), scales
+    made = jax.make_jaxpr(partial(sample.generate, system=system, program=program))(*args)
+    biggest = max((np.size(constant) for constant in made.consts), default=0)
+    assert biggest < system.schedule.timesteps + 1
+
+
+def test_mode_sample_writes_guided_pictures(trained, run):
+    out = sample.run(guided(trained, **{"sampling.n": 2}), str(run[0]))
+    assert (out / "000001.png").exists()
+
+
+def changed(trained, tmp_path, **fields):
+    """A copy of the classifier's folder that says it has other fields."""
+    shutil.copytree(trained, tmp_path / "other")
+    config = dataclasses.asdict(tiny.config(steps=4, **FIELDS))
+    for name, value in fields.items():
+        group, _, field = name.partition(".")
+        config[group][field] = value
+    (tmp_path / "other/config.json").write_text(config_lib.create(config).to_json())
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data.resolution": 32},
+        {"diffusion.schedule": "cosine"},
+        {"diffusion.beta_end": 0.02},
+        {"diffusion.base_resolution": 8},
+        {"autoencoder.scale": 2.0},
+        {"autoencoder.name": "kl"},
+    ],
+)
+def test_a_classifier_of_other_noised_pictures_is_refused(trained, tmp_path, fields):
+    config = guided(changed(trained, tmp_path, **fields))
+    ((field, value),) = fields.items()
+    with pytest.raises(ConfigError, match=f"sampling.classifier=.*: it has {field}={value}, this"):
+        sample.Sampler(tiny.system(config), one_device(), config.sampling)
+
+
+def test_the_same_noise_levels_by_another_name_will_do(trained, tmp_path):
+    config = guided(changed(trained, tmp_path, **{"diffusion.base_resolution": 16}))
+    sample.Sampler(tiny.system(config), one_device(), config.sampling)
+
+
+def test_a_classifier_of_other_classes_is_refused(trained):
+    config = guided(trained, **{"data.classes": 30})
+    message = "it tells other classes apart .10: .* than this model draws .30: "
+    with pytest.raises(ConfigError, match=message):
+        sample.Sampler(tiny.system(config), one_device(), config.sampling)
+
+
+def test_a_classifier_in_the_latents_of_another_autoencoder_is_refused(tmp_path):
+    fields = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "model.size": "tiny/1"}
+    system = tiny.system(tiny.config(**DENOISER | fields))
+    config = tiny.config(**FIELDS | fields | {"model.size": "tiny"})
+    found, folder = classifier.create(config, system.vocabulary), Workdir(str(tmp_path))
+    file = tmp_path / "coder.safetensors"
+    file.write_bytes(b"weights")
+    coder = dataclasses.replace(system.frozen["autoencoder"], path=str(file))
+    system.__dict__["frozen"] = {"autoencoder": coder}  # as the cached property keeps it
+    for known, refused in ((weights.sha256([file]), False), ("ab", True)):
+        folder.encoders.write_text(json.dumps({"autoencoder": known}))
+        message = "latents of other files than those at autoencoder.path"
+        with pytest.raises(ConfigError, match=message) if refused else contextlib.nullcontext():
+            classifier._check(found, system, folder)
+
+
+def test_a_folder_without_a_classifier_is_refused(run, tmp_path):
+    for path, message in ((tmp_path / "none", "no run here"), (run[0], "objective=diffusion")):
+        config = guided(path)
+        with pytest.raises(ConfigError, match=f"config: sampling.classifier={path}: .*{message}"):
+            sample.Sampler(tiny.system(config), one_device(), config.sampling)
+
+
+def test_an_unfinished_classifier_is_refused(trained, tmp_path):
+    path = changed(trained, tmp_path)
+    shutil.rmtree(path / "checkpoints")
+    config = guided(path)
+    with pytest.raises(ConfigError, match="sampling.classifier=.*no checkpoints here"):
+        sample.Sampler(tiny.system(config), one_device(), config.sampling)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data.semantics": "text"}, "needs data.semantics=class"),
+        ({"model.name": "dit_ln", "model.size": "tiny/4"}, "needs model.name=unet"),
+        ({"data.name": "latents"}, "needs pictures, not latents"),
+        ({"evaluation.metrics": ("prompt_accuracy",)}, "has no evaluation.metrics"),
+        ({"init.path": "x"}, "has no init.path"),
+        ({"sampling.classifier": "x"}, "has no sampling.classifier"),
+    ],
+)
+def test_what_classification_has_not_is_named(fields, message):
+    fields |= {"autoencoder.name": "kl"} if "data.name" in fields else {}
+    with pytest.raises(ConfigError, match=f"objective=classification {message}"):
+        tiny.config(**FIELDS | fields)
+
+
+def test_settings_of_sampling_that_make_no_sense_are_named():
+    with pytest.raises(ConfigError, match="sampling.classifier guides to a class"):
+        tiny.config(**{"sampling.classifier": "x"})
+    with pytest.raises(ConfigError, match="classifier_guidance needs sampling.classifier"):
+        tiny.config(**CLASSES, **{"sampling.classifier_guidance": 2.0})
+
+
+def test_a_classifier_is_not_sampled():
+    with pytest.raises(ConfigError, match="objective=classification has no denoiser"):
+        tiny.system(tiny.config(**FIELDS))
+
+
+def test_the_config_trains_what_it_says():
+    for classes in (10, 30):
+        config = config_lib.create(classifier_config.get_config(f"classes={classes}"))
+        assert config.objective == "classification" and config.data.classes == classes

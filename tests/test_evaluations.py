@@ -1,0 +1,87 @@
+"""Reports of one run's evaluations: what differs names the lines, numbers become curves."""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from condiff_jax import evaluations, report
+from condiff_jax.config import ConfigError
+
+
+def record(weight, guidance, value, seed=0, step=10):
+    sampling = {"sampler": "ddim", "guidance": guidance, "seed": seed, "control": {"flip": 0.0}}
+    if weight is not None:
+        sampling |= {"classifier": {"config": "ab", "step": 4}, "classifier_guidance": weight}
+    return {
+        "step": step, "sampling": sampling, "features": None, "seconds": 1.0,
+        "evaluation": {"metrics": ["prompt_accuracy", "fid"], "prompts": 8},
+        "metrics": {"all": value}, "pictures": {},
+    }  # fmt: skip
+
+
+RECORDS = [
+    {"step": 5, "accuracy": 0.5},  # as a classifier's training leaves
+    *(record(weight, 0.0, 0.1 * weight) for weight in (0.0, 1.0, 4.0)),
+    record(1.0, 0.0, 0.9),  # made again
+    record(1.0, 0.0, 0.7, seed=1),
+    *(record(weight, 1.5, 0.5) for weight in (0.0, 1.0, 4.0)),
+]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    text = "".join(json.dumps(one) + "\n" for one in RECORDS)
+    (tmp_path / "evaluation.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_lines_are_named_by_what_differs_and_hold_the_last_of_each_seed(workdir):
+    lines, common = evaluations.lines(evaluations.read(str(workdir)))
+    assert [line.row for line in lines] == [
+        f"guidance={guidance},classifier_guidance={weight}"
+        for guidance in ("0", "1.5") for weight in ("0", "1", "4")
+    ]  # fmt: skip
+    assert lines[1].values("all") == [0.9, 0.7] and lines[2].values("all") == [0.4]
+    assert common == {
+        "step": "10", "sampler": "ddim", "control.flip": "0", "classifier.config": "ab",
+        "classifier.step": "4", "metrics": "prompt_accuracy+fid", "prompts": "8",
+    }  # fmt: skip
+
+
+def test_the_report_has_a_curve_for_each_of_the_others(workdir, tmp_path, capsys):
+    report.run([str(workdir)])
+    out = capsys.readouterr().out
+    assert "guidance=0,classifier_guidance=1" in out and "0.8 ± 0.1" in out
+    page, saved = tmp_path / "page.html", tmp_path / "saved.json"
+    report.run([str(workdir), f"--out={page}", f"--save={saved}"])
+    text = page.read_text()
+    drawing = text[text.index("<svg") : text.index("</svg>") + len("</svg>")]
+    root = ElementTree.fromstring(drawing)
+    assert root.get("aria-label") == "all over classifier_guidance"
+    assert len(root.findall("polyline")) == 2  # guidance 0 and 1.5
+    assert len(root.findall("circle")) == 7
+    assert "<li><span" in text and "guidance=1.5</li>" in text
+    report.run([str(saved)])
+    assert str(workdir) not in saved.read_text()
+    assert capsys.readouterr().out.splitlines()[2:] == out.splitlines()[2:]
+
+
+def test_records_of_before_and_with_a_classifier_are_other_lines(tmp_path):
+    lines, common = evaluations.lines([record(None, 1.0, 0.2), record(2.0, 1.0, 0.3, step=20)])
+    assert [line.row for line in lines] == [
+        "step=10", "step=20,classifier.config=ab,classifier.step=4,classifier_guidance=2",
+    ]  # fmt: skip
+    assert common["guidance"] == "1"
+
+
+def test_what_holds_no_evaluations_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="none: no config file, work directory or file of"):
+        evaluations.read(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="no evaluations here; --mode=evaluate makes them"):
+        evaluations.read(str(tmp_path))
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match="x.json: not a file of results"):
+        evaluations.read(str(tmp_path / "x.json"))
+    with pytest.raises(ConfigError, match="takes no --results"):
+        report.run([str(tmp_path), "--results=x"])

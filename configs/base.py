@@ -43,9 +43,13 @@ def get_config() -> ConfigDict:
     config.objective = "diffusion"
 
     config.model = model = ConfigDict()
-    model.name = "ours"  # unet | dit_ln | dit_att | mdtv2 | pixart | mmdit | ours
-    # NAME/PATCH: tiny, S, B, L or XL, and the patch size; of a unet: tiny, class or text
+    model.name = "ours"  # unet | unet2d | dit_ln | dit_att | mdtv2 | pixart | mmdit | ours
+    # NAME/PATCH: tiny, S, B, L or XL, and the patch size; of a unet: tiny, class or text;
+    # of a unet2d: tiny, narrow, small, medium or large
     model.size = "tiny/4"
+    # unet2d: how it hears the class, a module of condiff_jax/models/conditioners:
+    # film | cross_attn | adanorm | weighted_attn | ours_none
+    model.conditioner = "film"
     model.streams = "auto"  # shared | qkv | full; auto is the paper's: shared for classes, else qkv
     model.mask_ratio = 0.3  # mdtv2: least share of tokens that its second pass hides; 0: no pass
     # RMSNorm of queries and keys where attention sees conditions; the paper's runs diverge without
@@ -203,6 +207,9 @@ def get_config() -> ConfigDict:
     # .npz of mode reference, pytorch-fid, clean-fid or ADM: what FID compares with instead
     evaluation.statistics = ""
     evaluation.inception = ""  # FID's network, pytorch-fid's .pth; random: untrained, to try
+    # How FID, KID and precision/recall get pictures to the 299 pixels of that network:
+    # tf (as the network itself, bilinear of TensorFlow 1) | clean (clean-fid's, antialiased bicubic)
+    evaluation.resize = "tf"
     evaluation.clip = ""  # CLIP score: a folder as transformers writes it, or a hub id
     evaluation.size_prompts = 16  # prompts, or classes, of size_response
     evaluation.sizes = (12, 24, 48)  # originals' sizes that size_response asks for, pixels

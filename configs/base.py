@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.name = "ours"  # unet | unet2d | dit_ln | dit_att | mdtv2 | pixart | mmdit | ours
     # NAME/PATCH: tiny, S, B, L or XL, and the patch size; of a unet: tiny, class or text;
-    # of a unet2d: tiny, narrow, small, medium or large
+    # of a unet2d: tiny, tiny2, tiny4, small, medium or large
     model.size = "tiny/4"
     # unet2d: how it hears the class, a module of condiff_jax/models/conditioners:
     # film | cross_attn | adanorm | weighted_attn | ours_none

@@ -29,8 +29,10 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size((16, 32, 32, 32), groups=8),  # a quarter as wide as small
-    "narrow": Size((32, 64, 64, 64), groups=16),
+    # The published ones at a quarter of their width, with one block a level
+    "tiny": Size((16, 32, 32, 32), resnets=1, groups=8),
+    "tiny2": Size((32, 64, 64, 64), resnets=1, groups=16),
+    "tiny4": Size((64, 128, 128, 128), resnets=1),
     "small": Size((64, 128, 128, 128)),
     "medium": Size((128, 256, 256, 256)),
     "large": Size((256, 512, 512, 512)),

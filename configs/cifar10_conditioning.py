@@ -95,8 +95,8 @@ def get_config(args: str | None = None):
 
 def _small(config) -> None:
     """In place: minutes on one CPU core, without files."""
-    config.steps = 500
-    config.batch_size = 16
+    config.steps = 1000
+    config.batch_size = 8
     config.model.size = NARROW[config.model.size]
     config.data.name = "shapes"
     config.data.sizes = (32, 64)
@@ -104,12 +104,12 @@ def _small(config) -> None:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup = 50
     config.optimizer.clip_norm = 1.0
-    config.optimizer.ema = 0.98
+    config.optimizer.ema = 0.99
     config.sampling.steps = 10
     config.sampling.size_range = (32, 64)
     config.evaluation.metrics = ("prompt_accuracy", "frechet_shapes")
     config.evaluation.prompts = 250
     config.evaluation.samples = 512
     config.evaluation.sizes = (32, 48, 64)
-    config.checkpoint.every = 500
+    config.checkpoint.every = 1000
     config.log.samples_every = 0

@@ -73,10 +73,10 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     # shapes (embedded) | webdataset (tar shards) | tfds (a data set's folder as TFDS writes it:
-    # what mode prepare makes, or TFDS's own cifar10, imagenet2012, ...) | latents (what mode encode
-    # makes: encode.path of that is data.path of this)
+    # what mode prepare makes, or TFDS's own cifar10, imagenet2012, ...) | cifar10 (its official
+    # archives) | latents (what mode encode makes: encode.path of that is data.path of this)
     data.name = "shapes"
-    data.path = ""  # folder of a webdataset, tfds or latents
+    data.path = ""  # folder of a webdataset, tfds or latents; of cifar10, or its .tar.gz
     data.resolution = 32  # pixels
     data.semantics = "text"  # text | class
     # Classes to expect, for class-conditional models; 0: those of the data. shapes has 10 (warm or
@@ -207,8 +207,8 @@ def get_config() -> ConfigDict:
     # .npz of mode reference, pytorch-fid, clean-fid or ADM: what FID compares with instead
     evaluation.statistics = ""
     evaluation.inception = ""  # FID's network, pytorch-fid's .pth; random: untrained, to try
-    # How FID, KID and precision/recall get pictures to the 299 pixels of that network:
-    # tf (as the network itself, bilinear of TensorFlow 1) | clean (clean-fid's, antialiased bicubic)
+    # How pictures get to that network's 299 pixels: tf (FID's own way, bilinear of TensorFlow 1) |
+    # clean (as clean-fid, antialiased bicubic)
     evaluation.resize = "tf"
     evaluation.clip = ""  # CLIP score: a folder as transformers writes it, or a hub id
     evaluation.size_prompts = 16  # prompts, or classes, of size_response

@@ -223,9 +223,7 @@ class UNet(nn.Module):
                 skips.append(y)
             if level < len(size.channels) - 1:
                 name = f"down_{level}_downsample"
-                y = nn.Conv(
-                    width, (3, 3), 2, padding=self.padding, dtype=self.dtype, name=name
-                )(y)
+                y = nn.Conv(width, (3, 3), 2, padding=self.padding, dtype=self.dtype, name=name)(y)
                 skips.append(y)
         return y, skips
 

@@ -7,6 +7,7 @@ UNet2DModel. How it hears the class is up to a method of the package `conditione
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -39,6 +40,16 @@ SIZES = {
 }
 
 
+class Prepare(nn.Module):
+    """A module that holds the layers, if any, of a method's prepare_conditioning."""
+
+    function: Callable[[jax.Array, jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, time_emb: jax.Array, class_emb: jax.Array) -> jax.Array:
+        return self.function(time_emb, class_emb)
+
+
 class UNet2D(UNet):
     """x_t (B, H, W, C), t (B,) int32, cond with a class -> eps (B, H, W, C) f32.
 
@@ -62,7 +73,8 @@ class UNet2D(UNet):
         # The last row is the null condition.
         class_emb = table(jnp.where(cond.drop_semantics, self.classes, cond.semantics))
         prepare, _ = conditioners.load(self.conditioner)
-        return prepare(time_emb, class_emb), (class_emb, time_emb, t)
+        heard = Prepare(prepare, name="class_prepare")(time_emb, class_emb)
+        return heard, (class_emb, time_emb, t)
 
     def sinusoids(self, t: jax.Array) -> jax.Array:
         """(B, channels[0]): sines, then cosines, the last of them with a period of 2 pi 10^4."""

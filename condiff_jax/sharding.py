@@ -22,8 +22,8 @@ BATCH_AXES = ("data", "fsdp")
 # is small or made of heads along their output, so that a gather restores whole heads. Modules named
 # "...blocks" are stacked by layer: their specs get a first dimension that is never split.
 STACKED = re.compile(r"(.*/)?\w*blocks/")
-# Below these modules are layers of methods of conditioning, whose names are anyone's choice: they are
-# split along their first dimension.
+# Layers that methods of conditioning make (models/conditioners) have any names: their first
+# dimension is split.
 ANYONES = re.compile(r"(.*/)?model/(\w+_class_\d+|class_prepare)/")
 RULES = (
     (r"(context_)?(query|key|value)/linear/kernel", P("fsdp")),  # (D, heads, head size)

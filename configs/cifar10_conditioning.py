@@ -9,6 +9,7 @@ A method is a module of condiff_jax/models/conditioners, known by its file's nam
 
 from configs import base
 
+SOURCE = "benchmark"
 SIZES = ("small", "medium", "large")
 # What they are at the smaller scales: a quarter as wide, one block a level.
 NARROW = {"small": "tiny", "medium": "tiny2", "large": "tiny4"}

@@ -40,8 +40,8 @@ back, whose two sizes differ): `imagenet1k_256.py`,
 `imagenet1k_512.py`, `imagenet22k_256.py`, `cc12m_256.py`, `cc12m_512.py`; without any download
 `quickstart.py`; for small pictures of your own `pictures_64.py` (made by mode prepare, of classes
 or captions) and `emoji_64.py` (webdataset tars); for ways to tell a model its class, of which a new
-one is a file of a few lines, `cifar10_conditioning.py`, a benchmark that is not the paper's. `base.py` documents every field, `recipes.py`
-holds what the tables share.
+one is a file of a few lines, `cifar10_conditioning.py`, a benchmark that is not the paper's.
+`base.py` documents every field, `recipes.py` holds what the tables share.
 """
 TAIL = """\
 ## What has no rows

@@ -86,10 +86,10 @@ def test_backbones_have_the_published_sizes_before_conditioning(name, method, co
 
 
 def test_methods_are_the_files_and_each_is_short():
-    assert conditioners.names() == METHODS
-    for path in conditioners.__path__:
-        for name in METHODS:
-            assert len((Path(path) / f"{name}.py").read_text().splitlines()) < 60
+    assert set(METHODS) <= set(conditioners.names())
+    (folder,) = conditioners.__path__
+    for name in conditioners.names():
+        assert len((Path(folder) / f"{name}.py").read_text().splitlines()) < 60
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -198,7 +198,7 @@ def folder(monkeypatch, tmp_path):
 def test_a_new_file_is_a_method_by_its_name(folder):
     fields = {"model.name": "unet2d", "model.size": "tiny", "data.semantics": "class"}
     fields |= {"data.classes": 10, "model.conditioner": "new_product"}
-    with pytest.raises(ConfigError, match="new_product' is unknown; choose from adanorm, cross_a"):
+    with pytest.raises(ConfigError, match="new_product' is unknown; choose from .*, cross_attn"):
         tiny.config(**fields)
     (folder / "new_product.py").write_text(NEW)
     assert tiny.system(tiny.config(**fields)).model.conditioner == "new_product"

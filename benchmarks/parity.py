@@ -24,7 +24,7 @@ from benchmarks import references
 from condiff_jax.conditioning.cond import Cond, Text
 from condiff_jax.convert import published
 from condiff_jax.convert.layout import to_torch
-from condiff_jax.models import dit, kl, mdt, mmdit, pixart, unet
+from condiff_jax.models import dit, kl, mdt, mmdit, pixart, unet, unet2d
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 SIDES = (4, 8)  # of the latents
@@ -239,6 +239,7 @@ UNETS = {
     "text": unet.Size((16, 32, 48), (True, True, False), TEXT, heads=2, resnets=1),
     "class": unet.Size((16, 32), (False, True), TEXT, head_size=8),
 }
+UNET2D = unet2d.Size((8, 16, 24), (False, True, False), resnets=1, groups=4)
 KL = kl.Size((8, 16), latent=3)
 
 
@@ -276,6 +277,28 @@ CLASS_UNET = (
     *(dataclasses.replace(rule, theirs=f"unet.{rule.theirs}") for rule in published.UNET),
     published.Rule("class_embed", "class_embed"),
 )
+
+
+def diffusers_unet2d(side: int, size: unet2d.Size = UNET2D, classes: int = CLASSES):
+    """UNet2DModel as google/ddpm-cifar10-32 sets it up; with classes, and a null class, or none."""
+    down = ["AttnDownBlock2D" if a else "DownBlock2D" for a in size.attention]
+    up = ["AttnUpBlock2D" if a else "UpBlock2D" for a in size.attention[::-1]]
+    return diffusers.UNet2DModel(
+        sample_size=side,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=size.channels,
+        layers_per_block=size.resnets,
+        down_block_types=down,
+        up_block_types=up,
+        norm_num_groups=size.groups,
+        num_class_embeds=classes + 1 if classes else None,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        attention_head_dim=None,
+    )
 
 
 def diffusers_kl(side: int) -> torch.nn.Module:
@@ -328,6 +351,15 @@ CASES = (
         CLASS,
         CLASS_UNET,
         ClassUNet,
+        call_class,
+    ),
+    Case(
+        "unet2d",
+        "diffusers UNet2DModel",
+        lambda side: unet2d.UNet2D(UNET2D, classes=CLASSES, conditioner="film"),
+        CLASS,
+        published.UNET2D,
+        diffusers_unet2d,
         call_class,
     ),
     Case(

@@ -17,7 +17,7 @@ from condiff_jax.diffusion.prediction import PREDICTIONS
 from condiff_jax.diffusion.sampler import SAMPLERS, SPACINGS
 from condiff_jax.diffusion.schedule import SCHEDULES
 from condiff_jax.metrics import METRICS
-from condiff_jax.models import MODELS, attention, kl
+from condiff_jax.models import MODELS, attention, conditioners, kl
 from condiff_jax.models.mmdit import STREAMS
 from condiff_jax.models.transformer import REMAT
 from condiff_jax.schema import Config, ConfigError, Reconstruction
@@ -73,9 +73,11 @@ def _scalar(kind: type, value: Any, field: str):
     return value
 
 
+# What a field, or each of a tuple's values, can be; a function tells it when asked.
 CHOICES = {
     "objective": ("diffusion", "reconstruction", "classification"),
     "model.name": MODELS,
+    "model.conditioner": conditioners.names,
     "model.streams": ("auto", *STREAMS),
     "model.position": ("resample", "extrapolate"),
     "model.dtype": ("float32", "bfloat16"),
@@ -100,6 +102,7 @@ CHOICES = {
     "sampling.size": ("fixed", "tied", "untied", "train"),
     "evaluation.metrics": METRICS,
     "evaluation.reference": ("train", "train_200k", "validation", "coco"),
+    "evaluation.resize": ("tf", "clean"),
     "evaluation.save": ("", "png", "npz"),
     "evaluation.protocol": ("", "imagenet_fid50k", "val_fid", "coco_clip", "lpips_size"),
 }
@@ -173,7 +176,7 @@ def get(config: Config, field: str) -> Any:
 
 def _validate(config: Config) -> None:
     for field, choices in CHOICES.items():
-        found = get(config, field)
+        found, choices = get(config, field), choices() if callable(choices) else choices
         for value in found if isinstance(found, tuple) else (found,):
             if value not in choices:
                 raise ConfigError(
@@ -207,6 +210,8 @@ def _validate_model(config: Config) -> None:
             f"config: model.name={model.name} has no scan over layers; leave model.unroll at 1 and "
             "model.remat at none or block"
         )
+    if model.conditioner != OLD["model.conditioner"] and model.name != "unet2d":
+        raise ConfigError(f"config: model.conditioner must be film for model.name={model.name}")
     if model.streams != "auto" and model.name not in ("mmdit", "ours"):
         raise ConfigError(f"config: model.streams must be auto for model.name={model.name}")
     if config.data.semantics == "text" and not architecture.text:
@@ -303,15 +308,23 @@ FREE = re.compile(
     r"|(data|autoencoder|text_encoder)\.path|data\.workers|model\.(attention|remat|unroll)|init\.path)"
 )
 
+# Fields that came later and do change training, with the value that is what came before.
+OLD = {"model.conditioner": "film"}
+
 
 def completed(values: Mapping[str, Any], like: Mapping[str, Any], prefix: str = "") -> dict:
-    """What config.json holds with those `FREE` fields of another config that came after it."""
+    """What config.json holds with those `FREE` and `OLD` fields that came after it.
+
+    The former are those of `like`, another config.
+    """
     out = dict(values)
     for key, value in like.items():
         if isinstance(value, Mapping) and isinstance(values.get(key, {}), Mapping):
             out[key] = completed(values.get(key, {}), value, f"{prefix}{key}.")
         elif key not in values and FREE.fullmatch(prefix + key):
             out[key] = value
+        elif key not in values and (field := (prefix + key).replace("init.pretrain.", "")) in OLD:
+            out[key] = OLD[field]
     return out
 
 

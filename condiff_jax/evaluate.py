@@ -65,7 +65,8 @@ def check(config: Config) -> None:
         if settings.statistics and "inception" in networks:
             with blaming("evaluation.statistics"):
                 network, side = networks["inception"], (config.data.resolution,) * 2
-                mean, about = np.zeros(network.width), (network.name, network.sha256, side)
+                about = network.name, network.sha256, side, None, network.resize
+                mean = np.zeros(network.width)
                 ours = fid.Statistics(mean, np.zeros((0, 0)), None, *about)
                 fid.check_alike(ours, fid.load(settings.statistics))
     if "size_response" in settings.metrics and settings.lpips:

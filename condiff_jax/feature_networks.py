@@ -5,6 +5,8 @@ Nothing of them comes with this package. Paths are local or remote files or fold
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +20,7 @@ import numpy as np
 from condiff_jax.convert import published, weights
 from condiff_jax.convert.layout import from_torch
 from condiff_jax.encoders import local
+from condiff_jax.metrics import clean
 from condiff_jax.metrics.clip_score import ClipScore, square
 from condiff_jax.metrics.features import FeatureNetwork
 from condiff_jax.models import clip, inception
@@ -74,6 +77,13 @@ def random_inception() -> FeatureNetwork:
         apply=inception.features,
         prepare=inception.resize,
     )
+
+
+@functools.lru_cache(maxsize=8)  # what is compiled is kept
+def resized(network: FeatureNetwork, how: str) -> FeatureNetwork:
+    """Inception as it is (tf) or with the resizing of clean-fid (clean)."""
+    prepare = {"tf": None, "clean": clean.resize}[how]
+    return dataclasses.replace(network, prepare=prepare, resize=how) if prepare else network
 
 
 def load_clip(path: str) -> ClipScore:

@@ -59,6 +59,8 @@ def create_networks(
     settings = config.evaluation
     names = {NETWORK[metric] for metric in settings.metrics if metric in NETWORK}
     found = {name: _network(name, getattr(settings, name, "")) for name in sorted(names)}
+    if "inception" in found:
+        found["inception"] = feature_networks.resized(found["inception"], settings.resize)
     return {name: _placed(network, mesh) for name, network in found.items()} if mesh else found
 
 
@@ -89,12 +91,17 @@ def least(metrics: Collection[str]) -> int:
 def describe_networks(
     networks: dict[str, FeatureNetwork | ClipScore],
 ) -> dict[str, dict[str, str]] | None:
-    """Name and weights' sha256 of each: what numbers are bound to. None without any."""
+    """Name, weights' sha256 and, if it is not its own, resizing of each: what numbers are bound to.
+
+    None without any.
+    """
     pictures = {
         key: network.images if isinstance(network, ClipScore) else network
         for key, network in networks.items()
     }
     found = {k: {"name": network.name, "sha256": network.sha256} for k, network in pictures.items()}
+    for key, network in pictures.items():
+        found[key] |= {"resize": network.resize} if network.resize else {}
     return found or None
 
 
@@ -241,11 +248,13 @@ def run_reference(config: Config) -> None:
     path = config.evaluation.statistics
     if not path:
         raise ConfigError("config: evaluation.statistics is empty; name the .npz file to write")
-    network = _placed(_network("inception", config.evaluation.inception), sharding.local_mesh())
-    reference = Reference(config)
+    network = feature_networks.resized(
+        _network("inception", config.evaluation.inception), config.evaluation.resize
+    )
+    network, reference = _placed(network, sharding.local_mesh()), Reference(config)
     with blaming("evaluation.statistics"):
         if epath.Path(path).exists():
-            if fid.load(path).reference != reference.digest(network.sha256):
+            if fid.load(path).reference != reference.digest(*network.identity):
                 raise ValueError(
                     f"{path} is there, but not of these pictures and this network; name another "
                     "file, or remove it"

@@ -198,7 +198,7 @@ def reference_statistics(
 
     What is computed is kept in `folder` for the next time.
     """
-    name = reference.digest(network.sha256)[:12]
+    name = reference.digest(*network.identity)[:12]
     moments, rows = folder / f"{name}.npz", folder / f"{name}-{keep}.npz"
     found = kept(moments, lambda _: fid.load(str(moments)))
     features = kept(rows, read_arrays) if keep else {"features": None}
@@ -225,7 +225,7 @@ def describe(
         if len(places):
             moments.add(features)
         rows.append(features[chosen[places]])
-    made_of = reference.digest(network.sha256)
+    made_of = reference.digest(*network.identity)
     side = (reference.config.data.resolution,) * 2
     return statistics_of(moments, network, side, made_of), np.concatenate(rows)
 
@@ -236,5 +236,5 @@ def statistics_of(
     """Moments with what they are of; ConfigError for fewer than two pictures."""
     with blaming("evaluation.samples"):
         mean, covariance = moments.result()
-    about = moments.count, network.name, network.sha256, side, reference
+    about = moments.count, network.name, network.sha256, side, reference, network.resize
     return fid.Statistics(mean, covariance, *about)

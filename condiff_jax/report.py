@@ -98,12 +98,16 @@ def shared(groups: Iterable[Sequence[dict[str, Any]]]) -> list[str]:
 
 
 def tabulate(heading: str, module: dict, lines: Sequence[Line]) -> Table:
-    """The paper's values and ours, in groups of columns of their own, and where ours are from."""
+    """The published values and ours, in groups of columns of their own, and where ours are from.
+
+    Published by the paper, or by what the module's SOURCE names.
+    """
+    source = module.get("SOURCE", "paper")
     paper = unique(name for values in module["PAPER"].values() for name in values)
     ours = results.measures(lines)
     columns = [
         ("", "row"),
-        *(("paper", name) for name in paper),
+        *((source, name) for name in paper),
         *(("ours", name) for name in ours),
     ]
     columns += [("provenance", name) for name in PROVENANCE]
@@ -114,10 +118,10 @@ def tabulate(heading: str, module: dict, lines: Sequence[Line]) -> Table:
         cells += [measured(line, name) for name in ours]
         rows.append(cells + [PROVENANCE[name](line) for name in PROVENANCE])
     cited = [
-        f"Cited by the paper, {name}: " + ", ".join(f"{key} {x:g}" for key, x in values.items())
+        f"Cited by the {source}, {name}: " + ", ".join(f"{key} {x:g}" for key, x in values.items())
         for name, values in module.get("CITED", {}).items()
     ]
-    notes = [*remarks(paper, ours, lines), *module.get("NOTES", ()), *cited]
+    notes = [*remarks(paper, ours, lines, source), *module.get("NOTES", ()), *cited]
     return Table(heading, columns, rows, notes)
 
 
@@ -183,7 +187,9 @@ PROVENANCE: dict[str, Callable[[Line], str]] = {
 }
 
 
-def remarks(paper: Sequence[str], ours: Sequence[str], lines: Sequence[Line]) -> list[str]:
+def remarks(
+    paper: Sequence[str], ours: Sequence[str], lines: Sequence[Line], source: str = "paper"
+) -> list[str]:
     """What a reader must know before comparing: measures, spread, what went wrong."""
     out = []
     scales = {record["scale"] for line in lines for record in line.records}
@@ -192,7 +198,7 @@ def remarks(paper: Sequence[str], ours: Sequence[str], lines: Sequence[Line]) ->
     if ours and (scales != {"paper"} or not set(ours) <= set(paper)):
         small = "" if scales == {"paper"} else " of smaller models on embedded data"
         out.append(
-            f"The paper's numbers and ours are not comparable: ours are other measures{small}. "
+            f"The {source}'s numbers and ours are not comparable: ours are other measures{small}. "
             "Compare rows within a column."
         )
     if any(len(line.done) > 1 for line in lines):

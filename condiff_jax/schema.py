@@ -14,6 +14,7 @@ class ConfigError(ValueError):
 class Model:
     name: str
     size: str
+    conditioner: str
     streams: str
     mask_ratio: float
     qk_norm: bool
@@ -179,6 +180,7 @@ class Evaluation:
     sizes: tuple[int, ...]
     lpips: str
     inception: str
+    resize: str
     clip: str
     path: str
     statistics: str

@@ -39,9 +39,10 @@ Models for own experiments, for any architecture and start (but `unet` from capt
 back, whose two sizes differ): `imagenet1k_256.py`,
 `imagenet1k_512.py`, `imagenet22k_256.py`, `cc12m_256.py`, `cc12m_512.py`; without any download
 `quickstart.py`, and `classifier.py` with `classifier_guidance.py` (guidance by a classifier); for
-small pictures of your own `pictures_64.py` (made by mode prepare, of classes
-or captions) and `emoji_64.py` (webdataset tars). `base.py` documents every field, `recipes.py`
-holds what the tables share.
+small pictures of your own `pictures_64.py` (made by mode prepare, of classes or captions) and
+`emoji_64.py` (webdataset tars); for ways to tell a model its class, of which a new one is a file
+of a few lines, `cifar10_conditioning.py`, a benchmark that is not the paper's. `base.py` documents
+every field, `recipes.py` holds what the tables share.
 """
 TAIL = """\
 ## What has no rows
@@ -68,7 +69,7 @@ print(rescale(scaled_linear(), 256, 512).sigma[::100])"`; no training |
 
 
 def cells(values: dict) -> str:
-    """The paper's values of a row: "FID_train 3.08, LPIPS ?"."""
+    """The published values of a row: "FID_train 3.08, LPIPS ?"."""
     shown = []
     for name, value in values.items():
         known = "?" if value is None else "diverged" if math.isnan(value) else f"{value:g}"
@@ -79,10 +80,11 @@ def cells(values: dict) -> str:
 def section(name: str, module: dict) -> str:
     """A config file's title, rows and notes in Markdown."""
     title = module["__doc__"].splitlines()[0]
-    lines = [f"## {title}", "", "| row | the paper's numbers |", "| --- | --- |"]
+    source = module.get("SOURCE", "paper")  # of the numbers
+    lines = [f"## {title}", "", f"| row | the {source}'s numbers |", "| --- | --- |"]
     lines += [f"| `{name}.py:{row}` | {cells(module['PAPER'][row])} |" for row in module["ROWS"]]
     if "CITED" in module:
-        lines += ["", "| cited by the paper, not trained | numbers |", "| --- | --- |"]
+        lines += ["", f"| cited by the {source}, not trained | numbers |", "| --- | --- |"]
         lines += [f"| {row} | {cells(values)} |" for row, values in module["CITED"].items()]
     return "\n".join([*lines, "", *(f"- {note}" for note in module["NOTES"])]) + "\n"
 

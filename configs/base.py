@@ -44,9 +44,13 @@ def get_config() -> ConfigDict:
     config.objective = "diffusion"
 
     config.model = model = ConfigDict()
-    model.name = "ours"  # unet | dit_ln | dit_att | mdtv2 | pixart | mmdit | ours
-    # NAME/PATCH: tiny, S, B, L or XL, and the patch size; of a unet: tiny, class or text
+    model.name = "ours"  # unet | unet2d | dit_ln | dit_att | mdtv2 | pixart | mmdit | ours
+    # NAME/PATCH: tiny, S, B, L or XL, and the patch size; of a unet: tiny, class or text;
+    # of a unet2d: tiny, tiny2, tiny4, small, medium or large
     model.size = "tiny/4"
+    # unet2d: how it hears the class, a module of condiff_jax/models/conditioners:
+    # film | cross_attn | adanorm | weighted_attn | ours_none
+    model.conditioner = "film"
     model.streams = "auto"  # shared | qkv | full; auto is the paper's: shared for classes, else qkv
     model.mask_ratio = 0.3  # mdtv2: least share of tokens that its second pass hides; 0: no pass
     # RMSNorm of queries and keys where attention sees conditions; the paper's runs diverge without
@@ -70,10 +74,10 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     # shapes (embedded) | webdataset (tar shards) | tfds (a data set's folder as TFDS writes it:
-    # what mode prepare makes, or TFDS's own cifar10, imagenet2012, ...) | latents (what mode encode
-    # makes: encode.path of that is data.path of this)
+    # what mode prepare makes, or TFDS's own cifar10, imagenet2012, ...) | cifar10 (its official
+    # archives) | latents (what mode encode makes: encode.path of that is data.path of this)
     data.name = "shapes"
-    data.path = ""  # folder of a webdataset, tfds or latents
+    data.path = ""  # folder of a webdataset, tfds or latents; of cifar10, or its .tar.gz
     data.resolution = 32  # pixels
     data.semantics = "text"  # text | class
     # Classes to expect, for class-conditional models; 0: those of the data. shapes has 10 (warm or
@@ -208,6 +212,9 @@ def get_config() -> ConfigDict:
     # .npz of mode reference, pytorch-fid, clean-fid or ADM: what FID compares with instead
     evaluation.statistics = ""
     evaluation.inception = ""  # FID's network, pytorch-fid's .pth; random: untrained, to try
+    # How pictures get to that network's 299 pixels: tf (FID's own way, bilinear of TensorFlow 1) |
+    # clean (as clean-fid, antialiased bicubic)
+    evaluation.resize = "tf"
     evaluation.clip = ""  # CLIP score: a folder as transformers writes it, or a hub id
     evaluation.size_prompts = 16  # prompts, or classes, of size_response
     evaluation.sizes = (12, 24, 48)  # originals' sizes that size_response asks for, pixels

@@ -122,7 +122,7 @@ def main(folder: Path) -> None:
     from absl import flags
 
     from condiff_jax import train
-    from condiff_jax.models import transformer, unet
+    from condiff_jax.models import transformer, unet, unet2d
 
     flags.FLAGS.mark_as_parsed()
     write_pictures(folder / "emoji")
@@ -130,10 +130,12 @@ def main(folder: Path) -> None:
     answers = sys.stdout
     # Compiling takes time by the number of parameter arrays, of which a UNet has many.
     small = unet.Size((8, 16), (False, True), 16, head_size=8, resnets=0)
+    small2d = unet2d.Size((8, 16), (False, False), resnets=0, groups=4)
     few = functools.partial(train.first_controls, n=16)
     with (
         mock.patch.dict(transformer.SIZES, {"tiny": (2, 32, 2)}),
         mock.patch.dict(unet.SIZES, {"tiny": small}),
+        mock.patch.dict(unet2d.SIZES, dict.fromkeys(("tiny", "tiny2", "tiny4"), small2d)),
         mock.patch.object(train, "first_controls", few),
         contextlib.redirect_stdout(sys.stderr),
     ):

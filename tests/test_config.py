@@ -14,7 +14,7 @@ from tests import tiny
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("model.name", "sit", "choose from unet, .*, mmdit, ours"),
+        ("model.name", "sit", "choose from unet, unet2d, .*, mmdit, ours"),
         ("model.size", "XXL/2", "model.size"),
         ("model.size", "XL", "NAME/PATCH"),
         ("data.resolution", 18, "data.resolution=18 must be a multiple of 4"),

@@ -191,6 +191,32 @@ def test_features_of_the_reference_are_kept_and_used_again(tmp_path, small):
     assert values["fid"] == pytest.approx(4 * first["fid"], rel=1e-3)
 
 
+def colours(params, images):
+    """Features (B, 6): means and spreads of a picture's colours, at any size."""
+    x = images.astype(jnp.float32) / 255
+    return params * jnp.concatenate([x.mean((1, 2)), x.std((1, 2))], -1)
+
+
+def test_another_resizing_is_another_network(tmp_path, small):
+    """Its reference is made anew, its records say so, and it does not compare with the other's."""
+    small["inception"] = FeatureNetwork("colours", "sha", 6, np.float32(1), colours)
+    fields = FIELDS | {"evaluation.metrics": ("fid",)}
+    tf, clean = (tiny.config(**fields | {"evaluation.resize": how}) for how in ("tf", "clean"))
+    values = [
+        evaluate.measure(Fake(c), {}, 2, Workdir(str(tmp_path)), ema=True) for c in (tf, clean)
+    ]
+    assert len(list((tmp_path / "references").iterdir())) == 2
+    plain = {"name": "colours", "sha256": "sha"}
+    assert [v["features"]["inception"] for v in values] == [plain, plain | {"resize": "clean"}]
+    first, second = (v["metrics"]["fid"] for v in values)
+    assert abs(first - second) > 0.01 * first  # the spread of noise is another when it is smoothed
+    statistics = {"evaluation.statistics": str(tmp_path / "clean.npz")}
+    fidelity.run_reference(tiny.config(**fields | statistics | {"evaluation.resize": "clean"}))
+    evaluate.check(tiny.config(**fields | statistics | {"evaluation.resize": "clean"}))
+    with pytest.raises(ConfigError, match="evaluation.statistics: .*resize=clean, not tf"):
+        evaluate.check(tiny.config(**fields | statistics))
+
+
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b[:-30]])
 def test_what_a_damaged_file_held_is_made_again(tmp_path, damage):
     config = tiny.config(**FIELDS)

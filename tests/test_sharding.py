@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from condiff_jax import config as config_lib
 from condiff_jax import sharding, system
 from condiff_jax.checkpoint import abstract_state
-from condiff_jax.models import MODELS, clip, kl, transformer
+from condiff_jax.models import MODELS, clip, conditioners, kl, transformer
 from condiff_jax.models.autoencoder import NETWORKS
 from configs import base
 
@@ -22,9 +22,10 @@ VARIANTS = [
 ] + [
     (name, "auto", semantics)
     for name, architecture in MODELS.items()
-    if name not in ("ours", "mmdit")
+    if name not in ("ours", "mmdit", "unet2d")
     for semantics in (("text", "class") if architecture.text else ("class",))
 ]
+METHODS = [("unet2d", "auto", "class", method) for method in conditioners.names()]
 
 
 def create(name="ours", streams="auto", semantics="text", **overrides):
@@ -45,9 +46,12 @@ def names(tree):
     return {sharding.path_name(p): a for p, a in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize("name, streams, semantics", VARIANTS)
-def test_every_parameter_matches_exactly_one_rule(name, streams, semantics):
-    params = jax.eval_shape(create(name, streams, semantics).init, jax.random.key(0))
+@pytest.mark.parametrize(
+    "name, streams, semantics, method", [*((*v, "film") for v in VARIANTS), *METHODS]
+)
+def test_every_parameter_matches_exactly_one_rule(name, streams, semantics, method):
+    built = create(name, streams, semantics, **{"model.conditioner": method})
+    params = jax.eval_shape(built.init, jax.random.key(0))
     for parameter, leaf in names(params).items():
         specs = sharding.matching_rules(parameter)
         assert len(specs) == 1, parameter

@@ -6,6 +6,7 @@ import json
 import pytest
 from etils import epath
 
+from condiff_jax import config as config_lib
 from condiff_jax import workdir
 from condiff_jax.config import ConfigError
 from condiff_jax.logs import Log
@@ -93,6 +94,21 @@ def test_a_run_goes_on_though_there_are_new_fields_of_how_it_is_run(tmp_path):
     folder.config.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="missing field data.crop"):
         folder.check(config)
+
+
+def test_a_run_goes_on_from_before_there_were_ways_to_tell_the_class(tmp_path):
+    fields = {"model.name": "unet2d", "model.size": "tiny", "data.semantics": "class"}
+    earlier = tiny.values(**fields)
+    values = tiny.values(**fields)
+    values.init.pretrain = earlier
+    folder, film = Workdir(tmp_path), config_lib.create(values)
+    values.model.conditioner = "adanorm"
+    old = dataclasses.asdict(film)
+    del old["model"]["conditioner"], old["init"]["pretrain"]["model"]["conditioner"]
+    folder.config.write_text(json.dumps(old))
+    folder.check(film)
+    with pytest.raises(ConfigError, match="model.conditioner: film -> adanorm"):
+        folder.check(config_lib.create(values))
 
 
 def test_a_run_that_begins_anew_may_have_other_encoders(tmp_path):

@@ -96,10 +96,15 @@ KINDS = {
 }
 
 
-def sinusoid(x: jax.Array, dim: int, max_period: float = 10000.0) -> jax.Array:
-    """Sinusoidal features of x (...) as (..., dim): cosines, then sines; periods to max_period."""
+def sinusoid(
+    x: jax.Array, dim: int, max_period: float = 10000.0, *, last: bool = False
+) -> jax.Array:
+    """Sinusoidal features of x (...) as (..., dim): cosines, then sines; periods to max_period.
+
+    last: the longest of them is max_period itself, as in DDPM, and not the next one.
+    """
     half = dim // 2
-    frequencies = jnp.exp(-math.log(max_period) / half * jnp.arange(half))
+    frequencies = jnp.exp(-math.log(max_period) / (half - last) * jnp.arange(half))
     angles = jnp.asarray(x, jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 

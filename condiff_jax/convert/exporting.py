@@ -276,6 +276,8 @@ def export(system: System, params: dict, frozen: dict, out: epath.Path) -> list[
 
 def run(config: Config, workdir: str) -> epath.Path:
     """Mode `export`: the newest checkpoint as export/STEP (export/STEP-raw); returns the folder."""
+    if config.model.name == "unet2d":  # whose methods of conditioning are anyone's
+        raise ConfigError("config: model.name=unet2d has no twin in PyTorch to export to")
     folder = Workdir(workdir)
     folder.check(config)
     system = create_system(config, folder.load_vocabulary())

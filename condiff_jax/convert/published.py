@@ -286,28 +286,38 @@ def _unet_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
     )
 
 
+def _self_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return (Rule(f"{ours}.norm", f"{theirs}.group_norm"), *_diffusers_attention(ours, theirs))
+
+
+def _unet(attention: Callable[[str, str], tuple[Rule, ...]]) -> tuple[Rule, ...]:
+    return (
+        Rule("conv_in", "conv_in"),
+        Rule("timestep.fc1", "time_embedding.linear_1"),
+        Rule("timestep.fc2", "time_embedding.linear_2"),
+        *(
+            rule
+            for ours, theirs in (
+                ("down_*", "down_blocks.*"),
+                ("mid", "mid_block"),
+                ("up_*", "up_blocks.*"),
+            )
+            for rule in (
+                *_resnet(f"{ours}_resnet_*", f"{theirs}.resnets.*"),
+                *attention(f"{ours}_attention_*", f"{theirs}.attentions.*"),
+            )
+        ),
+        Rule("down_*_downsample", "down_blocks.*.downsamplers.0.conv"),
+        Rule("up_*_upsample", "up_blocks.*.upsamplers.0.conv"),
+        Rule("norm_out", "conv_norm_out"),
+        Rule("conv_out", "conv_out"),
+    )
+
+
 # `unet` as diffusers' UNet2DConditionModel, its class embedding left out.
-UNET = (
-    Rule("conv_in", "conv_in"),
-    Rule("timestep.fc1", "time_embedding.linear_1"),
-    Rule("timestep.fc2", "time_embedding.linear_2"),
-    *(
-        rule
-        for ours, theirs in (
-            ("down_*", "down_blocks.*"),
-            ("mid", "mid_block"),
-            ("up_*", "up_blocks.*"),
-        )
-        for rule in (
-            *_resnet(f"{ours}_resnet_*", f"{theirs}.resnets.*"),
-            *_unet_attention(f"{ours}_attention_*", f"{theirs}.attentions.*"),
-        )
-    ),
-    Rule("down_*_downsample", "down_blocks.*.downsamplers.0.conv"),
-    Rule("up_*_upsample", "up_blocks.*.upsamplers.0.conv"),
-    Rule("norm_out", "conv_norm_out"),
-    Rule("conv_out", "conv_out"),
-)
+UNET = _unet(_unet_attention)
+# `unet2d` with the conditioner film as diffusers' UNet2DModel.
+UNET2D = (Rule("class_embed", "class_embedding"), *_unet(_self_attention))
 
 
 def _autoencoder_half(coder: str, part: str, resample: tuple[str, str]) -> tuple[Rule, ...]:
@@ -317,8 +327,7 @@ def _autoencoder_half(coder: str, part: str, resample: tuple[str, str]) -> tuple
     return (
         Rule(f"{coder}.conv_in", f"{coder}.conv_in"),
         *_resnet(f"{coder}.mid_resnet_*", f"{coder}.mid_block.resnets.*"),
-        Rule(f"{middle}.norm", f"{attention}.group_norm"),
-        *_diffusers_attention(middle, attention),
+        *_self_attention(middle, attention),
         *(Rule(f"{middle}.{ours}", f"{attention}.{theirs}") for ours, theirs in old.items()),
         *_resnet(f"{coder}.{part}_*_resnet_*", f"{coder}.{part}_blocks.*.resnets.*"),
         Rule(f"{coder}.{part}_*_{resample[0]}", f"{coder}.{part}_blocks.*.{resample[1]}.0.conv"),

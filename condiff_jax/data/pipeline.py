@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from condiff_jax.data.augment import SCALARS, augment
+from condiff_jax.data.cifar10 import Cifar10
 from condiff_jax.data.encoded import Cache
 from condiff_jax.data.prepared import TFDS
 from condiff_jax.data.records import read_record
@@ -33,6 +34,7 @@ SOURCES = {
     ),
     "webdataset": lambda config, split: Webdataset(config.data.path, split),
     "tfds": lambda config, split: TFDS(config.data.path, split),
+    "cifar10": lambda config, split: Cifar10(config.data.path, split),
     "latents": lambda config, split: Cache(
         config.data.path,
         split,

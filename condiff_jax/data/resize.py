@@ -41,8 +41,10 @@ def _kernel(scale: float, shift: float) -> np.ndarray:
     """Keys's cubic, a = -1/2, `scale` times as wide, about `shift`: the weights of whole pixels."""
     reach = math.ceil(2 * scale + shift) - 1
     distances = [abs(x - shift) / scale for x in range(-reach, reach + 1)]
-    weights = [
-        1 - (2.5 - 1.5 * d) * d * d if d < 1 else max(2 - d, 0) * (d - 1) * (d - 2) / 2
-        for d in distances
-    ]
+    weights = [cubic(distance) for distance in distances]
     return np.array(weights) / sum(weights)
+
+
+def cubic(d: float) -> float:
+    """Keys's cubic, a = -1/2, at a distance in pixels."""
+    return 1 - (2.5 - 1.5 * d) * d * d if d < 1 else max(2 - d, 0) * (d - 1) * (d - 2) / 2

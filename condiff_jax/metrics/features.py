@@ -24,6 +24,7 @@ class FeatureNetwork:
     """Pictures uint8 (N, H, W, 3) -> features f32 (N, width).
 
     name: for people. sha256: of the weights' files; numbers compare only where it is the same.
+    resize: how, where it is not its own way; such numbers do not compare with others either.
     prepare: pictures (B, H, W, 3) -> what `apply(params, prepared) -> (B, width)` takes; best of
     one size for all pictures, because `apply` is compiled for each. least_side: of H and W.
     """
@@ -37,6 +38,12 @@ class FeatureNetwork:
     least_side: int = 1
     batch: int = 64
     mesh: Mesh | None = None  # devices, of all hosts, that share the work; else one a host
+    resize: str = ""
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What its features depend on besides the pictures."""
+        return (self.sha256, self.resize) if self.resize else (self.sha256,)
 
     def on(self, mesh: Mesh) -> FeatureNetwork:
         """The same network on the devices of a mesh; every host then gives it the same pictures."""

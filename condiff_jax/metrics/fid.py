@@ -23,7 +23,7 @@ class Statistics:
 
     count: pictures. network, sha256: the feature network's name and that of its weights.
     resolution: height and width of the pictures. reference: a sha256 of what they and the network
-    are. Each is None where a file does not say it.
+    are. resize: of the network. Each is None where a file does not say it.
     """
 
     mean: np.ndarray
@@ -33,6 +33,7 @@ class Statistics:
     sha256: str | None = None
     resolution: tuple[int, int] | None = None
     reference: str | None = None
+    resize: str | None = None
 
     @property
     def rank_deficient(self) -> bool | None:
@@ -51,6 +52,7 @@ class Statistics:
 
 # What only our files have, with its shape.
 ABOUT = {"count": (), "network": (), "sha256": (), "resolution": (2,), "reference": ()}
+ABOUT |= {"resize": ()}
 
 
 def measure(
@@ -71,16 +73,17 @@ def measure(
         moments.add(features)
         if keep is not None:
             keep.append(features)
-    return Statistics(*moments.result(), moments.count, network.name, network.sha256, resolution)
+    about = {"network": network.name, "sha256": network.sha256, "resize": network.resize}
+    return Statistics(*moments.result(), moments.count, resolution=resolution, **about)
 
 
 def load(path: str) -> Statistics:
     """Statistics from a .npz file: ours, pytorch-fid's, clean-fid's or ADM's.
 
     `mu` and `sigma`, whatever else there is (ADM has `mu_s`, `sigma_s` and pictures), or `feats`
-    (N, D), which clean-fid keeps for KID. ADM resizes pictures as we do, pytorch-fid and clean-fid
-    otherwise unless told to, and the files do not say it. FileNotFoundError without the file,
-    ValueError for others.
+    (N, D), which clean-fid keeps for KID. ADM resizes pictures as evaluation.resize=tf does,
+    clean-fid as `clean` and pytorch-fid as neither, unless told to; the files do not say it.
+    FileNotFoundError without the file, ValueError for others.
     """
     file = epath.Path(path)
     if not file.exists():
@@ -118,6 +121,8 @@ def _statistics(arrays: dict[str, np.ndarray]) -> Statistics:
         for name, shape in ABOUT.items()
         if name in arrays and arrays[name].shape == shape
     }
+    if "network" in about:
+        about.setdefault("resize", "")  # ours, and maybe from before there was a choice
     if "resolution" in about:
         about["resolution"] = tuple(about["resolution"])
     return Statistics(mean, covariance, **about)
@@ -128,7 +133,7 @@ def fid(generated: Statistics, reference: Statistics) -> dict[str, float | bool 
 
     Keys fid and fid_rank_deficient (None where a file does not say how many pictures it is of):
     such a distance is too large, and compares only with those of as many pictures. ValueError for
-    statistics of different networks or resolutions, as far as they are known.
+    statistics of different networks, ways to resize or resolutions, as far as they are known.
     """
     check_alike(generated, reference)
     value = frechet_distance(
@@ -150,6 +155,11 @@ def check_alike(generated: Statistics, reference: Statistics) -> None:
         raise ValueError(
             f"the reference is of {b.network} with sha256 {b.sha256[:12]}, not of {a.network} "
             f"with {a.sha256[:12]}"
+        )
+    if None not in (a.resize, b.resize) and a.resize != b.resize:
+        raise ValueError(
+            f"the reference is of pictures with evaluation.resize={b.resize or 'tf'}, not "
+            f"{a.resize or 'tf'}"
         )
     if None not in (a.resolution, b.resolution) and a.resolution != b.resolution:
         sizes = [f"{s.resolution[0]} x {s.resolution[1]}" for s in (b, a)]

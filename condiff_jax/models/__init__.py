@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from condiff_jax.conditioning.control import Weighting
-from condiff_jax.models import attention, classifier, dit, mdt, mmdit, pixart, transformer, unet
+from condiff_jax.models import (
+    attention,
+    classifier,
+    dit,
+    mdt,
+    mmdit,
+    pixart,
+    transformer,
+    unet,
+    unet2d,
+)
 
 if TYPE_CHECKING:
     from condiff_jax.config import Config
@@ -81,8 +91,14 @@ def _unet(config: Config, *_) -> dict:
     return {"size": unet.SIZES[config.model.size]}
 
 
+def _unet2d(config: Config, *_) -> dict:
+    model = config.model
+    return {"size": unet2d.SIZES[model.size], "conditioner": model.conditioner}
+
+
 MODELS = {
     "unet": Architecture(unet.UNet, _unet, unet.SIZES, patched=False),
+    "unet2d": Architecture(unet2d.UNet2D, _unet2d, unet2d.SIZES, patched=False, text=False),
     "dit_ln": Architecture(dit.DiT, _transformer(), text=False),
     "dit_att": Architecture(dit.DiT, _transformer(cross=lambda *_: True)),
     "mdtv2": Architecture(mdt.MDT, _transformer(mask_ratio=_mask_ratio), text=False),

@@ -50,6 +50,7 @@ class SelfAttention(nn.Module):
 
     groups: int
     dtype: Any
+    backend: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -58,7 +59,7 @@ class SelfAttention(nn.Module):
         q, k, v = (
             HeadProjection(1, dtype=self.dtype, name=name)(y) for name in ("query", "key", "value")
         )
-        y = HeadMerge(self.dtype, name="out")(layers.attention(q, k, v))
+        y = HeadMerge(self.dtype, name="out")(layers.attention(q, k, v, self.backend))
         return x + y.reshape(x.shape)
 
 

@@ -168,24 +168,34 @@ class UNet(nn.Module):
     dtype: Any = jnp.float32
     adaptive: bool = False
 
+    padding = 1  # of the convolutions that halve the sides
+    epsilon = 1e-5  # of the last norm
+
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-        channels = self.size.channels
-        given = self.embed_time(t, cond), self.embed_semantics(cond)
+        channels, given = self.size.channels, self.given(t, cond)
         y = nn.Conv(channels[0], (3, 3), dtype=self.dtype, name="conv_in")(x)
         y, skips = self.down(y, given)
         y = self.stage("mid", 0, channels[-1], True, y, given)
         y = self.stage("mid", 1, channels[-1], False, y, given)
         y = self.up(y, skips, given)
-        y = nn.silu(group_norm(self.size.groups, 1e-5, "norm_out")(y))
+        y = nn.silu(group_norm(self.size.groups, self.epsilon, "norm_out")(y))
         return nn.Conv(
             x.shape[-1], (3, 3), kernel_init=layers.zeros, dtype=jnp.float32, name="conv_out"
         )(y)
 
+    def given(self, t: jax.Array, cond: Cond) -> tuple:
+        """What all stages hear: (time embedding, context)."""
+        return self.embed_time(t, cond), self.embed_semantics(cond)
+
+    def sinusoids(self, t: jax.Array) -> jax.Array:
+        """Timesteps (B,) as (B, channels[0])."""
+        return sinusoid(t, self.size.channels[0])
+
     def embed_time(self, t: jax.Array, cond: Cond | None) -> jax.Array:
         """What ResNet blocks hear (B, 4 * channels[0]): the timestep, and control (Eq. 1)."""
         first = self.size.channels[0]
-        emb = layers.VectorEmbed(4 * first, self.dtype, name="timestep")(sinusoid(t, first))
+        emb = layers.VectorEmbed(4 * first, self.dtype, name="timestep")(self.sinusoids(t))
         if cond is not None and cond.control is not None:
             control = ControlEmbed(4 * first, self.weighting, self.dtype, name="control")
             emb = emb + control(cond.control, t, cond.drop_control)
@@ -229,7 +239,7 @@ class UNet(nn.Module):
                 skips.append(y)
             if level < len(size.channels) - 1:
                 name = f"down_{level}_downsample"
-                y = nn.Conv(width, (3, 3), 2, padding=1, dtype=self.dtype, name=name)(y)
+                y = nn.Conv(width, (3, 3), 2, padding=self.padding, dtype=self.dtype, name=name)(y)
                 skips.append(y)
         return y, skips
 

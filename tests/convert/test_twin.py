@@ -162,8 +162,9 @@ def test_equals_ours(name, classes, own):
 
 
 def test_every_architecture_is_compared():
-    assert {name for name, *_ in VARIANTS} == set(MODELS)
-    assert set(MODELS) | {"words", "kl"} == set(twin.ARCHITECTURES)
+    exported = set(MODELS) - {"unet2d"}
+    assert {name for name, *_ in VARIANTS} == exported
+    assert exported | {"words", "kl"} == set(twin.ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")

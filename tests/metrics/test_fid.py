@@ -63,7 +63,8 @@ def test_saved_statistics_are_the_same_and_others_can_read_them(tmp_path):
     path = str(tmp_path / "reference.npz")
     for about in (
         {},
-        dict(count=7, network="means", sha256="1" * 64, resolution=(4, 5), reference="2" * 64),
+        dict(count=7, network="means", sha256="1" * 64, resolution=(4, 5), reference="2" * 64)
+        | dict(resize="clean"),
     ):
         saved = statistics(**about)
         saved.save(path)

@@ -1,0 +1,1 @@
+"""No class at all: what a model reaches unconditionally, our control of the benchmark."""

@@ -19,7 +19,9 @@ def read(place: str) -> list[dict[str, Any]]:
     """
     path = epath.Path(place)
     if not path.exists():
-        raise ConfigError(f"{place}: no config file, work directory or file of evaluations")
+        raise ConfigError(
+            f"{place!r} is not a config file, a work directory or a .json of evaluations"
+        )
     found = read_json_lines(Workdir(place).evaluation) if path.is_dir() else load_json(path)
     # Autoencoders and classifiers have other lines there.
     records = [one | {"root": place} for one in found if {"metrics", "sampling"} <= one.keys()]

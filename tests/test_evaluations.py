@@ -76,7 +76,7 @@ def test_records_of_before_and_with_a_classifier_are_other_lines(tmp_path):
 
 
 def test_what_holds_no_evaluations_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="none: no config file, work directory or file of"):
+    with pytest.raises(ConfigError, match="none' is not a config file, a work directory or a"):
         evaluations.read(str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="no evaluations here; --mode=evaluate makes them"):
         evaluations.read(str(tmp_path))

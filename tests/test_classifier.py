@@ -161,20 +161,8 @@ def test_flops_are_those_of_the_network(system):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(folder, parameters) of a denoiser with random parameters."""
-    config = tiny.config(steps=2, **DENOISER)
-    path, system = tmp_path_factory.mktemp("denoiser"), tiny.system(config)
-    folder = Workdir(str(path))
-    folder.open(config, system.vocabulary)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32),
-        jax.eval_shape(system.init, jax.random.key(0)),
-    )
-    train_state = state.create(params, optim.create(config)).replace(step=jnp.array(2))
-    checkpoints = Checkpoints(folder.checkpoints, config, create=True)
-    checkpoints.save(2, train_state, 0.0)
-    checkpoints.close()
-    return path, params
+    path = tmp_path_factory.mktemp("denoiser")
+    return path, tiny.finished(tiny.config(steps=2, **DENOISER), path)
 
 
 def guided(trained, **fields):

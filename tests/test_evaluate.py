@@ -5,14 +5,11 @@ import json
 from functools import partial
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from condiff_jax import evaluate, fidelity, optim, sample, sharding, state
-from condiff_jax.checkpoint import Checkpoints
+from condiff_jax import evaluate, fidelity, sample, sharding
 from condiff_jax.config import ConfigError
 from condiff_jax.data import augment, shapes
 from condiff_jax.logs import Reporter
@@ -47,18 +44,8 @@ def trained(request, tmp_path_factory):
     """(folder, fields) of a finished run, as training leaves it, with random parameters."""
     fields = FIELDS | (CLASS if request.param == "class" else {})
     path, config = tmp_path_factory.mktemp(request.param), tiny.config(**fields)
-    system, mesh, folder = tiny.system(config), sharding.create_mesh(), Workdir(str(path))
-    folder.open(config, system.vocabulary)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32),
-        jax.eval_shape(system.init, jax.random.key(0)),
-    )
-    train_state = state.create(params, optim.create(config)).replace(step=jnp.array(2))
-    checkpoints = Checkpoints(folder.checkpoints, config, create=True)
-    checkpoints.save(2, train_state, 0.0)
-    checkpoints.close()
-    Reporter(system, mesh, folder, None).finish(2, train_state.ema)
+    params, folder = tiny.finished(config, path), Workdir(str(path))
+    Reporter(tiny.system(config), sharding.create_mesh(), folder, None).finish(2, params)
     return path, fields
 
 

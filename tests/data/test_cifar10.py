@@ -1,8 +1,10 @@
 """CIFAR-10's archives: both forms, in folders and packed; what is damaged, wrong or malicious."""
 
+import gzip
 import io
 import os
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -64,10 +66,11 @@ def unpacked(form, folder):
 
 
 def packed(form, folder):
-    """The archive."""
+    """The archive, alone."""
     place, path = unpacked(form, folder), folder / form.archive
     with tarfile.open(path, "w:gz") as archive:
         archive.add(place, form.folder)
+    shutil.rmtree(place)
     return path
 
 
@@ -87,12 +90,23 @@ def test_pictures_are_those_of_the_files_in_order(form, make, tmp_path):
         assert record["image"].dtype == np.uint8 and record["image"].shape == (32, 32, 3)
         assert record["image"][5, 7, 1] == rows[3, 1024 + 5 * 32 + 7]  # row 5, column 7, green
         assert record["label"] == labels[3] and record["label"].dtype == np.int32
-        assert record["caption"] == CLASSES[labels[3]]
+        captions = [source[COUNT + i]["caption"] for i in range(COUNT)]
+        assert captions == [CLASSES[label] for label in labels]
         held = Cifar10(place, "validation")
         assert len(held) == COUNT
         np.testing.assert_array_equal(
             held[0]["image"][..., 2].ravel(), content(NAMES[5])[0][0, 2048:]
         )
+
+
+def test_an_archive_may_be_decompressed(form, tmp_path, monkeypatch):
+    path = packed(form, tmp_path)
+    plain = path.with_suffix("")  # .tar
+    plain.write_bytes(gzip.decompress(path.read_bytes()))
+    path.unlink()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = Cifar10(f"~/{plain.name}")
+    assert [source[i]["label"] for i in range(COUNT)] == content("data_batch_1")[1].tolist()
 
 
 def test_all_batches_are_read_and_numbers_end(form, tmp_path):
@@ -198,12 +212,21 @@ def test_batches_of_another_kind_are_named(form, change, messages, tmp_path):
 def test_damaged_files_are_named(form, tmp_path):
     archive = packed(form, tmp_path)
     data = archive.read_bytes()
-    for damaged in (data[: len(data) // 2], b"no archive", b""):
+    other = data[:10] + b"\xff" * 100 + data[110:]  # no compressed data after a good header
+    for damaged in (data[: len(data) // 2], other, b"no archive", b""):
         archive.write_bytes(damaged)
         with pytest.raises((ValueError, FileNotFoundError), match=archive.name) as error:
             Cifar10(archive)
         assert "\n" not in str(error.value)
-    place = tmp_path / form.folder
+    with tarfile.open(archive, "w:gz") as folders:
+        for name in NAMES:
+            member = tarfile.TarInfo(f"{name}{form.ending}")
+            member.type = tarfile.DIRTYPE
+            folders.addfile(member)
+    with pytest.raises(FileNotFoundError, match=f"{archive.name} has no data_batch_1"):
+        Cifar10(archive)
+    archive.unlink()
+    place = unpacked(form, tmp_path)
     first = place / f"data_batch_1{form.ending}"
     first.write_bytes(first.read_bytes()[:-5])
     with pytest.raises(ValueError, match="data_batch_1.* is no batch"):

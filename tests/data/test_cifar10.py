@@ -44,7 +44,7 @@ class Python2(pickle._Pickler):
 
 def pickled(rows, labels):
     buffer = io.BytesIO()
-    values = {b"data": rows, b"labels": list(map(int, labels)), b"batch_label": b"batch"}
+    values = {b"data": rows, b"labels": labels, b"batch_label": b"batch"}
     Python2(buffer, protocol=2).dump(values)
     return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
 
@@ -53,7 +53,7 @@ def binary(rows, labels):
     return np.concatenate([labels[:, None].astype(np.uint8), rows], 1).tobytes()
 
 
-WRITE = {"": pickled, ".bin": binary}
+WRITE = {"": lambda rows, labels: pickled(rows, labels.tolist()), ".bin": binary}
 
 
 def unpacked(form, folder):
@@ -207,6 +207,22 @@ def test_batches_of_another_kind_are_named(form, change, messages, tmp_path):
     with pytest.raises(ValueError, match=f"data_batch_4.* is no batch of CIFAR-10 .*{message}"):
         Cifar10(place)
     assert len(Cifar10(place, "validation")) == COUNT  # which is whole
+
+
+@pytest.mark.parametrize(
+    "rows, labels, message",
+    [
+        (np.zeros((COUNT, ROW), np.float32), [0] * COUNT, "pictures are float32"),
+        (np.zeros((COUNT, ROW), np.uint8), [0] * (COUNT - 1), r"labels are int64 \(19,\), not 20"),
+        (np.zeros((COUNT, ROW), np.uint8), [0.5] * COUNT, "labels are float64"),
+        (np.zeros((COUNT, ROW), np.uint8), [-1] * COUNT, "labels are -1 to -1, not 0 to 9"),
+    ],
+)
+def test_pickles_hold_pictures_and_labels(rows, labels, message, tmp_path):
+    place = unpacked(FORMS[0], tmp_path)
+    (place / "data_batch_2").write_bytes(pickled(rows, labels))
+    with pytest.raises(ValueError, match=f"data_batch_2 is no batch of CIFAR-10 .*{message}"):
+        Cifar10(place)
 
 
 def test_damaged_files_are_named(form, tmp_path):

@@ -75,6 +75,22 @@ def test_records_of_before_and_with_a_classifier_are_other_lines(tmp_path):
     assert common["guidance"] == "1"
 
 
+def test_pictures_are_looked_for_beside_the_records(workdir):
+    assert {one["root"] for one in evaluations.read(str(workdir))} == {str(workdir)}
+
+
+def test_fields_are_flat_and_hold_nothing_that_separates_the_arguments_of_a_row():
+    deep = record(None, 1.0, 0.2)
+    deep["sampling"]["control"] = {"a": {"b": {"c": 0.5}}, "d": "x=1,2"}
+    found = evaluations.fields(deep)
+    assert found["control.a.b.c"] == "0.5" and found["control.d"] == "x:1;2"
+
+
+def test_seeds_are_in_order():
+    (line,), _ = evaluations.lines([record(1.0, 0.0, 0.1 * seed, seed=seed) for seed in (3, 1, 2)])
+    assert line.values("all") == pytest.approx([0.1, 0.2, 0.3])
+
+
 def test_what_holds_no_evaluations_is_named(tmp_path):
     with pytest.raises(ConfigError, match="none' is not a config file, a work directory or a"):
         evaluations.read(str(tmp_path / "none"))

@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 
 from condiff_jax.conditioning.cond import Text
+from condiff_jax.models import layers
 from condiff_jax.models.layers import Attention, Mlp, patchify
 from condiff_jax.models.text_encoder import tokenize
 
@@ -128,6 +129,7 @@ class Block(nn.Module):
         size = self.size
         attention = Attention(size.heads, dtype=self.dtype, name="attention")
         mlp = Mlp(size.hidden, size.width, self.dtype, ACTIVATIONS[size.activation], name="mlp")
+        x = layers.by_example(x)
         x = x + attention(norm(size, "norm1")(x).astype(self.dtype), bias=bias)
         return x + mlp(norm(size, "norm2")(x).astype(self.dtype)), None
 

@@ -98,6 +98,13 @@ def test_the_class_is_heard_by_all_methods_but_one(name):
     assert changed(model, params, of_class(0, 1), of_class(2, 1)) == [name != "ours_none", False]
 
 
+def test_the_classes_and_the_null_class_begin_as_standard_normals():
+    function, *arguments = initial(build("film")[0])
+    table = parity.jit(function)(*arguments)["params"]["class_embed"]["embedding"]
+    assert table.shape == (CLASSES + 1, 4 * LEAST.channels[0])
+    assert 0.7 < table.std() < 1.3
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_dropped_class_is_the_null_class(name):
     model, params = build(name)

@@ -13,9 +13,10 @@ import pytest
 
 from condiff_jax import config as config_lib
 from condiff_jax import flops, hlo, plan, sharding, topology
+from condiff_jax.conditioning.cond import Cond
 from condiff_jax.config import ConfigError
 from condiff_jax.hlo import Run
-from condiff_jax.models import clip
+from condiff_jax.models import clip, unet
 from configs import recipes
 from tests import tiny
 
@@ -249,22 +250,33 @@ def test_fsdp_sends_parameters_and_not_activations():
     assert sent[1] < 1.02 * sent[0], sent
 
 
+def forward_sends(name, module, inputs):
+    """Bytes that each of eight devices sends where they share the parameters of a module."""
+    mesh = sharding.create_mesh(8)
+    inputs = plan.place(inputs, sharding.batch_sharding(mesh))
+    shapes = {name: jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]}
+    params = jax.tree.map(plan.place, shapes, sharding.tree_shardings(mesh, shapes))
+    lowered = jax.jit(
+        sharding.traced_on(mesh, lambda params, inputs: module.apply({"params": params}, *inputs)),
+        out_shardings=sharding.batch_sharding(mesh),
+    ).lower(params[name], inputs)
+    return sum(hlo.collectives(plan.measure(lowered, {"parameters": params}).runs).values())
+
+
 def test_nor_does_clip_when_its_tower_is_shared():
-    """Else every device would read the texts of many: 23 GB a step instead of 4 at XL/2's size."""
+    """Else every device would read the texts of many: 23 GB a step instead of 5 at XL/2's size."""
     size = clip.Size(width=128, depth=2, heads=2, hidden=512, words=64, length=8)
-    tower, mesh, sent = clip.TextTower(size), sharding.create_mesh(8), []
+    sent = []
     for batch in (64, 256):
-        ids = jax.ShapeDtypeStruct((batch, size.length), jax.numpy.int32)
-        texts = plan.place((ids, ids), sharding.batch_sharding(mesh))
-        shapes = {"text_encoder": jax.eval_shape(tower.init, jax.random.key(0), *texts)["params"]}
-        params = jax.tree.map(plan.place, shapes, sharding.tree_shardings(mesh, shapes))
+        ids = jax.numpy.zeros((batch, size.length), int)
+        sent.append(forward_sends("text_encoder", clip.TextTower(size), (ids, ids)))
+    assert 0 < sent[1] < 1.02 * sent[0], sent
 
-        def pooled(params, texts):
-            return tower.apply({"params": params["text_encoder"]}, *texts).pooled
 
-        lowered = jax.jit(
-            sharding.traced_on(mesh, pooled), out_shardings=sharding.batch_sharding(mesh)
-        ).lower(params, texts)
-        runs = plan.measure(lowered, {"parameters": params}).runs
-        sent.append(sum(hlo.collectives(runs).values()))
+def test_nor_do_the_upsampling_convolutions_of_a_unet():
+    size, sent = unet.Size((32, 32), (False, False), 16, heads=1, resnets=1), []
+    for batch in (64, 256):
+        cond = Cond.of(jax.numpy.zeros(batch, int))
+        inputs = jax.numpy.zeros((batch, 4, 4, 4)), jax.numpy.zeros(batch, int), cond
+        sent.append(forward_sends("model", unet.UNet(size, classes=3), inputs))
     assert 0 < sent[1] < 1.02 * sent[0], sent

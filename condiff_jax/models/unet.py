@@ -254,4 +254,5 @@ class UNet(nn.Module):
             if level < len(levels) - 1:
                 name = f"up_{level}_upsample"
                 y = nn.Conv(width, (3, 3), dtype=self.dtype, name=name)(upsample(y))
+                y = layers.by_example(y)
         return y

@@ -48,9 +48,9 @@ def measure(recipe: str, changes: dict, name: str) -> dict:
 def table(cells: list[dict]) -> str:
     """Markdown, a row a cell."""
     rows = [
-        "| recipe | slice | remat | fsdp | state GiB | total GiB | step s | sending s | images/s "
-        "| MFU |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| recipe | slice | data | remat | fsdp | state GiB | total GiB | step s | sending s "
+        "| images/s | MFU |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         gib, changes = cell["gib"], cell["changes"]
@@ -64,7 +64,8 @@ def table(cells: list[dict]) -> str:
                 f"{cell['images_per_sec']:.0f}",
                 f"{cell['mfu']:.0%}",
             ]
-        where = [cell["recipe"], cell["slice"], changes["model.remat"], changes["parallel.fsdp"]]
+        how = [changes[name] for name in ("data.name", "model.remat", "parallel.fsdp")]
+        where = [cell["recipe"], cell["slice"], *how]
         rows.append("| " + " | ".join(map(str, [*where, f"{state:.1f}", *figures])) + " |")
     return "\n".join(rows)
 

@@ -264,7 +264,7 @@ def forward_sends(name, module, inputs):
 
 
 def test_nor_does_clip_when_its_tower_is_shared():
-    """Else every device would read the texts of many: 23 GB a step instead of 5 at XL/2's size."""
+    """Else every device would read the texts of many: 24 GB a step instead of 5 at XL/2's size."""
     size = clip.Size(width=128, depth=2, heads=2, hidden=512, words=64, length=8)
     sent = []
     for batch in (64, 256):

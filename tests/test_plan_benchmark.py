@@ -41,23 +41,25 @@ def test_a_stopped_table_goes_on(run):
     first, cells = run(stop=5)
     assert len(cells) == len(first) == 5
     rest, cells = run()
-    assert len(cells) == 5 + len(rest) == 4 * (4 * len(plan.CHOICES["ours"] + plan.CHOICES["unet"]))
+    unets = len(plan.CHOICES) - 1  # no `dots`
+    assert len(cells) == 5 + len(rest) == 4 * 4 * (len(plan.CHOICES) + unets)
     assert len(set(first + rest)) == len(cells) == len({cell["name"] for cell in cells})
     assert run()[0] == []
 
 
 def test_a_part_of_the_table(run):
     asked, _ = run("--only=cc12m_512:arch=unet v4-32")
-    assert len(asked) == len(plan.CHOICES["unet"])
+    assert len(asked) == len(plan.CHOICES) - 1
     assert {(recipe, name) for recipe, name, _ in asked} == {("cc12m_512:arch=unet", "v4-32")}
+    assert not [changes for *_, changes in asked if ("model.remat", "dots") in changes]
 
 
 def test_rows_tell_what_does_not_fit(run, capsys):
     run("--only=imagenet1k_256:arch=ours (v5e-64|v4-32) model.remat=dots parallel.fsdp=8")
     run("--table")
     rows = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
-    where = ["imagenet1k_256:arch=ours", "v5e-64", "dots", "8", "1.0"]
+    where = ["imagenet1k_256:arch=ours", "v5e-64", "latents", "dots", "8", "1.0"]
     assert rows[2] == [*where, "does not fit", "", "", "", ""]
     assert rows[3][1] == "v4-32"
-    assert rows[3][5:] == ["3.0", "0.50", "0.010", "4096", "25%"]
-    assert {len(row) for row in rows} == {10}
+    assert rows[3][6:] == ["3.0", "0.50", "0.010", "4096", "25%"]
+    assert {len(row) for row in rows} == {11}

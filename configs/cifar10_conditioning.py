@@ -104,6 +104,7 @@ def _small(config) -> None:
     config.data.sizes = (32, 64)
     config.diffusion.prediction = "v"  # see configs/quickstart.py
     config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "cosine"  # with a constant rate one seed's pictures were noise
     config.optimizer.warmup = 50
     config.optimizer.clip_norm = 1.0
     config.optimizer.ema = 0.99

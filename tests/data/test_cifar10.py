@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -228,7 +229,9 @@ def test_pickles_hold_pictures_and_labels(rows, labels, message, tmp_path):
 def test_damaged_files_are_named(form, tmp_path):
     archive = packed(form, tmp_path)
     data = archive.read_bytes()
-    other = data[:10] + b"\xff" * 100 + data[110:]  # no compressed data after a good header
+    gzipped, plain = zlib.compressobj(wbits=31), gzip.decompress(data)
+    half = gzipped.compress(plain[: len(plain) // 2]) + gzipped.flush(zlib.Z_FULL_FLUSH)
+    other = half + b"\xff" * 100  # no block of compressed data begins so
     for damaged in (data[: len(data) // 2], other, b"no archive", b""):
         archive.write_bytes(damaged)
         with pytest.raises((ValueError, FileNotFoundError), match=archive.name) as error:

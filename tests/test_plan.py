@@ -16,7 +16,7 @@ from condiff_jax import flops, hlo, plan, sharding, topology
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.config import ConfigError
 from condiff_jax.hlo import Run
-from condiff_jax.models import clip, unet
+from condiff_jax.models import clip, kl, unet
 from configs import recipes
 from tests import tiny
 
@@ -263,20 +263,28 @@ def forward_sends(name, module, inputs):
     return sum(hlo.collectives(plan.measure(lowered, {"parameters": params}).runs).values())
 
 
-def test_nor_does_clip_when_its_tower_is_shared():
+def clip_texts(batch):
     """Else every device would read the texts of many: 24 GB a step instead of 5 at XL/2's size."""
     size = clip.Size(width=128, depth=2, heads=2, hidden=512, words=64, length=8)
-    sent = []
-    for batch in (64, 256):
-        ids = jax.numpy.zeros((batch, size.length), int)
-        sent.append(forward_sends("text_encoder", clip.TextTower(size), (ids, ids)))
-    assert 0 < sent[1] < 1.02 * sent[0], sent
+    ids = jax.numpy.zeros((batch, size.length), int)
+    return "text_encoder", clip.TextTower(size), (ids, ids)
 
 
-def test_nor_do_the_upsampling_convolutions_of_a_unet():
-    size, sent = unet.Size((32, 32), (False, False), 16, heads=1, resnets=1), []
-    for batch in (64, 256):
-        cond = Cond.of(jax.numpy.zeros(batch, int))
-        inputs = jax.numpy.zeros((batch, 4, 4, 4)), jax.numpy.zeros(batch, int), cond
-        sent.append(forward_sends("model", unet.UNet(size, classes=3), inputs))
+def unet_features(batch):
+    """Its upsampling convolutions would gather those of all examples."""
+    size = unet.Size((32, 32), (False, False), 16, heads=1, resnets=1)
+    zeros = jax.numpy.zeros(batch, int)
+    inputs = jax.numpy.zeros((batch, 4, 4, 4)), zeros, Cond.of(zeros)
+    return "model", unet.UNet(size, classes=3), inputs
+
+
+def autoencoder_images(batch):
+    """The decoder's, too: ten times what the parameters are, here."""
+    network = kl.AutoencoderKL(kl.Size((32, 64), resnets=1))
+    return "autoencoder", network, (jax.numpy.zeros((batch, 16, 16, 3)),)
+
+
+@pytest.mark.parametrize("case", [clip_texts, unet_features, autoencoder_images])
+def test_nor_do_other_networks_send_activations(case):
+    sent = [forward_sends(*case(batch)) for batch in (64, 256)]
     assert 0 < sent[1] < 1.02 * sent[0], sent

@@ -102,6 +102,7 @@ class Decoder(nn.Module):
             if level < last:
                 name = f"up_{level}_upsample"
                 y = nn.Conv(width, (3, 3), dtype=self.dtype, name=name)(upsample(y))
+                y = layers.by_example(y)
         return head(size, 3, y)
 
 

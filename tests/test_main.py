@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiling import QUICK
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "--config.model.size=tiny/4",
-    "--config.batch_size=8",
+    "--config.model.unroll=1",
     "--config.log.every=1",
     "--config.sampling.n=2",
     "--config.sampling.steps=2",
@@ -26,7 +27,7 @@ def command(*args, config="configs/quickstart.py"):
 
 
 def environment():
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
 
 
 def run(*args, **kwargs):

@@ -20,7 +20,7 @@ from condiff_jax.system import System
 def abstract_state(system: System, mesh: Mesh) -> state.State:
     """Shapes, types and places of the training state; nothing is allocated."""
     tx = optim.create(system.config)
-    shapes = jax.eval_shape(lambda key: state.create(system.init(key), tx), jax.random.key(0))
+    shapes = jax.eval_shape(lambda params: state.create(params, tx), system.shapes)
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         shapes,

@@ -30,6 +30,7 @@ from condiff_jax.models.autoencoder import Latents, to_float, to_uint8
 from condiff_jax.models.discriminator import PatchDiscriminator
 from condiff_jax.models.kl import AutoencoderKL, mean_and_std
 from condiff_jax.schema import Config
+from condiff_jax.system import Trainable
 from condiff_jax.workdir import append_json
 
 PICTURES, BATCH = 256, 32  # of the validation data that progress is measured on
@@ -53,7 +54,7 @@ class Lpips:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstructor:
+class Reconstructor(Trainable):
     """Modules of an autoencoder's training; parameters are {"autoencoder": ..., "critic": ...}."""
 
     config: Config
@@ -93,7 +94,7 @@ def forward_flops(system: Reconstructor) -> int:
     """FLOPs of coding and decoding one image, multiply-add = 2."""
     side, network = system.config.data.resolution, system.space.network
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    params = jax.eval_shape(system.init, jax.random.key(0))["autoencoder"]
+    params = system.shapes["autoencoder"]
     return flops.count(lambda params, x: network.apply({"params": params}, x), params, image)
 
 

@@ -27,7 +27,7 @@ def count_parameters(params) -> int:
 
 def summarize(system: System) -> dict[str, float]:
     """{"parameters": of the denoiser, "gflop_forward": one image, multiply-add = 2}."""
-    params = jax.eval_shape(system.init, jax.random.key(0))
+    params = system.shapes
     return {
         "parameters": count_parameters(params["model"]),
         "gflop_forward": round(forward_flops(system) / 1e9, 3),
@@ -37,7 +37,7 @@ def summarize(system: System) -> dict[str, float]:
 def run(config: Config) -> None:
     """Print the table, and as the last line one JSON object; nothing is allocated."""
     system = create_system(config, vocabulary(config))
-    params = jax.eval_shape(system.init, jax.random.key(0))
+    params = system.shapes
     print(parameter_overview.get_parameter_overview(params, include_stats=False))
     for name, encoder in system.frozen.items():
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -72,8 +73,19 @@ def create_vocabulary(config: Config, source) -> Vocabulary:
     return Vocabulary(tuple(words), ())
 
 
+class Trainable:
+    """What is trained: a frozen dataclass with `init(key)`, its fresh parameters by network."""
+
+    init: Callable[[jax.Array], dict]
+
+    @cached_property
+    def shapes(self) -> dict:
+        """The parameters' shapes and types; tracing `init` for them takes seconds."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+
 @dataclasses.dataclass(frozen=True)
-class Noising:
+class Noising(Trainable):
     """What all networks of noised pictures have: data, latents and noise levels of a config."""
 
     config: Config

@@ -87,6 +87,16 @@ def test_eight_devices_compute_what_one_does(reference, mesh):
     assert_close(expected, loss_and_grads(system, meshes()[mesh]))
 
 
+def test_parameters_are_traced_once_for_their_shapes(monkeypatch):
+    """Whoever asks for them: places on the mesh, FLOPs, transfer."""
+    calls, init = [], train.System.init
+    monkeypatch.setattr(train.System, "init", lambda *a: calls.append(a) or init(*a))
+    system = tiny.system(tiny.config())
+    train.compile_step(system, sharding.local_mesh())
+    assert train.forward_flops(system) > 0 and len(calls) == 1
+    assert system.shapes == jax.eval_shape(system.init, jax.random.key(7))
+
+
 def test_fsdp_splits_parameters(reference):
     system, _ = reference
     mesh = sharding.create_mesh(8)

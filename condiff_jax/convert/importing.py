@@ -99,10 +99,10 @@ def convert(system: System, tensors: Mapping[str, np.ndarray]) -> tuple[dict, li
     """(parameters, messages) from an export of ours or published tensors; ValueError on misfit."""
     if "model.patch_embed.weight" in tensors or "model.conv_in.weight" in tensors:
         kept = {key: a for key, a in tensors.items() if not key.startswith("autoencoder.")}
-        return from_torch(kept, jax.eval_shape(system.init, jax.random.key(0))), ["our own export"]
+        return from_torch(kept, system.shapes), ["our own export"]
     model, messages = convert_published(system, tensors)
     params = {"model": model}
-    if "text_encoder" in jax.eval_shape(system.init, jax.random.key(0)):
+    if "text_encoder" in system.shapes:
         fresh = jax.jit(lambda key: system.init(key)["text_encoder"])  # compiles no more than this
         params["text_encoder"] = fresh(jax.random.key(system.config.seed))
         messages.append("the text encoder is new: train it before you sample")
@@ -113,7 +113,7 @@ def convert_published(system: System, tensors: Mapping[str, np.ndarray]) -> tupl
     """(parameters of the denoiser, messages) from published tensors; ValueError on misfit."""
     name = recognise(tensors, system.config.model.name)
     layout, messages = LAYOUTS[name], [f"layout of {name}"]
-    shapes = jax.eval_shape(system.init, jax.random.key(0))["model"]
+    shapes = system.shapes["model"]
     if "control" in shapes:
         raise ValueError(
             "published models know no control metadata; set --config.conditioning.control='()'"
@@ -131,7 +131,7 @@ def convert_published(system: System, tensors: Mapping[str, np.ndarray]) -> tupl
 
 def check_positions(system: System, tensors: Mapping[str, np.ndarray]) -> list[str]:
     """A message on the fixed positions; ValueError where ours would differ from published ones."""
-    if "positions" in jax.eval_shape(system.init, jax.random.key(0))["model"]:
+    if "positions" in system.shapes["model"]:
         return []
     if system.config.model.position != "extrapolate":
         raise ValueError(

@@ -279,7 +279,7 @@ def unet_features(batch):
 
 
 def autoencoder_images(batch):
-    """The decoder's, too: ten times what the parameters are, here."""
+    """Its decoder has upsampling convolutions, too."""
     network = kl.AutoencoderKL(kl.Size((32, 64), resnets=1))
     return "autoencoder", network, (jax.numpy.zeros((batch, 16, 16, 3)),)
 

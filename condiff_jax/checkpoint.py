@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from condiff_jax import optim, sharding, state
 from condiff_jax.config import Config, ConfigError
-from condiff_jax.system import System
+from condiff_jax.system import Trainable
 
 
-def abstract_state(system: System, mesh: Mesh) -> state.State:
+def abstract_state(system: Trainable, mesh: Mesh) -> state.State:
     """Shapes, types and places of the training state; nothing is allocated."""
     tx = optim.create(system.config)
     shapes = jax.eval_shape(lambda params: state.create(params, tx), system.shapes)
@@ -79,12 +79,14 @@ class Checkpoints:
             force=True,
         )
 
-    def restore(self, system: System, mesh: Mesh) -> state.State:
+    def restore(self, system: Trainable, mesh: Mesh) -> state.State:
         """The newest state, placed on `mesh`, whatever devices it was saved from."""
         target = ocp.args.StandardRestore(abstract_state(system, mesh))
         return self.manager.restore(self.latest, args=ocp.args.Composite(state=target))["state"]
 
-    def restore_params(self, system: System, mesh: Mesh, *, ema: bool = True) -> tuple[int, dict]:
+    def restore_params(
+        self, system: Trainable, mesh: Mesh, *, ema: bool = True
+    ) -> tuple[int, dict]:
         """(step, parameters) of the newest checkpoint: averaged ones, or the raw ones."""
         if self.latest is None:
             raise ConfigError(f"{self.path}: no finished checkpoint here; train first")

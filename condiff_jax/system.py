@@ -74,8 +74,14 @@ def create_vocabulary(config: Config, source) -> Vocabulary:
 
 
 class Trainable:
-    """What is trained: a frozen dataclass with `init(key)`, its fresh parameters by network."""
+    """What is trained: a frozen dataclass with these fields and methods.
 
+    init(key): its fresh parameters by network; frozen: where parameters that are not trained come
+    from, by network.
+    """
+
+    config: Config
+    frozen: dict
     init: Callable[[jax.Array], dict]
 
     @cached_property

@@ -41,11 +41,9 @@ from condiff_jax.models.autoencoder import Latents
 from condiff_jax.models.mdt import MDT, hide
 from condiff_jax.monitor import Meter, Trace, Watchdog, throughput
 from condiff_jax.reconstruction import Reconstructor
-from condiff_jax.system import System, Vocabulary, create_vocabulary, open_source
+from condiff_jax.system import System, Trainable, Vocabulary, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir, write
-
-Trained = System | Reconstructor | NoisyClassifier
 
 
 def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Array]:
@@ -91,7 +89,7 @@ def loss_fn(
     return (weight * loss).mean()
 
 
-def objective(system: Trained) -> tuple[Callable, Callable]:
+def objective(system: Trainable) -> tuple[Callable, Callable]:
     """(draw_noise, loss) of what `config.objective` names.
 
     draw_noise(key, system, batch size, step) -> noise; loss(params, batch, noise, system=, frozen=)
@@ -133,7 +131,7 @@ def train_step(
     batch: dict,
     frozen: dict | None = None,
     *,
-    system: Trained,
+    system: Trainable,
     tx: optax.GradientTransformation,
 ) -> tuple[state.State, dict]:
     """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted.
@@ -160,7 +158,7 @@ def train_step(
     return train_state, metrics
 
 
-def compile_step(system: System, mesh: Mesh):
+def compile_step(system: Trainable, mesh: Mesh):
     """(init, step): jitted `State` creation from a key, and the sharded, donating train step.
 
     step(state, batch, frozen) -> (state, metrics).
@@ -177,7 +175,7 @@ def compile_step(system: System, mesh: Mesh):
     return init, step
 
 
-def forward_flops(system: Trained) -> int:
+def forward_flops(system: Trainable) -> int:
     """FLOPs of the denoiser for one image, multiply-add = 2; those of encoders are left out.
 
     Of an autoencoder's training: of coding and decoding, without critic and LPIPS.
@@ -297,7 +295,7 @@ def start(system: System, mesh: Mesh, folder: Workdir) -> state.State | None:
 
 
 def loop(
-    system: System, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
+    system: Trainable, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
 ) -> state.State:
     """Steps until config.steps or an interrupt; logs, saves and shows samples on the way."""
     config = system.config

@@ -18,7 +18,7 @@ from etils import epath
 from condiff_jax import config as config_lib
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.convert import weights
-from condiff_jax.system import System, Vocabulary
+from condiff_jax.system import Trainable, Vocabulary
 
 
 class Workdir:
@@ -122,7 +122,7 @@ class Workdir:
             return None
         return np.load(io.BytesIO(self.control.read_bytes()), allow_pickle=False)
 
-    def load_frozen(self, system: System, without: Container[str] = ()) -> dict:
+    def load_frozen(self, system: Trainable, without: Container[str] = ()) -> dict:
         """`System.load_frozen`; ConfigError unless from the files that this run began with.
 
         without: networks to leave out.

@@ -95,7 +95,7 @@ def get_config(args: str | None = None):
 
 
 def _small(config) -> None:
-    """In place: minutes on one CPU core, without files."""
+    """In place: half an hour on a slow CPU core, without files."""
     config.steps = 6000  # after 2000 many pictures are still noise
     config.batch_size = 8
     config.model.size = NARROW[config.model.size]

@@ -1,9 +1,10 @@
 """The table of docs/plan.md: the paper's recipes on slices of TPUs, compiled without any.
 
-    python -m benchmarks.plan --out=FILE [--only=REGEX]
+    python -m benchmarks.plan --out=FILE [--only=REGEX] [--no-times]
 
-A cell takes minutes to compile; FILE gets a JSON line for each and is gone on from when it exists.
-`--table` prints it as Markdown.
+A cell takes minutes to compile, a UNet's an hour; without its times a minute or
+two. FILE gets a JSON line for each and is gone on from when it exists. `--table` prints it as
+Markdown.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
-import time
 from pathlib import Path
 
 from condiff_jax import startup
@@ -35,14 +36,14 @@ CHOICES = (
 )
 
 
-def measure(recipe: str, changes: dict, name: str) -> dict:
-    """One cell: the figures of the train step."""
+def measure(recipe: str, changes: dict, name: str, *, times: bool) -> dict:
+    """One cell: the figures of the train step, with its time or not."""
     from condiff_jax import config, plan, topology
     from configs import recipes
 
     data, side, arch = re.fullmatch(r"(\w+)_(\d+):arch=(\w+)", recipe).groups()
     values = plan.changed(config.create(recipes.paper(arch, data, int(side))), changes)
-    return plan.Planner(values, topology.parse(name)).train()
+    return plan.Planner(values, topology.parse(name)).train(whole=times)
 
 
 def table(cells: list[dict]) -> str:
@@ -55,19 +56,23 @@ def table(cells: list[dict]) -> str:
     for cell in cells:
         gib, changes = cell["gib"], cell["changes"]
         state = sum(gib[name] for name in ("parameters", "average", "optimizer"))
-        figures = ["does not fit", "", "", "", ""]
+        figures = [""] * 5
         if cell["fits"]:
-            figures = [
-                f"{gib['total']:.1f}",
-                f"{cell['seconds']:.2f}",
-                f"{cell['sending_seconds']:.3f}",
-                f"{cell['images_per_sec']:.0f}",
-                f"{cell['mfu']:.0%}",
-            ]
+            figures[0], figures[2] = f"{gib['total']:.1f}", f"{cell['sending_seconds']:.3f}"
+        else:
+            figures[0] = "does not fit"
+        if "seconds" in cell:
+            figures[1] = f"{cell['seconds']:.2f}"
+            figures[3:] = f"{cell['images_per_sec']:.0f}", f"{cell['mfu']:.0%}"
         how = [changes[name] for name in ("data.name", "model.remat", "parallel.fsdp")]
         where = [cell["recipe"], cell["slice"], *how]
         rows.append("| " + " | ".join(map(str, [*where, f"{state:.1f}", *figures])) + " |")
     return "\n".join(rows)
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that it has ended."""
+    return sum(os.times()[:4])
 
 
 def main() -> None:
@@ -75,26 +80,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="cells whose name this regex is found in")
+    parser.add_argument("--times", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    cells = []
+    cells = {}
     if arguments.out.exists():
-        cells = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+        lines = map(json.loads, arguments.out.read_text().splitlines())
+        cells = {cell["name"]: cell for cell in lines}  # a cell that has times comes later
     if arguments.table:
-        print(table(cells))
+        print(table(list(cells.values())))
         return
-    done = {cell["name"] for cell in cells}
     startup.compile_only()
     for changes, recipe, place in itertools.product(CHOICES, RECIPES, SLICES):
         if recipe.endswith("unet") and changes["model.remat"] == "dots":
             continue  # the transformers' alone
         settings = " ".join(f"{field}={value}" for field, value in changes.items())
         name = f"{recipe} {place} {settings}"
-        if name in done or not re.search(arguments.only, name):
+        known = cells.get(name)
+        done = known and (not arguments.times or "seconds" in known or not known["fits"])
+        if done or not re.search(arguments.only, name):
             continue
         cell = {"name": name, "recipe": recipe, "slice": place, "changes": changes}
-        start = time.process_time()
-        cell |= measure(recipe, changes, place) | {"cpu_seconds": time.process_time() - start}
+        start = cpu_seconds()
+        cell |= measure(recipe, changes, place, times=arguments.times)
+        cell["cpu_seconds"] = cpu_seconds() - start
         with arguments.out.open("a") as out:
             out.write(json.dumps(cell) + "\n")
 

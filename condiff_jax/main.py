@@ -11,12 +11,11 @@ from condiff_jax import startup
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
-MODES = [
-    "train", "sample", "evaluate", "reference", "summary", "plan", "prepare", "encode", "import",
-    "export",
-]  # fmt: skip
+MODES = ["train", "sample", "evaluate", "reference", "summary", "plan", "prepare", "encode",
+         "import", "export"]  # fmt: skip
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Mode plan: such as v5e:8x8, or several with ','.")
+TIMES = flags.DEFINE_bool("times", True, "Mode plan: estimate times, too; they take the longest.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many; TPU VMs, Slurm, Open MPI tell.")
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
@@ -46,7 +45,8 @@ def dispatch(config, mode: str, workdir: str | None) -> None:
     from condiff_jax.convert import exporting, importing
 
     without = {"summary": summary.run, "prepare": prepare.run, "encode": encode.run}  # a workdir
-    without |= {"reference": fidelity.run_reference, "plan": lambda c: plan.run(c, TOPOLOGY.value)}
+    without |= {"reference": fidelity.run_reference}
+    without |= {"plan": lambda c: plan.run(c, TOPOLOGY.value, times=TIMES.value)}
     if mode in without:
         return without[mode](config)
     if not workdir:

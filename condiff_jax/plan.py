@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import re
+import tempfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,19 @@ from tqdm import tqdm
 
 from condiff_jax import hlo, sharding
 from condiff_jax.checkpoint import abstract_state
+from condiff_jax.compiling import GPU_OPTIONS, Needs, device_bytes, early, measure
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.models.attention import fastest
 from condiff_jax.sample import Program, Sampler
 from condiff_jax.summary import vocabulary
-from condiff_jax.system import System
+from condiff_jax.system import System, Vocabulary
 from condiff_jax.system import create as create_system
 from condiff_jax.topology import Topology, parse_all
 from condiff_jax.train import compile_step, forward_flops
 
 GIB = 2**30
 GROWTH = 4  # most times that one is larger than the last; huge arrays take long to compile
-PROBES = 3  # programs that fit to compile in search of the largest batch; others fail early
+PROBES = 4  # programs that fit to compile in search of the largest batch; others fail early
 # What to change, in this order, where a config does not fit; the first that helps is named.
 REMEDIES = (
     {"model.remat": "block"},
@@ -39,27 +41,8 @@ REMEDIES = (
 )
 
 
-# XLA tunes Triton's matrix products on a GPU; without one it can choose tiles that do not compile.
-GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": "False"}
 # Targets of custom calls that stand for kernels which the estimate of time leaves out.
 KERNELS = re.compile("tpu_custom_call|cudnn|triton")
-
-
-class Needs(NamedTuple):
-    """What a program needs of each device.
-
-    arguments: bytes of the arrays that it is given, as they are placed. temporary: of all else,
-    with the program itself; infinite where the compiler gave up. runs: see `hlo.executions`.
-    """
-
-    arguments: float
-    temporary: float
-    runs: list[tuple[str, int]]
-
-    @property
-    def total(self) -> float:
-        """Bytes in all."""
-        return self.arguments + self.temporary
 
 
 def place(tree: Any, where: Any) -> Any:
@@ -68,12 +51,6 @@ def place(tree: Any, where: Any) -> Any:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
         jax.eval_shape(lambda: tree),
     )
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of the placed ShapeDtypeStructs of a tree on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
 
 
 def frozen(system: System, mesh: Mesh) -> dict:
@@ -114,10 +91,15 @@ def lower_step(system: System, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     }
 
 
+def divisible(size: int, devices: int) -> int:
+    """The next multiple of the number of devices: the batch of a sampler."""
+    return -(-size // devices) * devices
+
+
 def lower_sampler(system: System, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """The sampler of mode sample at `sampling.batch_size`, lowered, and what it is given."""
     settings = dataclasses.replace(system.config.sampling, classifier="")  # not trained yet
-    size = -(-settings.batch_size // mesh.size) * mesh.size
+    size = divisible(settings.batch_size, mesh.size)
     params, others = abstract_state(system, mesh).params, frozen(system, mesh)
     requests = example(system, mesh, size)
     for name in ("image", "moments", "broken"):
@@ -129,24 +111,12 @@ def lower_sampler(system: System, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     return lowered, {"parameters": params, "encoders": others, "requests": requests}
 
 
-def measure(lowered: Any, given: dict[str, Any], options: dict[str, str] | None = None) -> Needs:
-    """Compile a program for its devices; libtpu gives up, early, on one that does not fit.
-
-    options: of XLA.
-    """
-    arguments = device_bytes(given)
-    try:
-        compiled = lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Needs(arguments, math.inf, [])
-    memory = compiled.memory_analysis()
-    total = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
-    )  # fmt: skip
-    return Needs(arguments, total - arguments, hlo.executions(compiled.as_text()))
+def lower(
+    what: Callable, config: Config, topology: Topology, words: Vocabulary
+) -> tuple[Any, dict[str, Any]]:
+    """What `lower_step` or `lower_sampler` makes of a config for the devices of a topology."""
+    mesh = sharding.create_mesh(config.parallel.fsdp, topology.devices())
+    return what(create_system(config, words), mesh)
 
 
 def largest(
@@ -195,7 +165,7 @@ class Planner:
             config = changed(config, {"model.attention": backend})
         self.config, self.topology = config, topology
         self.devices, self.words = topology.devices(), vocabulary(config)
-        self.compiled: dict[tuple, tuple] = {}
+        self.known: dict[tuple, Needs] = {}
         self.bar = tqdm(desc=f"compiling for {topology.name}", unit=" programs", leave=False)
 
     @property
@@ -203,56 +173,63 @@ class Planner:
         """Bytes of memory of one device."""
         return self.topology.chip.memory * GIB
 
-    def compile(self, lower: Callable, config: Config) -> tuple[Needs, dict[str, Any]]:
-        """What a program of `lower_step` or `lower_sampler` needs, and what it is given."""
-        if (lower, config) not in self.compiled:
+    def needs(self, what: Callable, config: Config, *, whole: bool = False) -> Needs:
+        """Of a program of `lower_step` or `lower_sampler`; whole: with its cycles."""
+        found = self.known.get((what, config))
+        if found is None or whole and not found.whole:
             self.bar.refresh()
-            mesh = sharding.create_mesh(config.parallel.fsdp, self.devices)
-            lowered, given = lower(create_system(config, self.words), mesh)
-            options = None if self.topology.is_tpu else GPU_OPTIONS
-            self.compiled[lower, config] = measure(lowered, given, options), given
+            inputs = (what, config, self.topology, self.words)
+            if not self.topology.is_tpu:
+                found = measure(*lower(*inputs), GPU_OPTIONS)
+            elif whole:
+                with tempfile.TemporaryDirectory() as folder:
+                    found = measure(*lower(*inputs), dump=folder)
+            else:
+                found = early(lower, *inputs)
+            self.known[what, config] = found
             self.bar.update()
-        return self.compiled[lower, config]
+        return found
 
-    def train(self) -> dict[str, Any]:
-        """Figures of the train step, see `program`; for TPUs its time and the MFU, too."""
+    def train(self, *, whole: bool = False) -> dict[str, Any]:
+        """Figures of the train step, see `program`; with its time the MFU, too."""
         config = self.config
-        needs, given = self.compile(lower_step, config)
         flop = 3 * forward_flops(create_system(config, self.words)) * config.batch_size
         out = {
             "batch_size": config.batch_size,
-            **self.program(needs, given),
+            **self.program(self.needs(lower_step, config, whole=whole)),
             "tflop": flop / self.topology.size / 1e12,
         }
-        if out["fits"] and out["seconds"]:
+        if "seconds" in out:
             out["images_per_sec"] = config.batch_size / out["seconds"]
             out["mfu"] = out["tflop"] / out["seconds"] / self.topology.chip.tflops
         return out
 
-    def sample(self) -> dict[str, Any]:
+    def sample(self, *, whole: bool = False) -> dict[str, Any]:
         """Figures of the sampler, see `program`."""
-        needs, given = self.compile(lower_sampler, self.config)
-        out = {"batch_size": len(given["requests"]["label"]), **self.program(needs, given)}
-        if out["fits"] and out["seconds"]:
-            out["images_per_sec"] = out["batch_size"] / out["seconds"]
+        size = divisible(self.config.sampling.batch_size, self.topology.size)
+        needs = self.needs(lower_sampler, self.config, whole=whole)
+        out = {"batch_size": size, **self.program(needs)}
+        if "seconds" in out:
+            out["images_per_sec"] = size / out["seconds"]
         return out
 
-    def program(self, needs: Needs, given: dict[str, Any]) -> dict[str, Any]:
-        """Per device: GiB by what they hold, seconds by the compiler's cycles, GB that are sent."""
+    def program(self, needs: Needs) -> dict[str, Any]:
+        """Per device: GiB by what they hold, GB that are sent, seconds by cycles where known."""
         chip = self.topology.chip
         out = {
             "fits": needs.total <= self.capacity,
-            "gib": {name: device_bytes(tree) / GIB for name, tree in given.items()},
+            "gib": {name: size / GIB for name, size in needs.given.items()},
         }
         if math.isinf(needs.total):
             return out
         out["gib"] |= {"temporary": needs.temporary / GIB, "total": needs.total / GIB}
-        out["seconds"] = hlo.cycles(needs.runs) / chip.clock / 1e9 if chip.clock else None
         out["sent_gb"] = {kind: n / 1e9 for kind, n in hlo.collectives(needs.runs).items()}
         out["sending_seconds"] = sum(out["sent_gb"].values()) / chip.link
         out["kernels"] = {
             name: n for name, n in hlo.custom_calls(needs.runs).items() if KERNELS.search(name)
         }
+        if cycles := hlo.cycles(needs.runs):
+            out["seconds"] = cycles / chip.clock / 1e9
         return out
 
     def remedy(self) -> dict[str, Any] | None:
@@ -262,7 +239,7 @@ class Planner:
             parts = self.topology.size * config.optimizer.accumulate
             if config == self.config or config.batch_size % parts:
                 continue
-            if self.compile(lower_step, config)[0].total <= self.capacity:
+            if self.needs(lower_step, config).total <= self.capacity:
                 return changes
         return None
 
@@ -273,7 +250,7 @@ class Planner:
 
         def total(size: int) -> float:
             config = dataclasses.replace(self.config, batch_size=size * one)
-            return self.compile(lower_step, config)[0].total
+            return self.needs(lower_step, config).total
 
         mesh = sharding.create_mesh(self.config.parallel.fsdp, self.devices)
         state = abstract_state(create_system(self.config, self.words), mesh)
@@ -311,42 +288,48 @@ def table(title: str, figures: dict[str, Any]) -> str:
         lines.append(f"  kernels: {names}")
     if "tflop" in figures:
         lines.append(f"  TFLOP a device and step: {figures['tflop']:.1f}")
-    if "images_per_sec" in figures:
-        mfu = f", MFU {figures['mfu']:.0%}" if "mfu" in figures else ""
-        lines += [
-            f"  estimated: {figures['seconds']:.4f} s, {figures['images_per_sec']:.0f} images/s"
-            + mfu,
-            f"  left out: sending, {figures['sending_seconds']:.4f} s where nothing hides it; "
-            "kernels named above, the host and its input",
-        ]
     return "\n".join(lines)
 
 
-def plan(config: Config, topology: Topology) -> dict[str, Any]:
-    """Print what a config needs on one topology, and return it."""
+def estimate(figures: dict[str, Any]) -> str:
+    """The time of a program in lines to read."""
+    mfu = f", MFU {figures['mfu']:.0%}" if "mfu" in figures else ""
+    return (
+        f"  estimated: {figures['seconds']:.4f} s, {figures['images_per_sec']:.0f} images/s{mfu}\n"
+        f"  left out: sending, {figures['sending_seconds']:.4f} s where nothing hides it; kernels "
+        "named above, the host and its input"
+    )
+
+
+def plan(config: Config, topology: Topology, *, times: bool = True) -> dict[str, Any]:
+    """Print what a config needs on one topology, and return it; times, which take longest, last."""
     chip = topology.chip
     print(
         f"{topology.name}: {topology.size} x {chip.kinds[0]} in a grid of "
         f"{'x'.join(map(str, topology.grid))}, {chip.memory} GiB each"
     )
     planner = Planner(config, topology)
-    train = planner.train()
-    print(table("train step", train))
-    out = {"topology": topology.name, "devices": topology.size, "train": train}
-    if not train["fits"]:
+    out = {"topology": topology.name, "devices": topology.size}
+    out["train"] = planner.train()
+    print(table("train step", out["train"]))
+    if not out["train"]["fits"]:
         out["remedy"] = planner.remedy()
         changes = " ".join(f"--config.{k}={v}" for k, v in (out["remedy"] or {}).items())
         print(f"  it fits with {changes}" if changes else "  nothing that was tried makes it fit")
     out["sampler"] = planner.sample()
     print(table("sampler", out["sampler"]))
     out["largest"] = planner.largest()
-    planner.bar.close()
     fits, fails = out["largest"].values()
     print(f"images a device in training: {fits} fit" + (f", {fails} do not" if fails else ""))
+    for name, figures in (("train", planner.train), ("sampler", planner.sample)):
+        if times and topology.is_tpu and out[name]["fits"]:
+            out[name] = figures(whole=True)
+            print(f"time of {name}\n{estimate(out[name])}")
+    planner.bar.close()
     return out
 
 
-def run(config: Config, names: str | None) -> None:
+def run(config: Config, names: str | None, *, times: bool = True) -> None:
     """Print the needs on each topology of a list, and after each one JSON object in a line."""
     if not names:
         raise ConfigError("--topology is missing; mode plan needs it, such as --topology=v5e:8x8")
@@ -354,4 +337,4 @@ def run(config: Config, names: str | None) -> None:
     for topology in topologies:
         check(config, topology)
     for topology in topologies:
-        print(json.dumps(plan(config, topology)))
+        print(json.dumps(plan(config, topology, times=times)))

@@ -11,8 +11,8 @@ import math
 import jax
 import pytest
 
+from condiff_jax import compiling, flops, hlo, plan, sharding, topology
 from condiff_jax import config as config_lib
-from condiff_jax import flops, hlo, plan, sharding, topology
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.config import ConfigError
 from condiff_jax.hlo import Run
@@ -120,14 +120,15 @@ def test_the_search_ends_where_nothing_fits_and_when_probes_are_used():
 class Fake(plan.Planner):
     """Programs that need 1 GiB an image and device, half of it with remat, a quarter with fsdp."""
 
-    def compile(self, lower, config):
-        size = config.batch_size if lower is plan.lower_step else 1
+    def needs(self, what, config, *, whole=False):
+        size = config.batch_size if what is plan.lower_step else 1
         share = {"none": 1, "dots": 0.75, "block": 0.5}[config.model.remat]
         share *= 0.25 if config.parallel.fsdp == 0 else 1
         needed = plan.GIB * size / self.topology.size * share / config.optimizer.accumulate
-        line = '%f = f32[] fusion(), backend_config={"estimated_cycles":"1500000000"}'
-        given = {} if lower is plan.lower_step else {"requests": {"label": jax.numpy.zeros(1)}}
-        return plan.Needs(0, needed, [Run(line, "main", 2)]), given
+        line = "%f = f32[] fusion()"
+        if whole:
+            line += ', backend_config={"estimated_cycles":"1500000000"}'
+        return compiling.Needs({}, needed, [Run(line, "main", 2)], whole)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ class Fake(plan.Planner):
 )
 def test_what_is_printed(monkeypatch, capsys, batch, fields, remedy, fits):
     monkeypatch.setattr(plan, "Planner", Fake)
-    monkeypatch.setattr(plan, "device_bytes", lambda _: 0)
+    monkeypatch.setattr(plan, "device_bytes", lambda _: 0)  # of a batch of none
     plan.run(tiny.config(batch_size=batch, **fields), "v5e:2x2,v5e-4")
     out = capsys.readouterr().out
     found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
@@ -153,13 +154,22 @@ def test_what_is_printed(monkeypatch, capsys, batch, fields, remedy, fits):
     assert found[0]["train"]["fits"] == (batch == 64)
     assert found[0].get("remedy") == remedy
     assert found[0]["largest"]["fits"] in range(fits - fits // 16, fits + 1)
-    assert found[0]["train"]["seconds"] == 2.0  # 3 * 10^9 cycles at 1.5 GHz
     if batch == 64:
+        assert found[0]["train"]["seconds"] == 2.0  # 3 * 10^9 cycles at 1.5 GHz
         assert found[0]["train"]["images_per_sec"] == 32 and "32 images/s" in out
     else:
-        assert "DOES NOT FIT" in out
+        assert "DOES NOT FIT" in out and "seconds" not in found[0]["train"]
+    assert found[0]["sampler"]["seconds"] == 2.0
     if remedy:
         assert " ".join(f"--config.{k}={v}" for k, v in remedy.items()) in out
+
+
+def test_times_are_left_out_on_request(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "Planner", Fake)
+    monkeypatch.setattr(plan, "device_bytes", lambda _: 0)
+    plan.run(tiny.config(batch_size=64), "v5e:2x2", times=False)
+    out = capsys.readouterr().out
+    assert "estimated" not in out and "seconds" not in json.loads(out.splitlines()[-1])["train"]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +179,7 @@ def compiled():
         out = {}
         for fsdp in (1, 4):
             config = tiny.config(**{"parallel.fsdp": fsdp})
-            out[fsdp] = plan.Planner(config, topology.parse("v5e:2x2")).train()
+            out[fsdp] = plan.Planner(config, topology.parse("v5e:2x2")).train(whole=True)
         return out
 
 
@@ -197,7 +207,7 @@ def test_fsdp_gathers(compiled):
 def test_the_sampler_compiles_for_tpus():
     with tiny.few_layers():
         config = tiny.config(**{"sampling.batch_size": 6})
-        figures = plan.Planner(config, topology.parse("v5e:2x2")).sample()
+        figures = plan.Planner(config, topology.parse("v5e:2x2")).sample(whole=True)
     assert figures["batch_size"] == 8 and figures["fits"] and figures["images_per_sec"] > 0
 
 
@@ -212,7 +222,7 @@ def test_a_recipe_of_the_paper_lowers_for_a_slice(fields):
     mesh = sharding.create_mesh(config.parallel.fsdp, planner.devices)
     lowered, given = plan.lower_step(plan.create_system(planner.config, planner.words), mesh)
     assert "mhlo.num_partitions = 64" in lowered.as_text()
-    assert plan.device_bytes(given["parameters"]) == pytest.approx(4 * 791.6e6 / 8, rel=0.01)
+    assert compiling.device_bytes(given["parameters"]) == pytest.approx(4 * 791.6e6 / 8, rel=0.01)
     tower = 123.06e6  # of CLIP ViT-L/14, bf16
     leaves = jax.tree.leaves(given["encoders"]["text_encoder"])
     assert sum(a.size * a.dtype.itemsize for a in leaves) == pytest.approx(2 * tower, 0.01)
@@ -246,7 +256,7 @@ def test_fsdp_sends_parameters_and_not_activations():
         for batch in (64, 256):
             config = tiny.config(batch_size=batch, **{"parallel.fsdp": 8})
             lowered, given = plan.lower_step(tiny.system(config), sharding.create_mesh(8))
-            sent.append(sum(hlo.collectives(plan.measure(lowered, given).runs).values()))
+            sent.append(sum(hlo.collectives(compiling.measure(lowered, given).runs).values()))
     assert sent[1] < 1.02 * sent[0], sent
 
 
@@ -260,7 +270,7 @@ def forward_sends(name, module, inputs):
         sharding.traced_on(mesh, lambda params, inputs: module.apply({"params": params}, *inputs)),
         out_shardings=sharding.batch_sharding(mesh),
     ).lower(params[name], inputs)
-    return sum(hlo.collectives(plan.measure(lowered, {"parameters": params}).runs).values())
+    return sum(hlo.collectives(compiling.measure(lowered, {"parameters": params}).runs).values())
 
 
 def clip_texts(batch):

@@ -9,7 +9,8 @@ import pytest
 from benchmarks import plan
 
 GIB = {"parameters": 0.25, "average": 0.25, "optimizer": 0.5, "total": 3.0}
-FIGURES = {"gib": GIB, "seconds": 0.5, "sending_seconds": 0.01, "images_per_sec": 4096, "mfu": 0.25}
+FIGURES = {"gib": GIB, "sending_seconds": 0.01}
+TIMES = {"seconds": 0.5, "images_per_sec": 4096, "mfu": 0.25}
 
 
 @pytest.fixture
@@ -19,11 +20,12 @@ def run(monkeypatch, tmp_path):
     def command(*arguments, stop=None):
         asked = []
 
-        def measure(recipe, changes, name):
+        def measure(recipe, changes, name, times):
             if len(asked) == stop:
                 raise KeyboardInterrupt
             asked.append((recipe, name, tuple(changes.items())))
-            return FIGURES | {"fits": name != "v5e-64"}
+            fits = name != "v5e-64"
+            return FIGURES | {"fits": fits} | (TIMES if times and fits else {})
 
         monkeypatch.setattr(plan, "measure", measure)
         out = tmp_path / "cells.jsonl"
@@ -63,3 +65,23 @@ def test_rows_tell_what_does_not_fit(run, capsys):
     assert rows[3][1] == "v4-32"
     assert rows[3][6:] == ["3.0", "0.50", "0.010", "4096", "25%"]
     assert {len(row) for row in rows} == {11}
+
+
+def test_times_are_added_to_cells_without_them(run, capsys):
+    part = "--only=cc12m_256:arch=ours .* model.remat=block parallel.fsdp=8 data.name=latents"
+    asked, cells = run("--no-times", part)
+    assert len(asked) == len(cells) == 4 and not any("seconds" in cell for cell in cells)
+    assert run("--no-times", part)[0] == []
+    asked, _ = run(part)
+    assert {name for _, name, _ in asked} == set(plan.SLICES) - {"v5e-64"}  # does not fit anyway
+    assert run(part)[0] == run("--no-times", part)[0] == []
+    run("--table")
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 4 and sum("| 0.50 |" in row for row in rows) == 3
+
+
+def test_a_row_without_times(run, capsys):
+    run("--no-times", "--only=cc12m_256:arch=unet v4-32 model.remat=block .*latents")
+    run("--table")
+    row = re.split(r" *\| *", capsys.readouterr().out.splitlines()[2])[1:-1]
+    assert row[6:] == ["3.0", "", "0.010", "", ""]

@@ -1,0 +1,82 @@
+"""What programs need, and what of it is known before code is generated."""
+
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from condiff_jax import compiling, hlo, plan, topology
+from condiff_jax.config import ConfigError
+from tests import tiny
+
+
+def lower_tiny(place):
+    """The tiny train step for four chips."""
+    with tiny.few_layers():
+        config = tiny.config(**{"parallel.fsdp": 4, "model.attention": "xla"})
+        words = plan.vocabulary(config)
+        return plan.lower(plan.lower_step, config, topology.parse(place), words)
+
+
+def lower_sort(rows):
+    """A program of one chip with large temporaries that come and go."""
+    here = SingleDeviceSharding(topology.parse("v5e:1x1").devices()[0])
+
+    def sort(x, w):
+        def layer(h, w):
+            h = jax.nn.relu(h @ w)
+            return h, h
+
+        _, features = jax.lax.scan(layer, x, w)
+        return jnp.sum(jnp.sort(features, axis=0).astype(jnp.float32), axis=(0, 2))
+
+    x = jax.ShapeDtypeStruct((rows, 1024), jnp.bfloat16, sharding=here)
+    w = jax.ShapeDtypeStruct((8, 1024, 1024), jnp.bfloat16, sharding=here)
+    return jax.jit(sort).lower(x, w), {"x": x, "w": w}
+
+
+def complain(error):
+    raise error
+
+
+def end():
+    os._exit(9)
+
+
+def test_what_is_known_early_is_what_the_whole_tells(tmp_path):
+    early = compiling.early(lower_tiny, "v5e:2x2")
+    whole = compiling.measure(*lower_tiny("v5e:2x2"), dump=str(tmp_path))
+    assert whole.whole and not early.whole
+    assert (early.given, early.total) == (whole.given, whole.total)
+    assert hlo.collectives(early.runs) == hlo.collectives(whole.runs) != {}
+    assert hlo.cycles(whole.runs) > 0 == hlo.cycles(early.runs)
+
+
+def test_what_compiles_fits_and_what_does_not_is_infinite(tmp_path):
+    """JAX's figures of the first are above the chip's 16 GiB: fragmentation is in them twice."""
+    lowered, given = lower_sort(195 * 1024)
+    whole = compiling.measure(lowered, given, dump=str(tmp_path))
+    assert whole.given == {"x": 195 * 2**21, "w": 8 * 2**21}
+    assert 12 * 2**30 < whole.total < 16 * 2**30 < compiling.measure(lowered, given).total
+    assert compiling.early(lower_sort, 195 * 1024).total == whole.total
+    assert compiling.early(lower_sort, 400 * 1024).total == math.inf
+
+
+@pytest.mark.parametrize(
+    "error, raised",
+    [
+        (ConfigError("config: no such thing"), ConfigError("config: no such thing")),
+        (ValueError("not\nso"), RuntimeError("not so")),
+    ],
+)
+def test_errors_cross_over(error, raised):
+    with pytest.raises(type(raised), match=str(raised)):
+        compiling.early(complain, error)
+
+
+def test_a_compiler_that_dies_is_told_of():
+    with pytest.raises(RuntimeError, match="has ended early"):
+        compiling.early(end)

@@ -321,10 +321,12 @@ def plan(config: Config, topology: Topology, *, times: bool = True) -> dict[str,
     out["largest"] = planner.largest()
     fits, fails = out["largest"].values()
     print(f"images a device in training: {fits} fit" + (f", {fails} do not" if fails else ""))
-    for name, figures in (("train", planner.train), ("sampler", planner.sample)):
-        if times and topology.is_tpu and out[name]["fits"]:
-            out[name] = figures(whole=True)
-            print(f"time of {name}\n{estimate(out[name])}")
+    if times and topology.is_tpu:
+        print("times need all code: minutes, for a UNet an hour or more; --notimes leaves them out")
+        for name, figures in (("train", planner.train), ("sampler", planner.sample)):
+            if out[name]["fits"]:
+                out[name] = figures(whole=True)
+                print(f"{name}\n{estimate(out[name])}")
     planner.bar.close()
     return out
 

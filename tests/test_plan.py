@@ -288,13 +288,21 @@ def unet_features(batch):
     return "model", unet.UNet(size, classes=3), inputs
 
 
+def unet_classes(batch):
+    """Attention to one class token would gather the features of all examples that read it."""
+    size = unet.Size((32, 96), (False, True), 64, head_size=8, resnets=1)
+    zeros = jax.numpy.zeros(batch, int)
+    inputs = jax.numpy.zeros((batch, 8, 8, 4)), zeros, Cond.of(zeros)
+    return "model", unet.UNet(size, classes=3), inputs
+
+
 def autoencoder_images(batch):
     """Its decoder has upsampling convolutions, too."""
     network = kl.AutoencoderKL(kl.Size((32, 64), resnets=1))
     return "autoencoder", network, (jax.numpy.zeros((batch, 16, 16, 3)),)
 
 
-@pytest.mark.parametrize("case", [clip_texts, unet_features, autoencoder_images])
+@pytest.mark.parametrize("case", [clip_texts, unet_features, unet_classes, autoencoder_images])
 def test_nor_do_other_networks_send_activations(case):
     sent = [forward_sends(*case(batch)) for batch in (64, 256)]
     assert 0 < sent[1] < 1.02 * sent[0], sent

@@ -211,7 +211,7 @@ class UNet(nn.Module):
             self.classes + 1, self.size.context, embedding_init=nn.initializers.normal(1.0),
             dtype=self.dtype, name="class_embed",
         )  # fmt: skip
-        return table(jnp.where(drop, self.classes, cond.semantics))[:, None]
+        return layers.by_example(table(jnp.where(drop, self.classes, cond.semantics))[:, None])
 
     def stage(self, part: str, index: int, width: int, attend: bool, y: jax.Array, given: tuple):
         """A ResNet block and, to attend, a transformer block; given: (time embedding, context)."""

@@ -16,7 +16,7 @@ from condiff_jax import config as config_lib
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.config import ConfigError
 from condiff_jax.hlo import Run
-from condiff_jax.models import clip, kl, unet
+from condiff_jax.models import clip, kl, unet, unet2d
 from configs import recipes
 from tests import tiny
 
@@ -296,13 +296,23 @@ def unet_classes(batch):
     return "model", unet.UNet(size, classes=3), inputs
 
 
+def unet2d_classes(batch):
+    """The class is added to the time, which all layers hear."""
+    size = unet2d.Size((32, 64), (False, True), resnets=1, groups=8)
+    zeros = jax.numpy.zeros(batch, int)
+    inputs = jax.numpy.zeros((batch, 8, 8, 3)), zeros, Cond.of(zeros)
+    return "model", unet2d.UNet2D(size, classes=3, conditioner="adanorm"), inputs
+
+
 def autoencoder_images(batch):
     """Its decoder has upsampling convolutions, too."""
     network = kl.AutoencoderKL(kl.Size((32, 64), resnets=1))
     return "autoencoder", network, (jax.numpy.zeros((batch, 16, 16, 3)),)
 
 
-@pytest.mark.parametrize("case", [clip_texts, unet_features, unet_classes, autoencoder_images])
+@pytest.mark.parametrize(
+    "case", [clip_texts, unet_features, unet_classes, unet2d_classes, autoencoder_images]
+)
 def test_nor_do_other_networks_send_activations(case):
     sent = [forward_sends(*case(batch)) for batch in (64, 256)]
     assert 0 < sent[1] < 1.02 * sent[0], sent

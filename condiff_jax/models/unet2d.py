@@ -72,6 +72,7 @@ class UNet2D(UNet):
         )  # fmt: skip
         # The last row is the null condition.
         class_emb = table(jnp.where(cond.drop_semantics, self.classes, cond.semantics))
+        class_emb = layers.by_example(class_emb)
         prepare, _ = conditioners.load(self.conditioner)
         heard = Prepare(prepare, name="class_prepare")(time_emb, class_emb)
         return heard, (class_emb, time_emb, t)

@@ -1,7 +1,10 @@
 """What programs need, and what of it is known before code is generated."""
 
 import math
+import multiprocessing
 import os
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +83,33 @@ def test_errors_cross_over(error, raised):
 def test_a_compiler_that_dies_is_told_of():
     with pytest.raises(RuntimeError, match="has ended early"):
         compiling.early(end)
+
+
+def tell_and_wait(path):
+    path.write_text(str(os.getpid()))
+    time.sleep(100)
+
+
+def test_the_compiler_ends_with_who_waits_for_it(tmp_path):
+    """Else one that is killed would leave it compiling for an hour."""
+    path = tmp_path / "pid"
+    waiting = multiprocessing.get_context("spawn").Process(
+        target=compiling.early, args=(tell_and_wait, path)
+    )
+    waiting.start()
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.1)
+    compiler = int(path.read_text())
+    assert runs(compiler)
+    waiting.kill()
+    waiting.join()
+    end = time.monotonic() + 20
+    while runs(compiler) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not runs(compiler)
+
+
+def runs(pid):
+    """Whether there is a process that is no zombie."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

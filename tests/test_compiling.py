@@ -98,6 +98,7 @@ def test_the_compiler_ends_with_who_waits_for_it(tmp_path):
     )
     waiting.start()
     while not (path.exists() and path.read_text()):
+        assert waiting.is_alive()
         time.sleep(0.1)
     compiler = int(path.read_text())
     assert runs(compiler)

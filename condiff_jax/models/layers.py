@@ -152,9 +152,10 @@ class HeadMerge(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-2] * x.shape[-1]
-        return nn.DenseGeneral(
+        merge = nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="linear"
-        )(x)
+        )
+        return by_example(merge(x))
 
 
 def rms_norm(enabled: bool, name: str):

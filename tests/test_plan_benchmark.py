@@ -43,17 +43,18 @@ def test_a_stopped_table_goes_on(run):
     first, cells = run(stop=5)
     assert len(cells) == len(first) == 5
     rest, cells = run()
-    unets = len(plan.CHOICES) - 1  # no `dots`
-    assert len(cells) == 5 + len(rest) == 4 * 4 * (len(plan.CHOICES) + unets)
+    each = len(plan.CHOICES) - 1  # UNets know no `dots`, the others need a policy
+    assert len(cells) == 5 + len(rest) == 4 * 8 * each
     assert len(set(first + rest)) == len(cells) == len({cell["name"] for cell in cells})
     assert run()[0] == []
 
 
-def test_a_part_of_the_table(run):
-    asked, _ = run("--only=cc12m_512:arch=unet v4-32")
+@pytest.mark.parametrize("arch, remat", [("unet", {"block", "none"}), ("ours", {"block", "dots"})])
+def test_a_part_of_the_table(run, arch, remat):
+    asked, _ = run(f"--only=cc12m_512:arch={arch} v4-32")
     assert len(asked) == len(plan.CHOICES) - 1
-    assert {(recipe, name) for recipe, name, _ in asked} == {("cc12m_512:arch=unet", "v4-32")}
-    assert not [changes for *_, changes in asked if ("model.remat", "dots") in changes]
+    assert {(recipe, name) for recipe, name, _ in asked} == {(f"cc12m_512:arch={arch}", "v4-32")}
+    assert {dict(changes)["model.remat"] for *_, changes in asked} == remat
 
 
 def test_rows_tell_what_does_not_fit(run, capsys):

@@ -252,8 +252,7 @@ def test_changed():
 def test_fsdp_sends_parameters_and_not_activations():
     """What is sent does not grow with the batch: `layers.by_example` sees to it.
 
-    From batches on whose features are larger than the parameters that they meet, which are sent
-    else.
+    In small batches XLA may send features where they are smaller than the parameters they meet.
     """
     sent = []
     with tiny.few_layers():

@@ -155,7 +155,7 @@ class HeadMerge(nn.Module):
         merge = nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="linear"
         )
-        return by_example(merge(x))
+        return by_example(merge(x))  # on TPUs that of cross-attention would be gathered
 
 
 def rms_norm(enabled: bool, name: str):

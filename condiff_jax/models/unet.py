@@ -199,7 +199,7 @@ class UNet(nn.Module):
         if cond is not None and cond.control is not None:
             control = ControlEmbed(4 * first, self.weighting, self.dtype, name="control")
             emb = emb + control(cond.control, t, cond.drop_control)
-        return layers.by_example(emb)
+        return emb
 
     def embed_semantics(self, cond: Cond) -> jax.Array:
         """What transformers hear (B, T, C): text tokens or one class token, null where dropped."""

@@ -39,14 +39,43 @@ def key(config: Config) -> str:
     return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
 
-def groups(wanted) -> dict[str, list[Config]]:
-    """Rows of the files whose names are `wanted`, by training: "table2a:ROW", the first: all."""
+def settings(config: Config) -> set[str]:
+    """What the programs of a run are made of: rows with nothing new here have no code of their own.
+
+    Numbers count as zero or not. What only chooses a curve or a size stands for itself: any other
+    setting is combined with one of them, not with each.
+    """
+    found = set()
+
+    def plain(value, field: str = ""):
+        if isinstance(value, dict):
+            return {name: plain(part, name) for name, part in value.items()}
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        if isinstance(value, str) and field in ("weighting", "schedule", "size"):
+            found.add(f"{field}={value}")
+            return field
+        return value if isinstance(value, bool | str | None) else value != 0
+
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {json.dumps(plain(values)), *found}
+
+
+@functools.cache
+def groups() -> dict[str, list[Config]]:
+    """Rows by training, those with nothing new left out: "table2a:ROW", the first one's: all."""
     found: dict[str, dict[str, Config]] = {}
     for name, module in tables().items():
-        for row in module["ROWS"] if wanted(name) else ():
+        for row in module["ROWS"]:
             config = build(module, name, row, "scale=tiny")
             found.setdefault(key(config), {})[f"{name}:{row}"] = config
-    return {next(iter(rows)): list(rows.values()) for rows in found.values()}
+    seen, kept = set(), {}
+    for rows in found.values():
+        new = set().union(*map(settings, rows.values()))
+        if not new <= seen:
+            kept[next(iter(rows))] = list(rows.values())
+        seen |= new
+    return kept
 
 
 class Trainer:

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from condiff_jax import evaluate
+from condiff_jax import evaluate, startup
 from condiff_jax.config import Config
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.grid import caption_grid
@@ -26,6 +25,9 @@ from condiff_jax.sample import (
 )
 from condiff_jax.system import System
 from condiff_jax.workdir import Workdir, append_json, forget_after
+
+with startup.without("torch"):  # which it loads for annotations alone: seconds at every start
+    from tensorboardX import SummaryWriter
 
 
 def example_captions(config: Config, n: int) -> list[str]:

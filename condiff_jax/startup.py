@@ -31,7 +31,21 @@ def compile_only() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v4-8",  # any; it is warned of where unset, and not used
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # from which these compilers cannot load
     }
+
+
+@contextlib.contextmanager
+def without(module: str) -> Iterator[None]:
+    """Let what is imported in here find that a module is not installed, unless it is loaded."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 STOPPED = "Stopped; the same command goes on from there."

@@ -1,6 +1,7 @@
 """Eight fake CPU devices and quick compiling for all tests: set before JAX is imported."""
 
 import os
+import tempfile
 
 import pytest
 from absl import flags
@@ -9,6 +10,12 @@ from condiff_jax import startup
 from tests.compiling import QUICK
 
 startup.compile_only()
+# Tests, and the processes that they start, have programs in common. pytest's workers inherit this.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count=8 {QUICK}"
 )

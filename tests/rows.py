@@ -83,9 +83,6 @@ class Trainer:
 
     def __init__(self, folder: Path):
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
-        # Rows have programs in common, such as the first parameters of one architecture.
-        env["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
-        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         self.log = (folder / "log").open("w")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.rows", str(folder)],

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import CONTEXT
+
 ROOT = Path(__file__).parents[1]
 CONVERT = ROOT / "condiff_jax" / "convert"
 TWIN = CONVERT / "twin.py"  # the file of PyTorch users
@@ -74,6 +76,17 @@ def test_module_imports_only_what_its_layer_may(path):
         assert library not in FORBIDDEN_LIBRARIES.get(part, ()), f"{path.name} imports {name}"
         assert library not in {"configs", "tests", "benchmarks", "tensorflow"}
         assert library not in {"torch", "diffusers"} or library in TORCH.get(path, ())
+
+
+def end_with_whether_pytorch_is_loaded():
+    sys.exit(int("torch" in sys.modules))
+
+
+def test_no_library_loads_pytorch_for_a_mode():
+    process = CONTEXT.Process(target=end_with_whether_pytorch_is_loaded)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_twin_is_copied_to_where_there_is_only_pytorch():

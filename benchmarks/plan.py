@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan --out=FILE [--only=REGEX] [--no-times]
 
-A cell takes minutes to compile, a UNet's an hour; without times one minute, a UNet's four.
+A cell takes minutes to compile, a UNet's up to 90 and 15 GB; without times one, a UNet's four.
 FILE gets a JSON line for each and is gone on from when it exists. `--table` prints it as Markdown.
 """
 
@@ -62,7 +62,7 @@ def table(cells: list[dict]) -> str:
         else:
             figures[0] = "does not fit"
         if "seconds" in cell:
-            figures[1] = f"{cell['seconds']:.2f}"
+            figures[1] = f"{cell['seconds']:.3f}"
             figures[3:] = f"{cell['images_per_sec']:.0f}", f"{cell['mfu']:.0%}"
         how = [changes[name] for name in ("data.name", "model.remat", "parallel.fsdp")]
         where = [cell["recipe"], cell["slice"], *how]

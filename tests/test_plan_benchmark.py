@@ -64,7 +64,7 @@ def test_rows_tell_what_does_not_fit(run, capsys):
     where = ["imagenet1k_256:arch=ours", "v5e-64", "latents", "dots", "8", "1.0"]
     assert rows[2] == [*where, "does not fit", "", "", "", ""]
     assert rows[3][1] == "v4-32"
-    assert rows[3][6:] == ["3.0", "0.50", "0.010", "4096", "25%"]
+    assert rows[3][6:] == ["3.0", "0.500", "0.010", "4096", "25%"]
     assert {len(row) for row in rows} == {11}
 
 
@@ -78,7 +78,7 @@ def test_times_are_added_to_cells_without_them(run, capsys):
     assert run(part)[0] == run("--no-times", part)[0] == []
     run("--table")
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 4 and sum("| 0.50 |" in row for row in rows) == 3
+    assert len(rows) == 4 and sum("| 0.500 |" in row for row in rows) == 3
 
 
 def test_a_row_without_times(run, capsys):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan --out=FILE [--only=REGEX] [--no-times]
 
-A cell takes minutes to compile, a UNet's up to 90 and 15 GB; without times one, a UNet's four.
+A cell takes minutes to compile, a UNet's up to 90 and 10 GB; without times one, a UNet's four.
 FILE gets a JSON line for each and is gone on from when it exists. `--table` prints it as Markdown.
 """
 

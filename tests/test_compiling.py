@@ -3,6 +3,8 @@
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -114,3 +116,22 @@ def runs(pid):
     """Whether there is a process that is no zombie."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+COMPILE_ONLY = """
+from condiff_jax import startup; startup.compile_only()
+import jax
+from condiff_jax import topology
+here = jax.sharding.SingleDeviceSharding(topology.parse("v5e:1x1").devices()[0])
+jax.jit(lambda x: 2 * x).lower(jax.ShapeDtypeStruct((8,), "float32", sharding=here)).compile()
+"""
+
+
+def test_compilers_of_absent_devices_leave_the_users_cache_alone(tmp_path):
+    """They cannot load from it: JAX would warn of each program, and compile it again."""
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    subprocess.run([sys.executable, "-c", COMPILE_ONLY], env=os.environ | kept, check=True)
+    assert not list(tmp_path.iterdir())

@@ -79,6 +79,7 @@ def test_module_imports_only_what_its_layer_may(path):
 
 
 def end_with_whether_pytorch_is_loaded():
+    assert "tensorboardX" in sys.modules  # all modes are loaded
     sys.exit(int("torch" in sys.modules))
 
 

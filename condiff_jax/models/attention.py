@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import flash_attention as pallas
@@ -28,11 +30,7 @@ def attention(
     """
     size, keys = q.shape[-1], k.shape[1]
     if backend == "cudnn" and size <= 128 and size % 8 == 0:
-        if bias is None:
-            return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-        if q.shape[1] % 2 == keys % 2 == 0:
-            bias = bias.astype(q.dtype)
-            return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")
+        return cudnn(q, k, v, bias)
     if backend == "flash" and bias is None and keys >= LONG:
         return flash(q, k, v)
     return xla(q, k, v, bias)
@@ -50,6 +48,24 @@ def xla(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None)
     return jnp.einsum("bhts,bhsc->bhtc", weights, v).swapaxes(1, 2)
 
 
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """cuDNN's flash attention, for f16 or bf16 inputs.
+
+    JAX (0.10.2 to 0.12.0) refuses its gradient at odd lengths. These get one more token, which the
+    sequence lengths exclude, so that its values do not matter and its gradient is dropped.
+    """
+    tokens, keys = q.shape[1], k.shape[1]
+    lengths = {}
+    if tokens % 2 or keys % 2:
+        of_all = partial(jnp.full, q.shape[:1], dtype=jnp.int32)
+        lengths = {"query_seq_lengths": of_all(tokens), "key_value_seq_lengths": of_all(keys)}
+        q, k, v = (_pad(a, 2, 1) for a in (q, k, v))
+        bias = None if bias is None else _pad(_pad(bias, 2, 2), 2, 3)
+    bias = None if bias is None else bias.astype(q.dtype)
+    out = jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn", **lengths)
+    return out[:, :tokens]
+
+
 def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Attention by Pallas' kernel for TPUs, which keeps no logits.
 
@@ -57,8 +73,10 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     kernel among devices, so each runs it on its examples, see `sharding.traced_on`.
     """
     tokens = q.shape[1]
-    ids = pallas.SegmentIds(*(_pad(jnp.zeros(a.shape[:2], jnp.int32), 1) for a in (q, k)))
-    q, k, v = (_pad(a, 0).swapaxes(1, 2) for a in (q, k, v))  # (B, heads, T, head size)
+    ids = pallas.SegmentIds(
+        *(_pad(jnp.zeros(a.shape[:2], jnp.int32), TILE, axis=1, value=1) for a in (q, k))
+    )
+    q, k, v = (_pad(a, TILE, 1).swapaxes(1, 2) for a in (q, k, v))  # (B, heads, T, head size)
 
     def kernel(q, k, v, ids):
         scale, blocks = q.shape[-1] ** -0.5, _blocks(q.shape[2], k.shape[2])
@@ -72,10 +90,10 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return kernel(q, k, v, ids).swapaxes(1, 2)[:, :tokens]
 
 
-def _pad(x: jax.Array, value: int) -> jax.Array:
-    """x (B, T, ...) with T filled up to whole tiles."""
+def _pad(x: jax.Array, multiple: int, axis: int, value: int = 0) -> jax.Array:
+    """x with `value` appended along an axis, up to the next multiple of its length."""
     width = [(0, 0)] * x.ndim
-    width[1] = (0, -x.shape[1] % TILE)
+    width[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, width, constant_values=value)
 
 

@@ -1,18 +1,26 @@
 """Attention: parity with PyTorch, and backends that agree, as far as they run without their device.
 
-cuDNN's needs a GPU: here only whether a call reaches it is looked at.
+cuDNN's needs a GPU to run, not to be traced: JAX decides then which lengths and sizes it refuses.
 """
 
+from functools import partial
+
 import jax
+import jax._src.cudnn.fused_attention_stablehlo as fused
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from jax.experimental.pallas import tpu as pltpu
 
+from condiff_jax import config as config_lib
 from condiff_jax import sharding
 from condiff_jax.models import attention as lib
 from condiff_jax.models.attention import attention
+from condiff_jax.models.mdt import hide
+from condiff_jax.system import Vocabulary
+from condiff_jax.system import create as create_system
+from configs import table1
 
 
 def inputs(queries, keys=None, batch=1, heads=2, size=8, dtype=jnp.float32):
@@ -86,27 +94,99 @@ def test_flash_attention_on_a_mesh_runs_where_its_examples_are(flash):
     np.testing.assert_allclose(out, attention(*given), atol=1e-5)
 
 
-def test_what_a_backend_cannot_do_xla_does(flash, monkeypatch):
-    called = []
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda q, *_, **__: called.append(q.shape[-1]) or q
-    )
-    few = inputs(8)
-    bias = jnp.ones((1, 2, 8, 8))
-    for backend, given, bias_ in (("flash", few, None), ("flash", inputs(128), 1.0)):
-        exact = attention(*given, "xla", bias_)
-        np.testing.assert_array_equal(attention(*given, backend, bias_), exact)
+@pytest.fixture
+def gpu(monkeypatch):
+    """Lets JAX trace its cuDNN attention on a machine without cuDNN."""
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+
+
+def cudnn_calls(function, *inputs):
+    """How many cuDNN attentions a traced function has, forward and backward."""
+    text = str(jax.make_jaxpr(function)(*inputs))
+    return tuple(text.count(f"dot_product_attention_{way}_wrapper[") for way in ("fwd", "bwd"))
+
+
+def test_what_a_backend_cannot_do_xla_does(flash, gpu):
+    for given, bias in ((inputs(8), None), (inputs(128), 1.0)):  # too few keys; a bias
+        exact = attention(*given, "xla", bias)
+        np.testing.assert_array_equal(attention(*given, "flash", bias), exact)
     assert not flash
     for size in (160, 12):  # too large, not a multiple of 8
         given = inputs(8, size=size)
         np.testing.assert_array_equal(attention(*given, "cudnn"), attention(*given))
-    odd = inputs(7, 8)
-    np.testing.assert_array_equal(
-        attention(*odd, "cudnn", bias[:, :, :7]), attention(*odd, "xla", bias[:, :, :7])
+    given = inputs(8, dtype=jnp.bfloat16)
+    assert cudnn_calls(lambda *a: attention(*a, "cudnn"), *given) == (1, 0)
+
+
+LENGTHS = [(8, 8), (7, 7), (7, 8), (8, 7), (8, 1), (1, 8)]
+
+
+@pytest.mark.parametrize("queries, keys", LENGTHS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_cudnn_attention_has_a_gradient_at_any_length(gpu, queries, keys, biased):
+    bias = jnp.ones((1, 2, queries, keys)) if biased else None
+
+    def loss(q, k, v, bias):
+        return attention(q, k, v, "cudnn", bias).astype(jnp.float32).sum()
+
+    wanted = (0, 1, 2, 3) if biased else (0, 1, 2)
+    given = (*inputs(queries, keys, dtype=jnp.bfloat16), bias)
+    assert cudnn_calls(jax.grad(loss, wanted), *given) == (1, 1)
+
+
+@pytest.mark.parametrize("queries, keys", LENGTHS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_cudnn_is_given_is_attention(monkeypatch, queries, keys, biased):
+    """The same call, of whose lengths JAX has an implementation in XLA; forward and backward."""
+    given = inputs(queries, keys, batch=2)
+    bias = jax.random.normal(jax.random.key(8), (2, 2, queries, keys)) if biased else None
+    weights = jax.random.normal(jax.random.key(7), given[0].shape)
+
+    def both(backend):
+        def loss(q, k, v, bias):
+            out = attention(q, k, v, backend, bias)
+            return (out * weights).sum(), out
+
+        wanted = (0, 1, 2, 3) if biased else (0, 1, 2)
+        (_, out), grads = jax.value_and_grad(loss, wanted, has_aux=True)(*given, bias)
+        return [out, *grads]
+
+    original = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *a, implementation, **k: original(*a, implementation="xla", **k),
     )
-    assert not called
-    attention(*few, "cudnn"), attention(*few, "cudnn", bias), attention(*odd, "cudnn")
-    assert called == [8, 8, 8]
+    for ours, expected in zip(both("cudnn"), both("xla"), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+# All lengths of a UNet at 512 pixels are even, or those of the text at 256.
+ROWS = [row for row in table1.ROWS if row.partition(",")[0] != "arch=unet" or row.endswith("256")]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, row):
+    """The gradient of each architecture at its size, for classes and text, 256 and 512 pixels."""
+    values = table1.get_config(row)
+    values.model.attention, values.init.pretrain = "cudnn", None
+    values.autoencoder.path = values.text_encoder.path = "not read"
+    classes = tuple(map(str, range(values.data.classes)))
+    system = create_system(config_lib.create(values), Vocabulary((), classes))
+    x = jax.ShapeDtypeStruct((1, *system.latent_shape), jnp.float32)
+    t, cond = jax.ShapeDtypeStruct((1,), jnp.int32), jax.eval_shape(system.example_cond)
+    modes = [{}]
+    if system.config.model.name == "mdtv2":
+        tokens = (x.shape[1] // system.model.patch) ** 2
+        modes += [{"hidden": hide(jax.random.key(0), 1, tokens, system.model.mask_ratio)}]
+
+    def loss(mode, params, x, t, cond):
+        return system.denoise(params, **mode)(x, t, cond).sum()
+
+    for mode in modes:
+        gradient = jax.grad(partial(loss, mode))
+        forward, backward = cudnn_calls(gradient, system.shapes, x, t, cond)
+        assert forward >= backward >= 1
 
 
 @pytest.mark.parametrize(

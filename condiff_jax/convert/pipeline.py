@@ -54,8 +54,7 @@ class ConditionedPipeline(DiffusionPipeline):
         scale = settings["guidance"] if guidance_scale is None else guidance_scale
         beta = settings["control_guidance"]
         beta = beta if control_guidance_scale is None else control_guidance_scale
-        weight = next(self.network.parameters())
-        device, dtype = weight.device, weight.dtype
+        device, dtype = self.network.device, self.network.dtype
         asked = prompt if self.network.hears_text else class_labels
         if asked is None:
             raise ValueError(f"pass {'prompt' if self.network.hears_text else 'class_labels'}")

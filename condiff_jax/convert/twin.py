@@ -937,10 +937,11 @@ def pad(
     repeated = tokens.gather(1, source[..., None].expand_as(tokens))
     if method == "replicate":
         return repeated
-    mean = tokens.sum(1, keepdim=True) / n[..., None]  # (B, 1, C)
-    variance = torch.where(inside, (tokens - mean) ** 2, 0).sum(1, keepdim=True) / n[..., None]
+    exact = tokens.float()  # squares in half precision would overflow
+    mean = exact.sum(1, keepdim=True) / n[..., None]  # (B, 1, C)
+    variance = torch.where(inside, (exact - mean) ** 2, 0).sum(1, keepdim=True) / n[..., None]
     repetitions = -(-length // n)[..., None]  # m, (B, 1, 1)
-    return repeated + (beta * (repetitions - 1) * variance).sqrt() * noise
+    return repeated + (beta * (repetitions - 1) * variance).sqrt().to(tokens) * noise.to(tokens)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -984,9 +985,21 @@ class Network(nn.ModuleDict):
         self.settings = config["settings"]
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **_) -> Network:
-        """`load`, under the name by which diffusers calls it."""
-        return load(folder)
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_
+    ) -> Network:
+        """`load`, under the names by which diffusers calls it; None: the type of the weights."""
+        return load(folder).to(dtype=torch_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; diffusers asks every component of a pipeline."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and of the computation."""
+        return next(self.parameters()).dtype
 
     @property
     def hears_text(self) -> bool:
@@ -1000,11 +1013,9 @@ class Network(nn.ModuleDict):
 
     def embed(self, prompts: list[str], noise: Tensor | None = None) -> Text:
         """Features of prompts; noise (B, T, C) is that of Eq. 7, None draws it."""
-        encoder = self["text_encoder"]
-        device = encoder.positions.device
         ids, mask = tokenize(self.settings["words"], prompts, self.text_shape[0])
-        text = encoder(ids.to(device), mask.to(device))
-        return self.pad(*text, mask.to(device), noise)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        return self.pad(*self["text_encoder"](ids, mask), mask, noise)
 
     def pad(
         self, tokens: Tensor, pooled: Tensor, mask: Tensor, noise: Tensor | None = None

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -97,8 +98,7 @@ def test_ten_steps_in_pytorch_are_ours(name, exported):
         )
 
     expected = np.asarray(sample(params, batch))
-    pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(out)
     result = pipe(
         **({"prompt": asked} if text else {"class_labels": asked}),
         guidance_scale=3.0,
@@ -114,10 +114,63 @@ def test_ten_steps_in_pytorch_are_ours(name, exported):
     assert pictures.images.shape == (2, 16, 16, 3)
 
 
+def load(out, **settings):
+    """The pipeline of an exported folder, by diffusers, without progress bars."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_pipelines_are_moved_and_cast_as_diffusers_does(exported):
+    out = exported("ours")[2]
+    pipe = load(out).to("cpu")
+    assert pipe.device == torch.device("cpu") and pipe.dtype == torch.float32
+    assert pipe.to("cpu", torch.bfloat16).dtype == torch.bfloat16
+    assert pipe.to(torch.float16).dtype == torch.float16
+    meta = load(out).to("meta")
+    assert meta.device.type == "meta"
+    assert all(parameter.is_meta for parameter in meta.network.parameters())
+    for dtype in (torch.bfloat16, torch.float16):
+        pipe = load(out, dtype=dtype)
+        assert {parameter.dtype for parameter in pipe.network.parameters()} == {dtype}
+        assert pipe.dtype == dtype
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_half_precision_is_close_with_every_padding(name, exported):
+    system, _, out, _ = exported(name)
+    text = system.text_encoder is not None
+    asked = {"prompt": ["a red circle", "ring"]} if text else {"class_labels": [1, 4]}
+    draw = partial(torch.randn, generator=torch.manual_seed(0))
+    x, noise = draw(2, 3, 16, 16), draw(2, 8, 16)
+
+    @torch.no_grad()
+    def predict(pipe):
+        semantics = pipe.embed(asked["prompt"], noise) if text else torch.tensor([1, 4])
+        control = pipe.network.control({}, 2)
+        return pipe.guided(x.to(pipe.dtype), torch.tensor(500), semantics, control, 2.0, 1.375)
+
+    exact, *halves = (load(out) for _ in range(3))
+    for pipe in (exact, *halves):
+        for weight in pipe.network.model.parameters():
+            if weight.ndim > 1:  # of random size: the UNet's activations would overflow
+                weight.data *= 0.5
+    for pipe, dtype, error in zip(
+        halves, (torch.bfloat16, torch.float16), (0.05, 0.006), strict=True
+    ):
+        pipe.to(dtype)
+        for padding in ("zero", "replicate", "noisy_replicate") if text else (None,):
+            exact.network.settings["padding"] = pipe.network.settings["padding"] = padding
+            expected, result = predict(exact), predict(pipe)
+            assert result.dtype == dtype
+            assert (result.float() - expected).std() < error * expected.std()
+        images = pipe(**asked, num_inference_steps=2, output_type="np").images  # with own noise
+        assert np.isfinite(images).all()
+
+
 def test_what_is_left_out_is_as_configured(exported):
     system, _, out, _ = exported("ours")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(out)
     x = torch.randn(1, 3, 16, 16, generator=torch.manual_seed(0))
     common = {"latents": x, "text_noise": torch.zeros(1, 8, 16), "output_type": "latent"}
     settings = system.config.sampling
@@ -201,7 +254,7 @@ def test_the_network_needs_torch_and_safetensors_only(exported):
 
 def test_control_values_are_named(exported):
     out = exported("ours")[2]
-    pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
+    pipe = load(out)
     told = pipe.network.control({"height": 96, "crop_top": 0.25}, 2)
     high, low = system_control(exported("ours")[0], height=96, crop_top=0.25)
     np.testing.assert_allclose(told.high, high, rtol=1e-6)
@@ -222,7 +275,7 @@ def test_latents_are_decoded_if_the_autoencoder_is_there(whole, tmp_path):
     frozen = parity.random_like(jax.eval_shape(network.init, jax.random.key(0), image)["params"])
     parts = {"autoencoder": frozen} if whole else {}
     exporting.export(system, params, parts, exporting.epath.Path(tmp_path))
-    pipe = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path), trust_remote_code=True)
+    pipe = load(tmp_path)
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
     theirs = torch.tensor(x).permute(0, 3, 1, 2)
     if not whole:
@@ -233,6 +286,8 @@ def test_latents_are_decoded_if_the_autoencoder_is_there(whole, tmp_path):
     pictures = pipe.network.decode(theirs).permute(0, 2, 3, 1).detach().numpy()
     pictures = np.clip(np.round((pictures + 1) * 127.5), 0, 255)
     assert np.abs(system.autoencoder.decode(frozen, x) - pictures).max() <= 1
+    half = pipe.to(torch.bfloat16)(class_labels=1, num_inference_steps=2, output_type="np")
+    assert half.images.shape == (1, 16, 16, 3) and np.isfinite(half.images).all()
 
 
 @pytest.mark.parametrize("form", [Path, clips.split], ids=["CLIP's", "Stable Diffusion's"])
@@ -243,8 +298,7 @@ def test_clip_is_named_and_its_features_are_ours(tmp_path, form):
         system, params = create("mmdit", **fields)
     out = exporting.epath.Path(tmp_path / "export")
     exporting.export(system, params, {}, out)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(out)
     assert set(pipe.network) == {"model"} and pipe.network.settings["clip"] == str(source)
     asked = ["a red circle", "", "blue " * 20]
     noise = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)
@@ -256,6 +310,7 @@ def test_clip_is_named_and_its_features_are_ours(tmp_path, form):
     np.testing.assert_allclose(theirs.pooled, ours.pooled, atol=1e-5)
     if form is Path:
         return
+    pipe.to(torch.bfloat16)
     assert pipe("a ring", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 

@@ -11,9 +11,8 @@ from condiff_jax import startup
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
-MODES = ["train", "sample", "evaluate", "reference", "summary", "plan", "prepare", "encode",
-         "import", "export"]  # fmt: skip
-MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "reference", "summary",
+    "plan", "prepare", "encode", "import", "export"], "What to do.")  # fmt: skip
 TOPOLOGY = flags.DEFINE_string("topology", None, "Mode plan: such as v5e:8x8, or several with ','.")
 TIMES = flags.DEFINE_bool("times", True, "Mode plan: estimate times, too; they take the longest.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
@@ -51,9 +50,10 @@ def dispatch(config, mode: str, workdir: str | None) -> None:
         return without[mode](config)
     if not workdir:
         raise ConfigError(f"--workdir is missing; mode {mode} needs it")
-    modes = {"train": train, "sample": sample, "evaluate": evaluate}
-    modes |= {"import": importing, "export": exporting}
-    modes[mode].run(config, workdir)
+    chosen = config_flags.get_override_values(flags.FLAGS["config"])
+    modes = {"train": train.run, "sample": sample.run, "evaluate": evaluate.run}
+    modes |= {"export": exporting.run, "import": lambda *args: importing.run(*args, chosen)}
+    modes[mode](config, workdir)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from condiff_jax import optim, state, summary
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.convert import published, weights
+from condiff_jax.convert.exporting import scheduler_config
 from condiff_jax.convert.layout import from_torch
 from condiff_jax.system import System
 from condiff_jax.system import create as create_system
@@ -25,6 +29,7 @@ class Layout:
     """A published layout: which model it holds, a tensor only it has, and its rules.
 
     ignore: tensors without learned content, such as tables of positions. note: what else to tell.
+    diffusion: the fields of config.diffusion that all its weights were trained with.
     """
 
     model: str
@@ -32,6 +37,20 @@ class Layout:
     rules: Callable[[System], tuple[published.Rule, ...]]
     ignore: str = r"pos_embed(\.pos_embed)?"
     note: str = ""
+    diffusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# Of configs/base.py: what a config has where nobody chose.
+UNSET = {
+    "timesteps": 1000,
+    "schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "base_resolution": 0,
+    "prediction": "epsilon",
+}
+# arXiv:2006.11239, Sec. 4, which DiT, MDT and PixArt took over.
+DDPM = UNSET | {"schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
 def _patch(rules: Callable) -> Callable:
@@ -45,27 +64,39 @@ def _patch_and_depth(rules: Callable) -> Callable:
 # The first layout whose sign is among the tensors is taken.
 LAYOUTS = {
     "sail-sg/MDT": Layout(
-        "mdtv2", "en_inblocks.0.attn.qkv.weight", _patch(published.mdtv2), ".*position_index"
+        "mdtv2",
+        "en_inblocks.0.attn.qkv.weight",
+        _patch(published.mdtv2),
+        ".*position_index",
+        diffusion=DDPM,
     ),
     "facebookresearch/DiT": Layout(
-        "dit_ln", "blocks.0.adaLN_modulation.1.weight", _patch(published.facebook_dit)
+        "dit_ln",
+        "blocks.0.adaLN_modulation.1.weight",
+        _patch(published.facebook_dit),
+        diffusion=DDPM,
     ),
     "DiTTransformer2DModel": Layout(
         "dit_ln",
         "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
         _patch_and_depth(published.diffusers_dit),
         note="timesteps at DiT's frequencies i/128, of which diffusers makes i/127",
+        diffusion=DDPM,
     ),
     "PixArtTransformer2DModel": Layout(
-        "pixart", "adaln_single.linear.weight", _patch(published.pixart)
+        "pixart", "adaln_single.linear.weight", _patch(published.pixart), diffusion=DDPM
     ),
     "SD3Transformer2DModel": Layout(
         "mmdit",
         "transformer_blocks.0.attn.add_q_proj.weight",
         _patch_and_depth(published.sd3),
+        note="SD3 was trained as a rectified flow, not with our noise levels: fine-tune it first",
     ),
     "UNet2DConditionModel": Layout(
-        "unet", "down_blocks.0.resnets.0.conv1.weight", lambda _: published.UNET
+        "unet",
+        "down_blocks.0.resnets.0.conv1.weight",
+        lambda _: published.UNET,
+        note="noise levels and prediction are the config's; compare them with the original's",
     ),
 }
 
@@ -95,9 +126,65 @@ def drop_sigma(tensors: dict[str, np.ndarray], channels: int, outputs: int) -> b
     return True
 
 
+def is_export(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether the tensors are an export of ours."""
+    return "model.patch_embed.weight" in tensors or "model.conv_in.weight" in tensors
+
+
+def with_schedule(
+    config: Config, tensors: Mapping[str, np.ndarray], chosen: Container[str] = ()
+) -> tuple[Config, list[str]]:
+    """(config with the noise levels that published tensors were trained with, messages).
+
+    ValueError where the config says otherwise: by a value that is not the default, or by any in a
+    field that was `chosen`, such as "diffusion.schedule".
+    """
+    name = None if is_export(tensors) else recognise(tensors, config.model.name)
+    trained = LAYOUTS[name].diffusion if name else {}
+    if not trained:
+        return config, []
+    flags = " ".join(
+        f"--config.diffusion.{field}={value}"
+        for field, value in trained.items()
+        if value != UNSET[field]
+    )
+    for field, value in trained.items():
+        found = getattr(config.diffusion, field)
+        if found != value and (found != UNSET[field] or f"diffusion.{field}" in chosen):
+            raise ValueError(
+                f"{name} was trained with diffusion.{field}={value}, not {found}; leave "
+                f"diffusion.* as it is in configs/base.py, or set {flags}"
+            )
+    diffusion = dataclasses.replace(config.diffusion, **trained)
+    message = (
+        f"noise levels as it was trained with: {diffusion.schedule}, beta {diffusion.beta_start} "
+        f"to {diffusion.beta_end}, in config.json; commands with --config then need {flags}"
+    )
+    return dataclasses.replace(config, diffusion=diffusion), [message]
+
+
+def check_schedule(system: System, source: str) -> None:
+    """ValueError where an export of ours, a folder, was trained with other noise levels."""
+    path = epath.Path(source) / "scheduler" / "scheduler_config.json"
+    if not path.exists():
+        return
+    theirs, expected = json.loads(path.read_text()), scheduler_config(system)
+    same = np.shape(theirs["trained_betas"]) == np.shape(expected["trained_betas"])
+    if not same or not np.allclose(theirs["trained_betas"], expected["trained_betas"], rtol=1e-6):
+        raise ValueError(
+            "the exported model was trained with other noise levels; set --config.diffusion.* "
+            "(schedule, beta_start, beta_end, timesteps, base_resolution) as its run had them"
+        )
+    if theirs["prediction_type"] != expected["prediction_type"]:
+        raise ValueError(
+            f"the exported model predicts {theirs['prediction_type']}; set "
+            "--config.diffusion.prediction as its run had it"
+        )
+
+
 def convert(system: System, tensors: Mapping[str, np.ndarray]) -> tuple[dict, list[str]]:
     """(parameters, messages) from an export of ours or published tensors; ValueError on misfit."""
-    if "model.patch_embed.weight" in tensors or "model.conv_in.weight" in tensors:
+    if is_export(tensors):
         kept = {key: a for key, a in tensors.items() if not key.startswith("autoencoder.")}
         return from_torch(kept, system.shapes), ["our own export"]
     model, messages = convert_published(system, tensors)
@@ -119,14 +206,14 @@ def convert_published(system: System, tensors: Mapping[str, np.ndarray]) -> tupl
             "published models know no control metadata; set --config.conditioning.control='()'"
         )
     kept = {key: a for key, a in tensors.items() if not re.fullmatch(layout.ignore, key)}
-    ours = published.from_published(kept, layout.rules(system))
+    renamed = published.from_published(kept, layout.rules(system))
     if layout.note:
         messages.append(layout.note)
     if layout.model != "unet":
-        if drop_sigma(ours, system.latent_shape[-1], shapes["final"]["bias"].size):
+        if drop_sigma(renamed, system.latent_shape[-1], shapes["final"]["bias"].size):
             messages.append("learned variances (half of the final layer's outputs) dropped")
         messages += check_positions(system, tensors)
-    return from_torch(ours, shapes), messages
+    return from_torch(renamed, shapes), messages
 
 
 def check_positions(system: System, tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -146,8 +233,11 @@ def check_positions(system: System, tensors: Mapping[str, np.ndarray]) -> list[s
     return ["positions as stored"]
 
 
-def run(config: Config, workdir: str) -> None:
-    """Mode `import`: `convert.source` becomes step 0 of a new work directory."""
+def run(config: Config, workdir: str, chosen: Container[str] = ()) -> None:
+    """Mode `import`: `convert.source` becomes step 0 of a new work directory.
+
+    chosen: the fields given on the command line.
+    """
     source = config.convert.source
     if not source:
         raise ConfigError("config: convert.source is empty; name a file, a folder or a hub id")
@@ -155,9 +245,13 @@ def run(config: Config, workdir: str) -> None:
     if folder.config.exists():
         raise ConfigError(f"{workdir}: there is a run here already; use another --workdir")
     vocabulary = summary.vocabulary(config)
-    system = create_system(config, vocabulary)
     try:
-        params, messages = convert(system, weights.read(source))
+        tensors = weights.read(source)
+        config, notes = with_schedule(config, tensors, chosen)
+        system = create_system(config, vocabulary)
+        if is_export(tensors):
+            check_schedule(system, source)
+        params, messages = convert(system, tensors)
     except (OSError, ValueError) as error:
         raise ConfigError(f"convert.source: {' '.join(str(error).split())}") from error
     params = jax.tree.map(jnp.asarray, params)
@@ -166,4 +260,4 @@ def run(config: Config, workdir: str) -> None:
     checkpoints.save(0, state.create(params, optim.create(config)), float("inf"))
     checkpoints.close()
     count = summary.count_parameters(params["model"]) / 1e6
-    print(f"Imported {source}: {count:.2f} M parameters; " + "; ".join(messages))
+    print(f"Imported {source}: {count:.2f} M parameters; " + "; ".join(messages + notes))

@@ -1,12 +1,17 @@
 """Mode `import`: published layouts become work directories that predict what the originals did."""
 
 import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.numpy import save_file
 
 from benchmarks import parity
@@ -14,10 +19,15 @@ from condiff_jax import sample, sharding, train
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.config import ConfigError
-from condiff_jax.convert import importing, published
+from condiff_jax.convert import exporting, importing, published
 from condiff_jax.convert.layout import to_torch
+from condiff_jax.diffusion.sampler import ddim, initial_noise
+from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir
+from configs import base
 from tests import tiny
+
+ROOT = Path(__file__).parents[2]
 
 # architecture: the layouts it is published in
 LAYOUTS = {
@@ -26,6 +36,11 @@ LAYOUTS = {
     "pixart": ("PixArtTransformer2DModel",),
     "mmdit": ("SD3Transformer2DModel",),
     "unet": ("UNet2DConditionModel",),
+}
+LINEAR = {
+    "diffusion.schedule": "linear",
+    "diffusion.beta_start": 1e-4,
+    "diffusion.beta_end": 0.02,
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
 
@@ -137,10 +152,98 @@ def test_an_import_predicts_what_the_original_does_and_trains_on(tmp_path):
         expected = expected.permute(0, 2, 3, 1).detach().numpy()
         assert np.abs(eps - expected).max() < 1e-4 * np.abs(expected).max()
 
-        sample.run(system.config, str(tmp_path / "run"))
+        with pytest.raises(ConfigError, match="diffusion.schedule: linear -> scaled_linear"):
+            sample.run(system.config, str(tmp_path / "run"))
+        settings |= LINEAR
+        sample.run(config("dit_ln", **settings), str(tmp_path / "run"))
         train.run(config("dit_ln", steps=2, **settings), str(tmp_path / "run"))
         lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [2]
+
+
+@pytest.mark.parametrize("name, layout", PAIRS)
+def test_published_models_bring_their_noise_levels(name, layout, tmp_path, capsys):
+    """From the file to the image: DDIM of the imported run against diffusers' own scheduler."""
+    source, folder = tmp_path / "weights.safetensors", Workdir(str(tmp_path / "run"))
+    with tiny.few_layers():
+        system = tiny.system(config(name, **{"convert.source": str(source)}))
+        _, state = weights(system, layout)
+        save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, source)
+        params = {"model": imported(system, source, folder.path)}
+        run = create_system(folder.load_config(), folder.load_vocabulary())
+    said = capsys.readouterr().out
+    if name in ("unet", "mmdit"):  # published with several, or as flows: said, and left as it is
+        np.testing.assert_array_equal(run.schedule.alpha_bar, system.schedule.alpha_bar)
+        assert "noise levels" in said or "rectified flow" in said
+        return
+    assert "linear, beta 0.0001 to 0.02" in said
+    scheduler = DDIMScheduler(
+        1000, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing=run.config.sampling.spacing
+    )
+    scheduler.set_timesteps(5)
+    cond = run.example_cond()
+    keys = jax.random.split(jax.random.key(1), 1)
+    x = initial_noise(keys, run.latent_shape)
+    denoise = parity.jit(run.denoise(params))
+    expected = torch.tensor(np.array(x))
+    for t in scheduler.timesteps:
+        eps = torch.tensor(np.array(denoise(expected.numpy(), np.array([t], np.int32), cond)))
+        expected = scheduler.step(eps, t, expected).prev_sample
+    sample = partial(ddim, run.denoise(params), run.schedule, steps=5)
+    result = parity.jit(sample)(x, cond, keys)
+    assert np.abs(result - expected.numpy()).max() < 1e-3 * np.abs(expected.numpy()).max()
+
+
+@pytest.mark.parametrize("field", [*LINEAR, "diffusion.base_resolution"])
+def test_other_noise_levels_than_a_layouts_are_refused(field, tmp_path):
+    source = tmp_path / "weights.safetensors"
+    other = {"diffusion.schedule": "cosine", "diffusion.base_resolution": 8}.get(field, 0.01)
+    with tiny.few_layers():
+        _, state = weights(tiny.system(config("dit_ln")), "facebookresearch/DiT")
+        save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, source)
+        fields = {"convert.source": str(source)}
+        with pytest.raises(ConfigError, match=f"{field}=.*--config.diffusion.schedule=linear"):
+            importing.run(config("dit_ln", **fields, **{field: other}), str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+        if field not in LINEAR:
+            return
+        with pytest.raises(ConfigError, match=f"{field}="):  # the default, if that was chosen
+            importing.run(config("dit_ln", **fields), str(tmp_path / "run"), {field: None})
+        importing.run(config("dit_ln", **fields, **LINEAR), str(tmp_path / "run"), LINEAR)
+
+
+def test_the_command_line_says_which_fields_were_chosen(tmp_path):
+    source = tmp_path / "weights.safetensors"
+    system = tiny.system(config("dit_ln"))
+    _, state = weights(system, "facebookresearch/DiT")
+    save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, source)
+    command = [sys.executable, "-m", "condiff_jax.main", "--mode=import", f"--workdir={tmp_path}/r"]
+    command += ["--config=configs/quickstart.py", "--config.model.name=dit_ln"]
+    command += ["--config.data.semantics=class", "--config.model.position=extrapolate"]
+    command += ["--config.diffusion.prediction=epsilon", "--config.conditioning.control=()"]
+    command += [f"--config.convert.source={source}", "--config.diffusion.schedule=scaled_linear"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "not scaled_linear" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_export_of_ours_wants_its_own_noise_levels(tmp_path):
+    with tiny.few_layers():
+        system = tiny.system(config("dit_ln", **LINEAR))
+        params = parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))
+        exporting.export(system, params, {}, exporting.epath.Path(tmp_path / "export"))
+        fields = {"convert.source": str(tmp_path / "export")}
+        for other, message in [
+            ({}, "trained with other noise levels; set --config.diffusion"),
+            (LINEAR | {"diffusion.prediction": "v"}, "predicts epsilon"),
+        ]:
+            with pytest.raises(ConfigError, match=message):
+                importing.run(config("dit_ln", **fields, **other), str(tmp_path / "run"))
+        importing.run(config("dit_ln", **fields, **LINEAR), str(tmp_path / "run"))
+
+
+def test_defaults_are_those_of_the_base_config():
+    assert base.get_config().diffusion.to_dict() == importing.UNSET
 
 
 @pytest.mark.parametrize(

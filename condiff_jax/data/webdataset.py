@@ -17,10 +17,10 @@ from absl import logging
 
 from condiff_jax.data.images import Encoded
 from condiff_jax.data.records import Records
+from condiff_jax.data.splits import by_split, split_of
 from condiff_jax.data.tars import members
 
-# In names of shards, such as train-0.tar or cc3m-validation-0001.tar.
-SPLITS = {"train": "train", "val": "validation", "validation": "validation"}
+SPLITS = ("train", "validation")
 COLUMNS = {"png": 0, "jpg": 0, "jpeg": 0, "webp": 0, "txt": 1, "json": 2}  # of Index.spans
 IMAGE, TEXT, JSON = range(3)
 VERSION = 1  # of the index; raise it when the fields or their meaning change
@@ -97,27 +97,44 @@ class _Shard:
 
 
 def find_shards(path: Path, split: str) -> list[Path]:
-    """The split's tar shards by name; every tar is "train" where no name has a split."""
-    if split not in SPLITS.values():
-        raise ValueError(f"split={split!r}: choose one of train, validation")
+    """The split's tar shards by name, see `splits`: those of a folder and of its splits' folders.
+
+    ValueError or FileNotFoundError says what is wrong with the folder or a name.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a folder of tar shards or a tar file")
-    tars = sorted(p.resolve() for p in path.glob("*.tar")) if path.is_dir() else [path.resolve()]
-    if not tars:
+    root = path if path.is_dir() else path.parent
+    shards = by_split(p.relative_to(root) for p in tar_files(path))
+    if not shards:
         raise FileNotFoundError(f"{path} holds no *.tar shards; give the folder that does")
-    shards = {s: [p for p in tars if split_of(p.name) == s] for s in SPLITS.values()}
-    if not any(shards.values()):
-        shards["train"] = tars
-    if not shards[split]:
-        other = next(s for s in shards if shards[s])
-        raise ValueError(f"{path} has no {split} shards, only {other}; use split={other!r}")
-    return shards[split]
+    if strays := shards.get(None):
+        raise ValueError(
+            f"{root / strays[0]} names no split, as others here do; rename it, such as to "
+            f"train-{strays[0].name}, or move it away"
+        )
+    if split not in shards:
+        raise ValueError(f"{path} has no {split} shards, only {', '.join(shards)}")
+    if "test" in shards:
+        logging.warning("%d test shards of %s are left out", len(shards["test"]), path)
+    # Resolved last: links of a hub's cache lead to files whose names are hashes.
+    return [(root / shard).resolve() for shard in shards[split]]
 
 
-def split_of(name: str) -> str | None:
-    """The split that a shard's name says it is of, if it does."""
-    found = re.match(r"(?:.*[-_])?(train|val|validation)[-_]", name)
-    return SPLITS[found[1]] if found else None
+def tar_files(path: Path) -> list[Path]:
+    """The file itself; of a folder its tars, and those of the folders that name a split."""
+    if not path.is_dir():
+        return [path]
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
+    inside = [p for folder in folders for p in sorted(folder.iterdir())]
+    tars = [p for p in sorted(path.iterdir()) + inside if is_tar(p)]
+    return [p for p in tars if p.parent == path or split_of(f"{p.parent.name}/shard.tar")]
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a file is a tar by its name."""
+    return path.suffix.lower() == ".tar"
 
 
 def load_or_build(shards: list[Path], split: str, cache=None) -> Index:

@@ -18,7 +18,8 @@ from condiff_jax.data.builders.units import (
     unsafe,
 )
 from condiff_jax.data.images import Encoded
-from condiff_jax.data.webdataset import IMAGE, JSON, TEXT, caption, scan, split_of
+from condiff_jax.data.splits import by_split
+from condiff_jax.data.webdataset import IMAGE, JSON, TEXT, caption, is_tar, scan
 
 SIDE = 1_000_000  # a side in pixels that no picture has
 
@@ -59,19 +60,23 @@ def original_size(image: bytes, details: bytes | None) -> tuple[int, int] | None
 
 
 def cc12m(source: Path) -> Plan:
-    """Tars with train- or val- in their names are these splits; all are train if none has that."""
+    """Tars by the split that their folder or name says, see `splits`; all train if none does."""
     files = files_below(source) if source.is_dir() else [source]
-    tars = [path for path in files if path.suffix == ".tar" or path == source]
+    tars = [path for path in files if is_tar(path) or path == source]
     gone = [Skip("missing file", path.name) for path in tars if not path.is_file()]
     tars = [path for path in tars if path.is_file()]
     if not tars:
         raise SourceError(f"{source} holds no *.tar; give the folder that img2dataset wrote")
-    named = {path: split for path in tars if (split := split_of(path.name))}
     root = source if source.is_dir() else source.parent
+    try:
+        shards = by_split(path.relative_to(root) for path in tars)
+    except ValueError as error:
+        raise SourceError(str(error)) from None
     units = [
-        span_of(path, named.get(path, "train"), str(path.relative_to(root)), Captioned)
-        for path in tars
-        if path in named or not named
+        span_of(root / path, split, str(path), Captioned)
+        for split in ("train", "validation")
+        for path in shards.get(split, ())
     ]
-    other = [Skip("wrong file name", p.name) for p in tars if named and p not in named]
-    return Plan(units, skipped=tuple(gone + other))
+    left_out = [Skip("wrong file name", path.name) for path in shards.get(None, ())]
+    left_out += [Skip("test split", str(path)) for path in shards.get("test", ())]
+    return Plan(units, skipped=tuple(gone + left_out))

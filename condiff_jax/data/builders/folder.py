@@ -1,6 +1,6 @@
 """Pictures in folders: captions.csv or captions.jsonl beside them, or one folder a class.
 
-Either at the top, or in each of the folders train and val (or validation) there.
+Either at the top, or in each of the folders of splits there, such as train and val.
 """
 
 import csv
@@ -21,8 +21,8 @@ from condiff_jax.data.builders.units import (
     text,
     unsafe,
 )
+from condiff_jax.data.splits import WORDS
 
-SPLITS = {"train": "train", "val": "validation", "validation": "validation"}
 LISTS = ("captions.csv", "captions.jsonl")
 COLUMNS = "file_name, caption and, if wanted, label and split (train or val)"
 
@@ -64,7 +64,7 @@ def folder(source: Path) -> Plan:
             f"files, nor a {' or '.join(LISTS)} that lists some"
         )
     units = []
-    for split in dict.fromkeys(SPLITS.values()):
+    for split in ("train", "validation"):
         chosen = [item for where, item in items.values() if where == split]
         units += chunks(split, split, chosen, newest)
     return Plan(units, classes, tuple(skipped))
@@ -74,12 +74,15 @@ def find(source: Path) -> Iterator[Row | Skip]:
     """All rows of a list at the top or, without one, of the splits' folders or else of the top."""
     if not source.is_dir():
         raise SourceError(f"{source} is no folder; builder folder needs one")
-    parts = {source / name: split for name, split in SPLITS.items() if (source / name).is_dir()}
+    folders = sorted(path for path in source.iterdir() if path.is_dir())
+    parts = {path: WORDS[path.name.lower()] for path in folders if path.name.lower() in WORDS}
     if not parts or any((source / name).is_file() for name in LISTS):
         parts = {source: "train"}
     for top, split in parts.items():
         listed = next((top / name for name in LISTS if (top / name).is_file()), None)
-        yield from read_list(listed, split) if listed else walk(top, split)
+        for row in read_list(listed, split) if listed else walk(top, split):
+            is_test = isinstance(row, Row) and row.split == "test"
+            yield Skip("test split", text(str(row.path.relative_to(source)))) if is_test else row
 
 
 def walk(top: Path, split: str) -> Iterator[Row | Skip]:
@@ -106,15 +109,22 @@ def read_list(path: Path, split: str) -> Iterator[Row | Skip]:
             yield Skip("bad line", f"{path.name}:{number}")
         elif unsafe(name):
             yield Skip("unsafe path", text(name))
-        elif (values[2] or split) not in SPLITS:
+        elif str(values[2] or split).lower() not in WORDS:
             yield Skip("unknown split", text(name))
         else:
             caption, label = values[:2]
             words = text(str("" if caption is None else caption)).strip()
             known = None if label in (None, "") else text(str(label))
-            yield Row(SPLITS[values[2] or split], path.parent / name, words, known)
+            of = values[2] or of_folder(name) or split
+            yield Row(WORDS[str(of).lower()], path.parent / name, words, known)
     if lines and not described:
         raise SourceError(f"{path} has neither captions nor labels; its columns are {COLUMNS}")
+
+
+def of_folder(name: str) -> str | None:
+    """The first folder of a listed file that is called like a split."""
+    folders = map(str.lower, name.split("/")[:-1])
+    return next((folder for folder in folders if folder in WORDS), None)
 
 
 def read_lines(path: Path) -> Iterator[dict]:

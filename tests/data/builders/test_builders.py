@@ -358,7 +358,7 @@ LINES = [
     {"file_name": "a.jpg", "caption": "again"},
     {"file_name": "gone.jpg", "caption": "gone"},
     {"file_name": "../up.jpg", "caption": "up"},
-    {"file_name": "c.jpg", "caption": "c", "split": "dev"},
+    {"file_name": "c.jpg", "caption": "c", "split": "extra"},
     {"caption": "nothing"},
     {"file_name": "/etc/hosts", "caption": "root's"},
 ]
@@ -394,16 +394,27 @@ def test_folder_with_captions(tmp_path, form):
     }
 
 
-def test_a_list_at_the_top_is_for_the_folders_of_splits_too(tmp_path):
+def test_a_list_at_the_top_names_the_folders_of_splits(tmp_path):
     source = archives.classes(tmp_path / "in", names=("cat",), n=1)
-    (source / "captions.csv").write_text("file_name,caption\nval/cat/0.jpg,a cat\n")
+    lines = "file_name,caption,split\nval/cat/0.jpg,a cat,\ntrain/cat/0.jpg,one,val\n"
+    (source / "captions.csv").write_text(lines)
     _, _, records = build("folder", source, tmp_path / "out")
-    assert set(records) == {"train"} and set(records["train"]) == {"val/cat/0.jpg"}
+    assert set(records) == {"validation"} and len(records["validation"]) == 2
     shutil.move(source / "captions.csv", source / "val" / "captions.csv")
     (source / "val" / "captions.csv").write_text("file_name,caption,label\ncat/0.jpg,a cat,cat\n")
     _, _, records = build("folder", source, tmp_path / "new")
     assert records["validation"]["val/cat/0.jpg"]["caption"] == b"a cat"
     assert records["train"]["train/cat/0.jpg"]["caption"] == b""
+
+
+@pytest.mark.parametrize("names", [("train", "valid", "test"), ("Training", "Dev", "Testing")])
+def test_folders_of_splits_by_their_usual_names(tmp_path, names):
+    source = archives.classes(tmp_path / "in", n=1, splits=names)
+    manifest, _, records = build("folder", source, tmp_path / "out")
+    for split, name in zip(("train", "validation"), names, strict=False):
+        assert set(records[split]) == {f"{name}/cat/0.jpg", f"{name}/dog/0.jpg"}
+    assert manifest["classes"] == 2
+    assert skipped(manifest) == {"test split": [f"{names[2]}/{c}/0.jpg" for c in ("cat", "dog")]}
 
 
 CSV, JSONL = "captions.csv", "captions.jsonl"

@@ -1,0 +1,125 @@
+"""Splits by the names of shards, as mode prepare and data.name=webdataset find them alike."""
+
+from pathlib import Path
+
+import pytest
+from absl import logging
+
+from condiff_jax.data.builders.cc12m import cc12m
+from condiff_jax.data.builders.units import SourceError
+from condiff_jax.data.splits import split_of
+from condiff_jax.data.webdataset import Webdataset
+from tests.data.test_webdataset import samples, write_tar
+
+PAIRS = [
+    ("train.tar", "val.tar"),
+    ("train.00000.tar", "val.00000.tar"),
+    ("train-0.tar", "valid-0.tar"),
+    ("train0.tar", "val0.tar"),
+    ("train2017_0.tar", "val2017_0.tar"),
+    ("cc3m-train-0001.tar", "cc3m-validation-0001.tar"),
+    ("imagenet_train_000000.tar", "imagenet_dev_000000.tar"),
+    ("00000_train.tar", "00000_val.tar"),
+    ("TRAIN-0.TAR", "Val-0.tar"),
+    ("train/00000.tar", "val/00000.tar"),
+    ("Train/00000.tar", "Validation/00000.tar"),
+    ("train2014/a.tar", "val2014/a.tar"),
+    ("cc12m_train/00000.tar", "cc12m_holdout/00000.tar"),
+    ("train/train-0.tar", "val/val-0.tar"),
+]
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """make(names) -> a folder in which the i-th tar has the one image "picture i"."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def make(names):
+        # The folder's own place is not looked at, whatever it is called.
+        root = tmp_path / "train" / "val-7" / "set"
+        for i, name in enumerate(names):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            write_tar(root / name, samples([i]))
+        return root
+
+    return make
+
+
+def prepared(root):
+    """{split: captions} of what mode prepare reads, and {reason: names} of what it leaves out."""
+    plan, captions, skipped = cc12m(root), {}, {}
+    for unit in plan.units:
+        captions.setdefault(unit.split, []).extend(sample.caption for sample in unit.read())
+    for skip in plan.skipped:
+        skipped.setdefault(skip.reason, []).append(skip.key)
+    return captions, skipped
+
+
+@pytest.mark.parametrize("train, validation", PAIRS)
+def test_validation_shards_are_never_trained_on(make, train, validation):
+    root = make([train, validation])
+    assert list(Webdataset(root).captions()) == ["picture 0"]
+    assert list(Webdataset(root, "validation").captions()) == ["picture 1"]
+    assert prepared(root) == ({"train": ["picture 0"], "validation": ["picture 1"]}, {})
+
+
+@pytest.mark.parametrize("names", [["00000.tar", "00001.tar"], ["train/0.tar", "train/1.tar"]])
+def test_all_is_for_training_where_no_name_has_another_split(make, names):
+    root = make(names)
+    assert list(Webdataset(root).captions()) == ["picture 0", "picture 1"]
+    with pytest.raises(ValueError, match="has no validation shards, only train"):
+        Webdataset(root, "validation")
+    assert prepared(root)[0] == {"train": ["picture 0", "picture 1"]}
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("trainval-0.tar", "'trainval-0' begins like a split and is none; rename it"),
+        ("validationset.tar", "'validationset' begins like a split"),
+        ("tests/0.tar", "'tests' begins like a split"),
+        ("val/train-0.tar", "names two splits, train and validation"),
+        ("train-val-0.tar", "names two splits"),
+    ],
+)
+def test_names_that_are_not_understood_are_errors(make, name, reason):
+    root = make(["train-1.tar", name])
+    with pytest.raises(ValueError, match=reason):
+        Webdataset(root)
+    with pytest.raises(SourceError, match=reason):
+        cc12m(root)
+
+
+def test_words_that_only_contain_a_splits_are_no_split():
+    for name in ("constrained-0.tar", "latest.tar", "interval/0.tar", "0001.tar", "a.train.b.c"):
+        assert split_of(name) == ("train" if "train." in name else None)
+
+
+def test_shards_without_a_split_beside_others_are_said(make):
+    root = make(["train-0.tar", "more.tar"])
+    with pytest.raises(ValueError, match="more.tar names no split, as others here do"):
+        Webdataset(root)
+    assert prepared(root) == ({"train": ["picture 0"]}, {"wrong file name": ["more.tar"]})
+
+
+def test_shards_for_testing_are_left_out_and_counted(make, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+    root = make(["train-0.tar", "test-0.tar", "test/1.tar"])
+    assert list(Webdataset(root).captions()) == ["picture 0"]
+    assert lines == [f"2 test shards of {root} are left out"]
+    expected = {"test split": ["test/1.tar", "test-0.tar"]}
+    assert prepared(root) == ({"train": ["picture 0"]}, expected)
+    (root / "train-0.tar").unlink()
+    with pytest.raises(ValueError, match="has no train shards, only test"):
+        Webdataset(root)
+
+
+def test_links_of_a_hubs_cache_have_the_split_of_their_own_name(make):
+    root = make(["blobs/3f2a.tar", "blobs/77c0.tar"])
+    snapshot = root / "snapshot"
+    snapshot.mkdir()
+    for name, blob in (("train-0.tar", "3f2a.tar"), ("val-0.tar", "77c0.tar")):
+        (snapshot / name).symlink_to(Path("..", "blobs", blob))
+    assert list(Webdataset(snapshot).captions()) == ["picture 0"]
+    assert list(Webdataset(snapshot, "validation").captions()) == ["picture 1"]

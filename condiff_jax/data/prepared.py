@@ -1,5 +1,8 @@
 """Random access to data sets as TFDS writes them (array_record), without TensorFlow."""
 
+import contextlib
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +107,7 @@ def open_builder(path: Path):
         below = sorted(path.glob(f"*/{INFO}")) + sorted(path.glob(f"*/*/{INFO}"))
         hint = f"; give {below[0].parent}" if below else ""
         raise ValueError(f"{path} holds no TFDS data set (no {INFO}){hint}")
+    check_features(path / "features.json")
     try:
         builder = tfds.builder_from_directory(path)
         formats = {form.value for form in builder.info.available_file_formats()}
@@ -118,6 +122,40 @@ def open_builder(path: Path):
     if builder.info.file_format.value != "array_record":
         builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
     return builder
+
+
+def check_features(file: Path) -> None:
+    """ValueError where a features.json names a class that is not TFDS's own.
+
+    TFDS imports the module of every class that the file names: a folder could run any code.
+    """
+    try:
+        names = list(class_names(json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read ({error})") from error
+    for name in names:
+        if not re.fullmatch(r"tensorflow_datasets(\.\w+)+", name):
+            raise ValueError(
+                f"{file} names {name}, which is not of tensorflow_datasets: reading this data set "
+                "would run foreign code"
+            )
+
+
+def class_names(value) -> Iterator[str]:
+    """The classes of features, however deep, that TFDS would import for parsed JSON."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            # "type": as old files have it; the others are both spellings of a protobuf's field.
+            if key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str):
+                yield inner
+            else:
+                yield from class_names(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from class_names(inner)
+    elif isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(json.JSONDecodeError):  # a description, say
+            yield from class_names(json.loads(value))  # features as a text, which TFDS parses
 
 
 def find_split(path: Path, available: tuple[str, ...], split: str) -> str:

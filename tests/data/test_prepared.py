@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -91,6 +92,47 @@ def captioned(tmp_path_factory):
         (source / f"0000{number}.tar").rename(source / f"train-{number}.tar")
     prepare("cc12m", source, folder / "out", processes=1)
     return folder / "out"
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+@pytest.mark.parametrize("place", ["top", "feature", "sequence", "text"])
+def test_a_folder_runs_no_code(cifar10, tmp_path, monkeypatch, key, place):
+    """TFDS imports the modules that features.json names, such as one that lies beside it."""
+    folder, marker = tmp_path / "cifar10", tmp_path / "ran"
+    shutil.copytree(cifar10, folder)
+    (tmp_path / "payload.py").write_text(f"open({str(marker)!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "payload", raising=False)
+    file = folder / "features.json"
+    content = json.loads(file.read_text())
+    evil = {key: "payload.Feature"} | ({"content": {}} if key == "type" else {"tensor": {}})
+    features = content["featuresDict"]["features"]
+    if place == "top":
+        content = evil
+    elif place == "feature":
+        features["id"] = evil
+    elif place == "sequence":
+        name = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+        features["id"] = {"pythonClassName": name, "sequence": {"feature": evil, "length": "-1"}}
+    else:
+        name = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+        features["id"] = {"pythonClassName": name, "jsonFeature": {"json": json.dumps({"a": evil})}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="names payload.Feature, which is not of tensorflow"):
+        TFDS(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["tensorflow_datasets_evil.A", "os.system", "evil.tensorflow_datasets.A", "A", ""]
+)
+def test_names_that_look_like_tfds_are_refused(cifar10, tmp_path, name):
+    shutil.copytree(cifar10, tmp_path / "cifar10")
+    file = tmp_path / "cifar10" / "features.json"
+    text = file.read_text().replace("tensorflow_datasets.core.features.text_feature.Text", name)
+    file.write_text(text)
+    with pytest.raises(ValueError, match="features.json names"):
+        TFDS(tmp_path / "cifar10")
 
 
 def test_cifar10_of_tfds(cifar10):

@@ -22,6 +22,13 @@ os.environ["XLA_FLAGS"] = (
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read flags
 
 
+def pytest_configure(config):
+    """Measure what the files cost."""
+    from tests.cpu_report import CpuReport  # not before the flags above are set: it imports JAX
+
+    config.pluginmanager.register(CpuReport())
+
+
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     """A process that trains rows of tables, see rows.py."""

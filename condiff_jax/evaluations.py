@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from condiff_jax.config import ConfigError
-from condiff_jax.results import Line, load_json
+from condiff_jax.results import Line, checked, load_json
 from condiff_jax.workdir import Workdir, read_json_lines
 
 
@@ -22,7 +22,8 @@ def read(place: str) -> list[dict[str, Any]]:
         raise ConfigError(
             f"{place!r} is not a config file, a work directory or a .json of evaluations"
         )
-    found = read_json_lines(Workdir(place).evaluation) if path.is_dir() else load_json(path)
+    inside = path.is_dir()
+    found = read_json_lines(checked(Workdir(place).evaluation)) if inside else load_json(path)
     # Autoencoders and classifiers have other lines there.
     records = [one | {"root": place} for one in found if {"metrics", "sampling"} <= one.keys()]
     if not records:

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from condiff_jax.results import Line, Table, measures
+from condiff_jax.results import Line, Table, is_inside, measures
 
 # Kinds of pictures of an evaluation, in the order in which they are shown.
 PICTURES = {
@@ -22,6 +22,7 @@ PICTURES = {
     "flip": "Same noise, without and with flip control (the paper's Fig. 6)",
     "grid": "Samples",
 }
+PNG = b"\x89PNG\r\n\x1a\n"  # how its files begin
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60676f; --back: #fff; --line: #d9dde2;
   --head: #f3f5f7; --c0: #2166ac; --c1: #b2182b; --c2: #1b7837; --c3: #8c510a; --c4: #762a83;
@@ -269,14 +270,18 @@ def pictures(lines: Sequence[Line]) -> str:
 
 
 def picture(record: dict[str, Any], kind: str) -> str:
-    """A picture of a result in base64, "" where it is not there (as for recorded results)."""
+    """A PNG of a result in base64, "" where it is not there (as for recorded results).
+
+    Results may come from others: no file of this machine for them, whatever they link to.
+    """
     if kind not in record["pictures"]:
         return ""
     inside = Path(record["folder"], record["pictures"][kind])
     if inside.is_absolute() or ".." in inside.parts or inside.suffix != ".png":
-        return ""  # results may come from others: no file of this machine for them
+        return ""
     path = epath.Path(record["root"]) / inside
-    return base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
+    content = path.read_bytes() if is_inside(path, record["root"]) else b""
+    return base64.b64encode(content).decode() if content.startswith(PNG) else ""
 
 
 def provenance(lines: Sequence[Line]) -> str:

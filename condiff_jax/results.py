@@ -106,6 +106,22 @@ def load_json(path: epath.Path) -> list[dict[str, Any]]:
     return found
 
 
+def is_inside(path: epath.Path, folder: str | epath.Path) -> bool:
+    """Whether it is a regular file in the folder: no link out of it, no pipe that blocks."""
+    if "://" in os.fspath(path):
+        return path.exists()
+    # Of epath's own, `is_file` is true for pipes and `resolve` follows no links.
+    file = Path(path)
+    return file.is_file() and file.resolve().is_relative_to(Path(folder).resolve())
+
+
+def checked(path: epath.Path) -> epath.Path:
+    """A file found in a folder; ConfigError where it is there, but not `is_inside`."""
+    if path.exists() and not is_inside(path, path.parent):
+        raise ConfigError(f"{path}: not a regular file of its folder; copy it there")
+    return path
+
+
 def read_file(path: epath.Path) -> list[dict[str, Any]]:
     """The results in a JSON-lines file or a JSON list; a torn last line is left out.
 
@@ -132,7 +148,8 @@ def read(places: Iterable[str]) -> list[dict[str, Any]]:
     for place in map(epath.Path, places):
         if not place.exists():
             raise ConfigError(f"{place}: no such file or folder of results")
-        for path in sorted(place.glob("results*.jsonl")) if place.is_dir() else [place]:
+        inside = place.is_dir()
+        for path in map(checked, sorted(place.glob("results*.jsonl"))) if inside else [place]:
             for record in read_file(path):
                 key = identify(record)
                 kept = latest.get(key)

@@ -1,7 +1,9 @@
 """Reports: Table A1's cells; means over seeds, missing rows, provenance; the HTML page."""
 
 import base64
+import io
 import json
+import os
 import re
 import runpy
 from html.parser import HTMLParser
@@ -9,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from etils import epath
 
 from condiff_jax import config as config_lib
 from condiff_jax import page, report, results
@@ -464,14 +467,64 @@ def test_bad_arguments_are_one_line(arguments, message, capsys, monkeypatch):
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-@pytest.mark.parametrize("where", ["../secret.png", "/secret.png", "samples/secret.txt"])
-def test_a_page_shows_no_file_but_pictures_of_the_run(tmp_path, where):
+SECRETS = {  # how results name a file of this machine, which is no picture of theirs
+    "../outside/secret.png": lambda samples, outside: None,
+    "OUTSIDE/secret.png": lambda samples, outside: None,
+    "samples/text.txt": lambda samples, outside: (samples / "text.txt").write_bytes(PNG + SECRET),
+    "samples/text.png": lambda samples, outside: (samples / "text.png").write_bytes(SECRET),
+    "samples/link.png": lambda samples, outside: (samples / "link.png").symlink_to(
+        outside / "secret.png"
+    ),
+    "samples/folder/secret.png": lambda samples, outside: (samples / "folder").symlink_to(outside),
+    "samples/pipe.png": lambda samples, outside: os.mkfifo(samples / "pipe.png"),
+}
+SECRET = b"secret"
+
+
+@pytest.mark.parametrize("place", SECRETS)
+@pytest.mark.parametrize("of_run", [False, True])
+def test_a_page_shows_no_file_but_pictures_of_the_run(swept, tmp_path, capsys, place, of_run):
     """Results may come from others; a page is for sending on."""
-    root = tmp_path / "runs"
-    for path in (root / "a/samples/1.png", root / "a/samples/secret.txt", root / "secret.png"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"content")
-    place = str(root / "secret.png") if where.startswith("/") else where
-    found = {"root": str(root), "folder": "a", "pictures": {"grid": "samples/1.png"}}
-    assert page.picture(found, "grid")
-    assert not page.picture(found | {"pictures": {"grid": place}}, "grid")
+    outside, folder = tmp_path / "outside", "" if of_run else "ours-0a1b2c30-100"
+    outside.mkdir()
+    (outside / "secret.png").write_bytes(PNG + SECRET)
+    (tmp_path / "real" / folder / "samples").mkdir(parents=True)
+    (tmp_path / "results").symlink_to(tmp_path / "real")  # a folder that is a link is one's own
+    samples = tmp_path / "results" / folder / "samples"
+    (samples / "1.png").write_bytes(PNG)
+    (samples / "2.png").symlink_to("1.png")
+    SECRETS[place](samples, outside)
+    pictures = {"sizes": "samples/1.png", "flip": "samples/2.png"}
+    pictures |= {"grid": place.replace("OUTSIDE", str(outside))}
+    one = record("padding=zero", 0, folder=folder, pictures=pictures)
+    one["sampling"]["seed"], one["step"] = 0, 1
+    name = "evaluation" if of_run else "results"
+    save(tmp_path / "results", [one], f"{name}.jsonl")
+    results_of = [tmp_path / "results"]
+    arguments = results_of if of_run else [swept[0], "--results", *results_of]
+    content = shown(capsys, *arguments, "--format=html")
+    embedded = re.findall('base64,([^"]*)', content)
+    assert list(map(base64.b64decode, embedded)) == [PNG, PNG]
+
+
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+@pytest.mark.parametrize("name", ["evaluation.jsonl", "results-0.jsonl"])
+def test_results_are_regular_files_of_their_folder(swept, tmp_path, capsys, name, plant):
+    results_of = tmp_path / "results"
+    results_of.mkdir()
+    plant(results_of / name)
+    run = [results_of] if name.startswith("evaluation") else [swept[0], "--results", results_of]
+    assert report.main(list(map(str, run))) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: {results_of / name}: not a regular file of its folder; copy it there\n"
+
+
+def test_a_page_shows_pictures_of_buckets():
+    found = {"root": "gs://b/runs", "folder": "a", "pictures": {"grid": "samples/1.png"}}
+    files = {"gs://b/runs/a/samples/1.png": PNG}
+    bucket = epath.testing.mock_epath(
+        exists=lambda _, path: path in files, open=lambda _, path, mode: io.BytesIO(files[path])
+    )
+    with bucket:
+        assert base64.b64decode(page.picture(found, "grid")) == PNG
+        assert not page.picture(found | {"folder": "b"}, "grid")

@@ -6,6 +6,16 @@
 # shellcheck source=launch/stoppable.sh
 . launch/stoppable.sh
 
+# count NAME DEFAULT: a variable's number. bash's arithmetic would run a command in other values.
+count() {
+  local value=${!1:-$2}
+  if [[ ! $value =~ ^(0|[1-9][0-9]{0,8})$ ]]; then
+    printf 'error: %s=%q is not a number\n' "$1" "$value" >&2
+    return 2
+  fi
+  echo "$value"
+}
+
 # requeued COMMAND...: runs it; where it was stopped, puts this job back into the queue.
 requeued() {
   local status=0 job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"

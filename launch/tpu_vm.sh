@@ -129,9 +129,14 @@ follow() {
   done
   # A host that is stopped makes the others fail.
   if grep -qx -e 143 -e lost <<<"$codes"; then return 143; fi
-  for code in $codes; do
-    if ((code)); then return "$code"; fi
-  done
+  while read -r code; do
+    # Digits first: bash's arithmetic would run a command in anything else.
+    if [[ ! $code =~ ^(0|[1-9][0-9]{0,2})$ ]] || ((code > 255)); then
+      printf 'error: tpu_vm.sh: %s: the exit code of a host is unreadable: %q\n' "$name" "$code" >&2
+      return 2
+    fi
+    if [[ $code != 0 ]]; then return "$code"; fi
+  done <<<"$codes"
 }
 
 up() {

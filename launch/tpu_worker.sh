@@ -12,9 +12,16 @@ shift || true
 # `go` holds the lock while the command runs; a lock cannot be left behind, as a process id can.
 busy() { ! flock --nonblock .run/lock true; }
 
-# running; the exit code; or lost, where the host or the command was killed
+# running; the exit code; empty (of a full disk); or lost, where the host or the command was killed
 status() {
-  if busy; then echo running; else cat .run/exit 2>/dev/null || echo lost; fi
+  local code
+  if busy; then
+    echo running
+  elif code=$(cat .run/exit 2>/dev/null); then
+    echo "${code:-empty}"
+  else
+    echo lost
+  fi
 }
 
 case $action in

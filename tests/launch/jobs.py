@@ -136,6 +136,10 @@ def wait_for(condition, process, seconds=30):
         time.sleep(0.02)
 
 
+MARKER = "MARKER"
+EVIL = f"PATH[$(touch${{IFS}}{MARKER})]"  # bash's arithmetic runs it
+
+
 def one_line(done, *words):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.compiling import QUICK
-from tests.launch.jobs import LAUNCH, ROOT, SRUN, launch, one_line, started, wait_for
+from tests.launch.jobs import EVIL, LAUNCH, MARKER, ROOT, SRUN, launch, one_line, started, wait_for
 
 TASK = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1"}
 
@@ -141,3 +141,23 @@ def test_slurm_sweep_that_leaves_out_the_first_shards_is_refused(stubs, project)
     assert not calls()
     launch("sweep.sbatch", "t.py", env=env | more | {"SWEEP_SHARDS": "5"}, cwd=project)
     assert calls()[0][-1] == "--shard=1/5"
+
+
+NUMBERS = {
+    "slurm.sbatch": ["JOB_NUM_NODES", "NTASKS_PER_NODE", "GPUS_ON_NODE", "CPUS_PER_TASK"],
+    "sweep.sbatch": ["ARRAY_TASK_MIN", "ARRAY_TASK_MAX", "ARRAY_TASK_ID"],
+}
+
+
+@pytest.mark.parametrize("value", [EVIL, "08", "4.5", "-1", "1\n2"])
+@pytest.mark.parametrize(
+    "name, variable",
+    [(name, f"SLURM_{ending}") for name, endings in NUMBERS.items() for ending in endings]
+    + [("sweep.sbatch", "SWEEP_SHARDS")],
+)
+def test_slurm_runs_no_command_in_a_number(stubs, project, name, variable, value):
+    env, calls = stubs
+    for processes in ("gpu", "node"):
+        more = {"SLURM_JOB_ID": "71", "PROCESSES": processes, variable: value}
+        one_line(launch(name, "t.py", env=env | more, cwd=project), variable, "is not a number")
+    assert not calls() and not (project / MARKER).exists()

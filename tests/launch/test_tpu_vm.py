@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import STUB, actions, launch, one_line, readme_blocks, started, wait_for
+from tests.launch.jobs import (
+    EVIL,
+    MARKER,
+    STUB,
+    actions,
+    launch,
+    one_line,
+    readme_blocks,
+    started,
+    wait_for,
+)
 
 TPU = {"ZONE": "z1", "TYPE": "v6e-16"}
 BUCKET = "--workdir=gs://bucket/run"
@@ -168,6 +178,17 @@ def test_tpu_sweep_names_those_that_fail(stubs, project):
     starts = sorted(call[5:] for call in calls() if "start" in call[-1])
     assert [start[0] for start in starts] == ["a", "b"]
     assert [start[-1][-3:] for start in starts] == ["0/2", "1/2"]
+
+
+@pytest.mark.parametrize("code", [EVIL, "", "*", "256", "08", "1 2"])
+def test_tpu_exit_code_that_is_unreadable_is_a_failure(stubs, project, code):
+    env, calls = stubs
+    installed(env, project)
+    for host in (0, 1):
+        run = Path(env["CLOUD"], f"hosts/{host}/condiff_jax/.run")
+        (run / "exit").write_text((code if host else "0") + "\n")
+    one_line(launch("tpu_vm.sh", "follow", "n", env=env | TPU, cwd=project), "n: ", "unreadable")
+    assert not [*Path(env["CLOUD"]).rglob(MARKER)] and not (project / MARKER).exists()
 
 
 @pytest.mark.parametrize("args, zone", [([], "z"), (["tpu-a"], "z"), (["tpu-a", "t.py"], "")])

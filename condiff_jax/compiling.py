@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import re
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from condiff_jax import hlo
+from condiff_jax.data.workers import follow_parent
 from condiff_jax.schema import ConfigError
 from condiff_jax.startup import one_line
 
@@ -110,7 +109,7 @@ def early(lower: Callable[..., tuple[Any, dict[str, Any]]], *inputs) -> Needs:
 
 def _compile(pipe: Any, folder: str, lower: Callable, inputs: tuple) -> None:
     """Send the sizes of what the program is given and, in the end, its needs; or an error."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()  # this process would compile on for an hour
     try:
         lowered, given = lower(*inputs)
         pipe.send({name: device_bytes(tree) for name, tree in given.items()})
@@ -119,12 +118,6 @@ def _compile(pipe: Any, folder: str, lower: Callable, inputs: tuple) -> None:
         pipe.send(error)
     except Exception as error:  # of the compiler, which may not be picklable
         pipe.send(RuntimeError(one_line(error)))
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end this process, which would compile on for an hour."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _receive(pipe: Any) -> Any:

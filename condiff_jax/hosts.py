@@ -126,13 +126,35 @@ class Interrupt:
     """
 
     def __enter__(self):
-        self.asked = False
+        self.asked = self.raises = False
         if not several():
             self.previous = signal.signal(signal.SIGTERM, self._ask)
         return self
 
     def _ask(self, *_):
         self.asked = True
+        startup.limit_workers()
+        if self.raises:
+            self.raises = False  # once: the next one must not interrupt the end in order
+            raise startup.Stopped
+
+    @contextlib.contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Raise Stopped in here as soon as SIGTERM arrives, or if it has: nothing is half-done.
+
+        An error after SIGTERM is none: what waits for a worker process finds that gone.
+        """
+        self.raises = not several()
+        try:
+            if self.asked:
+                raise startup.Stopped
+            yield
+        except Exception:
+            if self.asked:
+                raise startup.Stopped from None
+            raise
+        finally:
+            self.raises = False
 
     def after(self, step: int) -> bool:
         """Whether to stop after this step, the same for all processes; to be called each step."""

@@ -76,10 +76,11 @@ class Log:
             save_png(self.folder.grid(step), grid)
             self.events.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
-    def close(self, lines: Sequence[str]) -> None:
-        """The end of a run: what came out, line by line, and where everything is."""
+    def close(self, lines: Sequence[str] = ()) -> None:
+        """The end of a run: what came out, if anything, line by line, and where everything is."""
         if self.chief:
             self.events.close()
+        if self.chief and lines:
             curves = f"{self.folder.metrics} (and TensorBoard events beside it)"
             places = f"  curves       {curves}", f"  checkpoints  {self.folder.checkpoints}"
             tqdm.write("\n".join([*lines, *places]))

@@ -26,6 +26,7 @@ class Meter:
     def __init__(self, images_before: int):
         self.pending: list[tuple[int, dict]] = []
         self.seen, self.broken = images_before, 0
+        self.loss = math.nan  # mean of the last read
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -69,6 +70,7 @@ class Meter:
                 f"{BROKEN_LIMIT:.0%}; see the log for their names and repair the data set"
             )
         means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
+        self.loss = means["loss"]
         return means | {
             "step_time": step_time,
             "input_wait": input_wait,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -48,6 +49,7 @@ def without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
+FAREWELL = 5  # seconds that worker processes have to end after SIGTERM
 STOPPED = "Stopped; the same command goes on from there."
 
 
@@ -67,6 +69,7 @@ def stoppable(*, agreed: bool = False) -> Iterator[None]:
         return
 
     def stop(*_):
+        limit_workers()
         raise Stopped
 
     previous = signal.signal(signal.SIGTERM, stop)
@@ -76,6 +79,21 @@ def stoppable(*, agreed: bool = False) -> Iterator[None]:
         print(STOPPED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def limit_workers() -> None:
+    """Kill the worker processes that are still there in a few seconds.
+
+    Those that read from a disk that hangs, or decode a large batch, would hold up the end for long.
+    """
+    children = multiprocessing.active_children()
+
+    def kill(*_):
+        for child in children:
+            child.kill()
+
+    signal.signal(signal.SIGALRM, kill)  # no thread: this one may be about to start one, locked
+    signal.alarm(FAREWELL)
 
 
 def one_line(error: BaseException | str) -> str:

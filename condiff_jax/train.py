@@ -41,6 +41,7 @@ from condiff_jax.models.autoencoder import Latents
 from condiff_jax.models.mdt import MDT, hide
 from condiff_jax.monitor import Meter, Trace, Watchdog, throughput
 from condiff_jax.reconstruction import Reconstructor
+from condiff_jax.startup import Stopped
 from condiff_jax.system import System, Trainable, Vocabulary, create_vocabulary, open_source
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir, write
@@ -248,14 +249,13 @@ def _run(config: Config, workdir: str) -> bool:
         folder.save_control(first_controls(config, source))
     kinds = {Reconstructor: reconstruction.Reporter, NoisyClassifier: classification.Reporter}
     reporter = kinds.get(type(system), Reporter)(system, mesh, folder, frozen, first=first or 0)
-    try:
-        with Interrupt() as interrupt:
-            train_state = loop(
-                system, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
-            )
-    finally:
-        checkpoints.close()
+    # SIGTERM may come again while the last checkpoint is being written.
+    with Interrupt() as interrupt, contextlib.closing(checkpoints):
+        train_state = loop(
+            system, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
+        )
     if interrupt.asked:
+        reporter.close()
         print(f"Stopped at step {int(train_state.step)}; the same command goes on from there.")
         return False
     params = state.to_sample(train_state, config.sampling.ema)
@@ -307,40 +307,49 @@ def loop(
         total=config.steps, initial=first, desc="train", unit="step", smoothing=0.05,
         disable=jax.process_index() != 0,
     )  # fmt: skip
+
+    def log(step: int) -> None:
+        values = meter.read()  # waits for the device
+        values |= throughput(config, values["step_time"], flop_image)
+        reporter.scalars(step, values)
+        bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_sec']:.0f}")
+
     with bar, contextlib.closing(trace), contextlib.closing(watchdog):
-        for step in range(first + 1, config.steps + 1):
-            trace.before(step)
-            batch = sharding.put_batch(mesh, meter.wait(data))
-            train_state, metrics = step_fn(train_state, batch)
-            meter.add(step, metrics, config.batch_size)
-            trace.after(step, metrics)
-            if step == first + 1:  # it was compiled
-                jax.block_until_ready(metrics)
-                meter.restart_clock()
-            watchdog.step()
-            bar.update()
-            last = interrupt.after(step) or step == config.steps
-            save = last or step % config.checkpoint.every == 0
-            if save or step % config.log.every == 0:
-                values = meter.read()  # waits for the device
-                values |= throughput(config, values["step_time"], flop_image)
-                reporter.scalars(step, values)
-                bar.set_postfix(
-                    loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_sec']:.0f}"
-                )
-            if save:
-                checkpoints.save(step, train_state, values["loss"])
-            if last:
-                break
-            shown, measured = config.log.samples_every, config.evaluation.every
-            shown = shown and step % shown == 0
-            measured = measured and step % measured == 0 and config.evaluation.metrics
-            if shown or measured:
-                watchdog.close()
-                params = state.to_sample(train_state, config.sampling.ema)
-                if shown:
-                    reporter.samples(step, params)
-                if measured:
-                    reporter.early(step, params)
-                meter.restart_clock()
+        with contextlib.suppress(Stopped):  # what is done until then is saved
+            for step in range(first + 1, config.steps + 1):
+                trace.before(step)
+                with interrupt.immediate():
+                    batch = meter.wait(data)
+                train_state, metrics = step_fn(train_state, sharding.put_batch(mesh, batch))
+                meter.add(step, metrics, config.batch_size)
+                trace.after(step, metrics)
+                if step == first + 1:  # it was compiled
+                    jax.block_until_ready(metrics)
+                    meter.restart_clock()
+                watchdog.step()
+                bar.update()
+                if interrupt.after(step) or step == config.steps:
+                    break
+                save = step % config.checkpoint.every == 0
+                if save or step % config.log.every == 0:
+                    log(step)
+                if save:
+                    checkpoints.save(step, train_state, meter.loss)
+                shown, measured = config.log.samples_every, config.evaluation.every
+                shown = shown and step % shown == 0
+                measured = measured and step % measured == 0 and config.evaluation.metrics
+                if shown or measured:
+                    watchdog.close()
+                    with interrupt.immediate():
+                        params = state.to_sample(train_state, config.sampling.ema)
+                        if shown:
+                            reporter.samples(step, params)
+                        if measured:
+                            reporter.early(step, params)
+                    meter.restart_clock()
+        last = int(train_state.step)
+        if meter.pending:
+            log(last)
+        if last > first:
+            checkpoints.save(last, train_state, meter.loss)
     return train_state

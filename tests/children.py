@@ -22,6 +22,7 @@ CONTEXT.set_forkserver_preload(["tests.preload"])
 
 def _main(arguments: Sequence[str], log: str, devices: int, environment: dict[str, str]) -> None:
     """`python -m condiff_jax.main ARGUMENTS >LOG 2>&1` with few layers, and MB of a kB."""
+    os.setsid()  # a group of its own, as job managers give it
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     os.environ.update(environment)
@@ -65,6 +66,16 @@ class Children:
             if process.exitcode is None:
                 raise TimeoutError(f"{log} after {seconds} s: {log.read_text()[-2000:]}")
         return [process.exitcode for process in self.processes]
+
+    def group(self, i: int = 0) -> list[int]:
+        """The living processes of process i's group, itself among them."""
+        found, own = [], self.processes[i].pid
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has just ended
+                state, _, group = path.read_text().rsplit(")", 1)[1].split()[:3]
+                if int(group) == own and state != "Z":
+                    found.append(int(path.parent.name))
+        return found
 
     def outputs(self) -> list[str]:
         """What each has written."""

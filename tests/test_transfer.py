@@ -215,8 +215,11 @@ def test_stages_run_in_one_command_and_resume_in_the_middle(tmp_path, capsys, mo
     loop, earlier = train.loop, config.init.pretrain
 
     def interrupted(system, mesh, train_state, data, step, checkpoints, reporter, interrupt):
-        interrupt.asked = True  # as SIGTERM does, in the first stage's first step
-        return loop(system, mesh, train_state, data, step, checkpoints, reporter, interrupt)
+        def stepped(*inputs):
+            interrupt.asked = True  # as SIGTERM does, in the first stage's first step
+            return step(*inputs)
+
+        return loop(system, mesh, train_state, data, stepped, checkpoints, reporter, interrupt)
 
     monkeypatch.setattr(train, "loop", interrupted)
     assert not train.run(config, str(tmp_path / "run"))

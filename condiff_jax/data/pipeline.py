@@ -18,6 +18,7 @@ from condiff_jax.data.prepared import TFDS
 from condiff_jax.data.records import read_record
 from condiff_jax.data.shapes import Shapes
 from condiff_jax.data.webdataset import Webdataset
+from condiff_jax.data.workers import leave_signals_to_parent
 
 if TYPE_CHECKING:
     from condiff_jax.config import Config
@@ -143,7 +144,8 @@ def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Any]:
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     dataset = dataset.to_iter_dataset(options)
     if workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        dataset = dataset.mp_prefetch(options, leave_signals_to_parent)
     yield from dataset
 
 
@@ -174,5 +176,5 @@ def batches(
     dataset = dataset.to_iter_dataset(options)
     if data.workers:
         options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=4)
-        dataset = dataset.mp_prefetch(options)
+        dataset = dataset.mp_prefetch(options, leave_signals_to_parent)
     return iter(dataset)

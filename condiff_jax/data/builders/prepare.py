@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +25,7 @@ from condiff_jax.data.builders.faces import load_boxes
 from condiff_jax.data.builders.shards import Job, Settings, jobs_of, run, write_json
 from condiff_jax.data.builders.units import OutputError, SourceError, Unit, short_hash
 from condiff_jax.data.prepared import BEGUN, INFO
+from condiff_jax.data.workers import follow_parent
 
 MB = 10**6
 RECORD = 400  # bytes that a record has besides its picture, about
@@ -209,17 +209,6 @@ def finished(left: list[Job], settings: Settings, processes: int) -> Iterator[Jo
         named = getattr(error, "filename", None) or settings.folder
         kind = OutputError if Path(named).is_relative_to(settings.folder) else SourceError
         raise kind(f"{error}; mend that and run the same command to go on") from error
-
-
-def follow_parent() -> None:
-    """End this worker process as soon as the one that started it ends, however that happens."""
-    parent = multiprocessing.parent_process()
-
-    def wait():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def report(manifest: dict | None, builder: str, out: Path) -> None:

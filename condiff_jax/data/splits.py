@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 # The words that people use. Images for testing are neither trained on nor measured with.
 WORDS = {
@@ -17,16 +17,17 @@ WORDS = {
 def split_of(path: PurePath | str) -> str | None:
     """The split (train, validation or test) that a relative path names, None where it names none.
 
-    The word may be followed by digits and stand among others: train.00000.tar, train2017/0.tar,
-    cc3m-validation-0001.tar. ValueError where a folder or the file begins like a split and is none
-    of them (trainval-0.tar), or where two are named (val/train-0.tar).
+    The word may stand among others and beside digits: train.00000.tar, train2017/0.tar,
+    cc3m-validation-0001.tar, ImageNetTrain.tar. ValueError where a folder or the file begins like a
+    split and is none (trainval-0.tar), or where two are named (val/train-0.tar).
     """
     *folders, name = PurePath(path).parts
     splits = set()
     for part in (*folders, name.removesuffix(PurePath(name).suffix)):
-        words = [word.rstrip("0123456789") for word in re.split(r"[\W_]+", part.lower())]
-        found = {WORDS[word] for word in words if word in WORDS}
-        if not found and re.match("train|val|test", words[0]):
+        runs = re.findall(r"[^\W\d_]+", part)
+        parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", part)  # of camel case
+        found = {WORDS[word.lower()] for word in (*runs, *parts) if word.lower() in WORDS}
+        if not found and runs and re.match("train|val|test", runs[0].lower()):
             raise ValueError(
                 f"{path}: {part!r} begins like a split and is none; rename it, such as to "
                 "train-NAME, val-NAME or data-NAME"
@@ -37,9 +38,14 @@ def split_of(path: PurePath | str) -> str | None:
     return splits.pop() if splits else None
 
 
-def by_split(paths: Iterable[PurePath]) -> dict[str | None, list[PurePath]]:
-    """Relative paths by what `split_of` says; where none names a split all are train."""
+def by_split(root: Path, paths: Iterable[PurePath]) -> dict[str | None, list[PurePath]]:
+    """Paths relative to the folder `root` by what `split_of` says.
+
+    Where none names a split, all are of the one that the folder is called, or else train.
+    """
     groups: dict[str | None, list[PurePath]] = {}
     for path in paths:
         groups.setdefault(split_of(path), []).append(path)
-    return {"train": groups[None]} if groups.keys() == {None} else groups
+    if groups.keys() != {None}:
+        return groups
+    return {WORDS.get(root.absolute().name.lower(), "train"): groups[None]}

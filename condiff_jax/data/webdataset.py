@@ -106,7 +106,7 @@ def find_shards(path: Path, split: str) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a folder of tar shards or a tar file")
     root = path if path.is_dir() else path.parent
-    shards = by_split(p.relative_to(root) for p in tar_files(path))
+    shards = by_split(root, (p.relative_to(root) for p in tar_files(path)))
     if not shards:
         raise FileNotFoundError(f"{path} holds no *.tar shards; give the folder that does")
     if strays := shards.get(None):

@@ -26,6 +26,10 @@ PAIRS = [
     ("train2014/a.tar", "val2014/a.tar"),
     ("cc12m_train/00000.tar", "cc12m_holdout/00000.tar"),
     ("train/train-0.tar", "val/val-0.tar"),
+    ("0train.tar", "0val.tar"),
+    ("ImageNetTrain0.tar", "ImageNetVal0.tar"),
+    ("train-00000-of-00002.tar", "validation-00000-of-00001.tar"),
+    ("train-{000..012}.tar", "val-{000..012}.tar"),
 ]
 
 
@@ -80,6 +84,7 @@ def test_all_is_for_training_where_no_name_has_another_split(make, names):
         ("tests/0.tar", "'tests' begins like a split"),
         ("val/train-0.tar", "names two splits, train and validation"),
         ("train-val-0.tar", "names two splits"),
+        ("TRAINval.tar", "begins like a split"),
     ],
 )
 def test_names_that_are_not_understood_are_errors(make, name, reason):
@@ -88,6 +93,16 @@ def test_names_that_are_not_understood_are_errors(make, name, reason):
         Webdataset(root)
     with pytest.raises(SourceError, match=reason):
         cc12m(root)
+
+
+@pytest.mark.parametrize("name, split", [("train", "train"), ("Val", "validation")])
+def test_a_folder_of_one_split_is_that_split(make, name, split):
+    root = make([f"{name}/0.tar"]) / name
+    other = {"train": "validation", "validation": "train"}[split]
+    assert len(Webdataset(root, split)) == 1
+    with pytest.raises(ValueError, match=f"no {other} shards, only {split}"):
+        Webdataset(root, other)
+    assert prepared(root)[0] == {split: ["picture 0"]}
 
 
 def test_words_that_only_contain_a_splits_are_no_split():

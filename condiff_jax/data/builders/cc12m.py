@@ -69,7 +69,7 @@ def cc12m(source: Path) -> Plan:
         raise SourceError(f"{source} holds no *.tar; give the folder that img2dataset wrote")
     root = source if source.is_dir() else source.parent
     try:
-        shards = by_split(path.relative_to(root) for path in tars)
+        shards = by_split(root, (path.relative_to(root) for path in tars))
     except ValueError as error:
         raise SourceError(str(error)) from None
     units = [

@@ -28,7 +28,7 @@ def main(_) -> None:
     from condiff_jax import config as config_lib
     from condiff_jax import hosts
 
-    if MODE.value != "plan":  # which uses no device
+    if MODE.value not in ("plan", "summary"):  # which use no device
         hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     with startup.stoppable(agreed=MODE.value == "train" and hosts.several()), hosts.ending():
         try:
@@ -43,8 +43,8 @@ def dispatch(config, mode: str, workdir: str | None) -> None:
     from condiff_jax.config import ConfigError
     from condiff_jax.convert import exporting, importing
 
-    without = {"summary": summary.run, "prepare": prepare.run, "encode": encode.run}  # a workdir
-    without |= {"reference": fidelity.run_reference}
+    without = {"prepare": prepare.run, "encode": encode.run}  # a workdir
+    without |= {"reference": fidelity.run_reference, "summary": lambda c: summary.run(c, workdir)}
     without |= {"plan": lambda c: plan.run(c, TOPOLOGY.value, times=TIMES.value)}
     if mode in without:
         return without[mode](config)

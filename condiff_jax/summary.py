@@ -1,21 +1,33 @@
-"""Mode `summary`: the parameter table, the parameter count and the forward FLOP of a config."""
+"""Mode `summary`: the parameter table, the parameter count and the forward FLOP of a config.
+
+With --workdir, of a run that would be trained there: a field that it needs and that is empty is an
+error, as it would be for mode train. What the fields name may be on another machine.
+"""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 from clu import parameter_overview
 
+from condiff_jax import config as config_lib
+from condiff_jax import fidelity
 from condiff_jax.config import Config, ConfigError
-from condiff_jax.system import System, Vocabulary, create_vocabulary, open_source
-from condiff_jax.system import create as create_system
-from condiff_jax.train import forward_flops
+from condiff_jax.system import Trainable, Vocabulary, create_vocabulary, open_source
+from condiff_jax.train import forward_flops, trainable
+
+
+def is_absent(path: str) -> bool:
+    """Whether a local path is not on this machine."""
+    return "://" not in path and not Path(path).exists()
 
 
 def vocabulary(config: Config) -> Vocabulary:
-    """That of the data; without data, as many classes as `data.classes` says."""
-    if config.data.path or config.data.name == "shapes":
+    """That of the data; without data here, as many classes as `data.classes` says."""
+    path = config.data.path
+    if (path and not is_absent(path)) or config.data.name == "shapes":
         return create_vocabulary(config, open_source(config))
     return Vocabulary((), tuple(map(str, range(config.data.classes))))
 
@@ -25,23 +37,48 @@ def count_parameters(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def summarize(system: System) -> dict[str, float]:
-    """{"parameters": of the denoiser, "gflop_forward": one image, multiply-add = 2}."""
+def summarize(system: Trainable) -> dict[str, float]:
+    """{"parameters": of the denoiser, "gflop_forward": one image, multiply-add = 2}.
+
+    Of other objectives than diffusion, the parameters of all that is trained.
+    """
     params = system.shapes
     return {
-        "parameters": count_parameters(params["model"]),
+        "parameters": count_parameters(params.get("model", params)),
         "gflop_forward": round(forward_flops(system) / 1e9, 3),
     }
 
 
-def run(config: Config) -> None:
+def check(config: Config) -> None:
+    """ConfigError for a field that a training needs and that is empty; no file is read."""
+    for number, stage in enumerate(config_lib.stages(config)[::-1]):
+        try:
+            if not stage.data.path:
+                open_source(stage)
+            for encoder in trainable(stage, Vocabulary((), ())).frozen.values():
+                if not config_lib.get(stage, encoder.field):
+                    encoder.files()
+            networks = {fidelity.NETWORK.get(metric) for metric in stage.evaluation.metrics}
+            for name in networks & {"inception", "clip"}:
+                if not getattr(stage.evaluation, name):
+                    raise ConfigError(f"evaluation.{name} is empty, but evaluation.metrics need it")
+        except ConfigError as error:
+            where = "config: " + "init.pretrain." * number
+            raise ConfigError(where + str(error).removeprefix("config: ")) from error
+
+
+def run(config: Config, workdir: str | None = None) -> None:
     """Print the table, and as the last line one JSON object; nothing is allocated."""
-    system = create_system(config, vocabulary(config))
+    if workdir:
+        check(config)
+    if config.data.path and is_absent(config.data.path):
+        print(f"Without the data: data.path={config.data.path} is not on this machine")
+    system = trainable(config, vocabulary(config))
     params = system.shapes
     print(parameter_overview.get_parameter_overview(params, include_stats=False))
     for name, encoder in system.frozen.items():
         try:
             print(f"Frozen besides: {name}, {count_parameters(encoder.shapes()):,} parameters")
-        except ConfigError as error:
+        except (ConfigError, ImportError) as error:  # such as a bucket without the extra gcs
             print(f"Frozen besides: {name}, of unknown size ({error})")
     print(json.dumps(summarize(system)))

@@ -27,7 +27,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from condiff_jax import config as config_lib
-from condiff_jax import evaluate, hosts, kinship, results, startup, train
+from condiff_jax import evaluate, hosts, kinship, results, startup, summary, train
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.workdir import append_json
 
@@ -288,7 +288,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--shard", type=shard, metavar="I/N", help="run every N-th group of runs from the I-th"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show what would be run")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be run, and lacks")
     parser.epilog = "--config.FIELD=VALUE sets a field of every row, as for condiff_jax.main"
     known, rest = parser.parse_known_args(argv)
     known.overrides = {}
@@ -332,6 +332,8 @@ def run(argv: Sequence[str]) -> int:
     done = {results.identify(one): (one["folder"], one["status"]) for one in known}
     if args.dry_run:
         print(describe(groups, done, common))
+        for one in (run for group in groups for run in group):
+            summary.check(one.config)
         return 0
     workdir.mkdir(parents=True, exist_ok=True)
     return execute([run for group in groups for run in group], done, workdir, output, common)

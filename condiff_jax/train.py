@@ -194,6 +194,14 @@ def forward_flops(system: Trainable) -> int:
     return flops.count(lambda params, *inputs: system.denoise(params)(*inputs), params, x, t, cond)
 
 
+def trainable(config: Config, vocabulary: Vocabulary) -> Trainable:
+    """What `config.objective` trains; nothing is allocated."""
+    if config.objective == "reconstruction":
+        return reconstruction.create(config)
+    create = classifier.create if config.objective == "classification" else create_system
+    return create(config, vocabulary)
+
+
 def run(config: Config, workdir: str) -> bool:
     """Mode `train`: start, resume or notice that all is done; whether it is (SIGTERM saves first).
 
@@ -212,12 +220,9 @@ def _run(config: Config, workdir: str) -> bool:
         )
     evaluate.check(config)
     source = open_source(config)
-    if config.objective == "reconstruction":
-        system, vocabulary = reconstruction.create(config), Vocabulary((), ())
-    else:
-        vocabulary = create_vocabulary(config, source)
-        create = classifier.create if config.objective == "classification" else create_system
-        system = create(config, vocabulary)
+    coded = config.objective == "reconstruction"
+    vocabulary = Vocabulary((), ()) if coded else create_vocabulary(config, source)
+    system = trainable(config, vocabulary)
     if config.data.name == "latents":
         encode.check(system, source)
     folder = Workdir(workdir)

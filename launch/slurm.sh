@@ -5,6 +5,8 @@
 . launch/xla_flags.sh gpu
 # shellcheck source=launch/stoppable.sh
 . launch/stoppable.sh
+# shellcheck source=launch/check.sh
+. launch/check.sh
 
 # count NAME DEFAULT: a variable's number. bash's arithmetic would run a command in other values.
 count() {

@@ -15,10 +15,14 @@ if (($# < 2)) || [[ -z ${ZONE:-} ]]; then
 fi
 IFS=, read -ra names <<<"$1"
 shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=launch/check.sh
+. "$root/launch/check.sh"
+(cd "$root" && check_command python -m condiff_jax.sweep "$@")
 
 jobs=()
 for index in "${!names[@]}"; do
-  "$(dirname "$0")/tpu_vm.sh" run "${names[index]}" python -m condiff_jax.sweep "$@" \
+  CHECK=0 "$root/launch/tpu_vm.sh" run "${names[index]}" python -m condiff_jax.sweep "$@" \
     --shard="$index/${#names[@]}" >"sweep-${names[index]}.log" 2>&1 &
   jobs+=("$!")
 done

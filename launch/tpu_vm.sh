@@ -3,7 +3,7 @@
 #
 #   export ZONE=us-east5-b TYPE=v6e-16 CAPACITY=spot DELETE=1
 #   launch/tpu_vm.sh up NAME python -m condiff_jax.main --config=configs/table1.py:arch=ours \
-#     --workdir=gs://BUCKET/RUN
+#     --config.data.path=DATA --config.autoencoder.path=VAE --workdir=gs://BUCKET/RUN
 #
 #   up NAME COMMAND...   all of the following but delete; again when the slice is preempted or fails,
 #                        until the command ends. After a lost connection: the same command again
@@ -18,7 +18,11 @@
 # DELETE=1: up deletes the slice after the command, however it ends. PROJECT: gcloud's default if not
 # set. VERSION: the VMs' image. OPTIONS: more for the creation, such as --network=... With several hosts,
 # gcloud asks for the key in ssh-agent: ssh-add ~/.ssh/google_compute_engine.
+# Before anything else, up and run check the command here (check.sh); CHECK=0 leaves that out.
 set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=launch/check.sh
+. "$root/launch/check.sh"
 
 fail() {
   echo "error: tpu_vm.sh: $*" >&2
@@ -94,6 +98,8 @@ create() {
   done
 }
 
+check() { (cd "$root" && check_command "$@"); }
+
 # on WORKERS COMMAND: in a shell on hosts of the slice.
 on() {
   gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --quiet --worker="$1" --command="$2" </dev/null
@@ -102,8 +108,7 @@ on() {
 worker() { on "$1" "$folder/launch/tpu_worker.sh $2"; }
 
 install() {
-  local archive root
-  root=$(cd "$(dirname "$0")/.." && pwd)
+  local archive
   archive=$(mktemp -d)/$folder.tgz
   git -C "$root" ls-files -z | tar -C "$root" --null -T - -czf "$archive" &&
     gcloud compute tpus tpu-vm scp "$archive" "$name:$folder.tgz" "${place[@]}" --quiet --worker=all || return
@@ -142,6 +147,7 @@ follow() {
 up() {
   local code now
   [[ " $* " =~ \ --workdir[=\ ]gs:// ]] || fail "a slice that is lost loses its disks; give --workdir=gs://..."
+  check "$@"
   while true; do
     create
     code=0
@@ -161,6 +167,7 @@ case $action in
   create) create ;;
   install) install ;;
   run)
+    check "$@"
     start "$@"
     follow
     ;;

@@ -1,5 +1,6 @@
 """Every row of every table is a valid experiment at every scale, and README.md lists them all."""
 
+import json
 import math
 import runpy
 
@@ -449,3 +450,52 @@ def test_readme_is_up_to_date():
     text = (FOLDER / "README.md").read_text()
     assert text == readme(), "run: python -m configs > configs/README.md"
     assert all(f"`{name}.py:{row}`" in text for name, row in ROWS)
+
+
+@pytest.mark.parametrize(
+    "args, fields, message",
+    [
+        ("data=imagenet1k,resolution=256", {}, "config: data.path: empty, but data.name=tfds"),
+        ("", {"data.path": "DATA"}, "config: autoencoder.path is empty"),
+        (
+            "data=cc12m",
+            {"data.path": "DATA", "autoencoder.path": "VAE"},
+            "config: text_encoder.path is empty",
+        ),
+        (
+            "resolution=512",
+            {"data.path": "DATA", "autoencoder.path": "VAE"},
+            "config: init.pretrain.data.path: empty",
+        ),
+        (
+            "",
+            {
+                "data.path": "DATA",
+                "autoencoder.path": "VAE",
+                "evaluation.metrics": ("fid",),
+            },
+            "config: evaluation.inception is empty",
+        ),
+    ],
+)
+def test_summary_of_a_run_names_the_field_that_it_lacks(args, fields, message):
+    values = TABLES["table1"]["get_config"](",".join(filter(None, ("arch=ours", args))))
+    values.update_from_flattened_dict(fields)
+    with pytest.raises(config_lib.ConfigError, match=f"^{message}"):
+        summary.run(config_lib.create(values), "WORKDIR")
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "classifier"])
+def test_summary_of_other_objectives_counts_what_is_trained(name, capsys):
+    config = config_of(name, "")
+    summary.run(config, "WORKDIR")
+    *_, total, line = capsys.readouterr().out.splitlines()
+    assert f"{json.loads(line)['parameters']:,}" in total and json.loads(line)["gflop_forward"] > 0
+
+
+def test_summary_goes_on_without_data_that_is_elsewhere(capsys):
+    values = TABLES["table1"]["get_config"]("arch=ours")
+    values.update_from_flattened_dict({"data.path": "DATA", "autoencoder.path": "VAE"})
+    summary.run(config_lib.create(values), "WORKDIR")
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == "Without the data: data.path=DATA is not on this machine"

@@ -15,7 +15,6 @@ from tests.launch.jobs import (
     actions,
     launch,
     one_line,
-    readme_blocks,
     started,
     wait_for,
 )
@@ -196,21 +195,3 @@ def test_tpu_sweep_bad_arguments_are_one_line(stubs, project, args, zone):
     env, calls = stubs
     one_line(launch("sweep_tpu.sh", *args, env=env | {"ZONE": zone}, cwd=project), "usage")
     assert calls() == []
-
-
-def test_slurm_and_tpu_commands_of_the_readme(stubs, project):
-    env, calls = stubs
-    bin_folder = Path(env["PATH"].split(":")[0])
-    (bin_folder / "python").write_text(STUB)
-    (bin_folder / "python").chmod(0o755)
-    blocks = [block for block in readme_blocks() if "kubectl" not in block]
-    for block in blocks:
-        done = subprocess.run(
-            ["bash", "-euc", block], env=env, cwd=project, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    srun, *_ = [call for call in calls() if call[0] == "srun"]
-    assert "condiff_jax.main" in srun
-    runs = [call for call in calls() if call[0] == "python"]
-    assert len(runs) == 2 and all("condiff_jax.main" in call for call in runs)  # two hosts
-    assert actions(calls())[-1].endswith("delete")

@@ -1,0 +1,24 @@
+# shellcheck shell=bash
+# check_command COMMAND...: refuses a command whose config is wrong; for the project's folder.
+#
+# Modes train, sample and evaluate are checked by mode summary, sweeps by their dry run, on the CPU of
+# this machine. Data and encoders may be elsewhere. Other modes and commands pass unchecked, and all
+# with CHECK=0. PYTHON: the interpreter of this machine; the command's own if it is not set.
+
+check_command() {
+  local out more mode='--mode[= ](import|export|prepare|encode|reference|summary|plan)'
+  [[ ${CHECK:-1} != 0 && ${2:-} == -m && ! " $* " =~ \ $mode\  ]] || return 0
+  case ${3:-} in
+    condiff_jax.main) more=(--mode=summary) ;;
+    condiff_jax.sweep) more=(--dry-run --workdir=/nonexistent) ;; # without results to look for
+    *) return 0 ;;
+  esac
+  # An encoder that is named by its hub id is fetched where it is used.
+  out=$(JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 "${PYTHON:-$1}" "${@:2}" "${more[@]}" 2>&1 >/dev/null) && return
+  out=${out##*$'\n'}
+  if [[ $out != "error: "* ]]; then
+    out="error: the command cannot be checked here ($out); pip install -e . in this folder, or set CHECK=0"
+  fi
+  echo "$out" >&2
+  return 2
+}

@@ -38,6 +38,15 @@ def split_of(path: PurePath | str) -> str | None:
     return splits.pop() if splits else None
 
 
+def split_of_folder(name: str) -> str | None:
+    """The split of a folder that is called nothing else, such as Train, valid or val2017.
+
+    Others may be classes, such as "bullet train".
+    """
+    runs = re.findall(r"[^\W\d_]+", name.lower())
+    return WORDS.get(runs[0]) if len(runs) == 1 else None
+
+
 def by_split(root: Path, paths: Iterable[PurePath]) -> dict[str | None, list[PurePath]]:
     """Paths relative to the folder `root` by what `split_of` says.
 
@@ -48,4 +57,4 @@ def by_split(root: Path, paths: Iterable[PurePath]) -> dict[str | None, list[Pur
         groups.setdefault(split_of(path), []).append(path)
     if groups.keys() != {None}:
         return groups
-    return {WORDS.get(root.absolute().name.lower(), "train"): groups[None]}
+    return {split_of_folder(root.absolute().name) or "train": groups[None]}

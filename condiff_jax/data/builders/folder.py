@@ -6,7 +6,7 @@ Either at the top, or in each of the folders of splits there, such as train and 
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from condiff_jax.data.builders.units import (
     text,
     unsafe,
 )
-from condiff_jax.data.splits import WORDS
+from condiff_jax.data.splits import split_of_folder
 
 LISTS = ("captions.csv", "captions.jsonl")
 COLUMNS = "file_name, caption and, if wanted, label and split (train or val)"
@@ -75,7 +75,7 @@ def find(source: Path) -> Iterator[Row | Skip]:
     if not source.is_dir():
         raise SourceError(f"{source} is no folder; builder folder needs one")
     folders = sorted(path for path in source.iterdir() if path.is_dir())
-    parts = {path: WORDS[path.name.lower()] for path in folders if path.name.lower() in WORDS}
+    parts = {path: split for path in folders if (split := split_of_folder(path.name))}
     if not parts or any((source / name).is_file() for name in LISTS):
         parts = {source: "train"}
     for top, split in parts.items():
@@ -94,7 +94,8 @@ def walk(top: Path, split: str) -> Iterator[Row | Skip]:
         elif not IMAGE.search(path.name):
             yield Skip("no image name", text(str(inner)))
         else:
-            yield Row(split, path, name=text(inner.parts[0]))
+            where = first_split(inner.parts[1:-1]) or split
+            yield Row(where, path, name=text(inner.parts[0]))
 
 
 def read_list(path: Path, split: str) -> Iterator[Row | Skip]:
@@ -109,22 +110,21 @@ def read_list(path: Path, split: str) -> Iterator[Row | Skip]:
             yield Skip("bad line", f"{path.name}:{number}")
         elif unsafe(name):
             yield Skip("unsafe path", text(name))
-        elif str(values[2] or split).lower() not in WORDS:
+        elif values[2] not in (None, "") and not split_of_folder(str(values[2])):
             yield Skip("unknown split", text(name))
         else:
-            caption, label = values[:2]
+            caption, label, column = values
             words = text(str("" if caption is None else caption)).strip()
             known = None if label in (None, "") else text(str(label))
-            of = values[2] or of_folder(name) or split
-            yield Row(WORDS[str(of).lower()], path.parent / name, words, known)
+            where = split_of_folder(str(column or "")) or first_split(name.split("/")[:-1]) or split
+            yield Row(where, path.parent / name, words, known)
     if lines and not described:
         raise SourceError(f"{path} has neither captions nor labels; its columns are {COLUMNS}")
 
 
-def of_folder(name: str) -> str | None:
-    """The first folder of a listed file that is called like a split."""
-    folders = map(str.lower, name.split("/")[:-1])
-    return next((folder for folder in folders if folder in WORDS), None)
+def first_split(folders: Iterable[str]) -> str | None:
+    """The split of the first of these folders that is called like one."""
+    return next(filter(None, map(split_of_folder, folders)), None)
 
 
 def read_lines(path: Path) -> Iterator[dict]:

@@ -407,14 +407,28 @@ def test_a_list_at_the_top_names_the_folders_of_splits(tmp_path):
     assert records["train"]["train/cat/0.jpg"]["caption"] == b""
 
 
-@pytest.mark.parametrize("names", [("train", "valid", "test"), ("Training", "Dev", "Testing")])
+@pytest.mark.parametrize(
+    "names",
+    [("train", "valid", "test"), ("Training", "Dev", "Testing"), ("train2017", "val2017", "t")],
+)
 def test_folders_of_splits_by_their_usual_names(tmp_path, names):
     source = archives.classes(tmp_path / "in", n=1, splits=names)
     manifest, _, records = build("folder", source, tmp_path / "out")
     for split, name in zip(("train", "validation"), names, strict=False):
         assert set(records[split]) == {f"{name}/cat/0.jpg", f"{name}/dog/0.jpg"}
     assert manifest["classes"] == 2
-    assert skipped(manifest) == {"test split": [f"{names[2]}/{c}/0.jpg" for c in ("cat", "dog")]}
+    left_out = {"test split": [f"{names[2]}/{c}/0.jpg" for c in ("cat", "dog")]}
+    assert skipped(manifest) == ({} if names[2] == "t" else left_out)
+
+
+def test_splits_within_the_folders_of_classes(tmp_path):
+    for name in ("cat/train/0.jpg", "cat/val/1.jpg", "dog/train/2.jpg", "dog/test/3.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_bytes(archives.jpeg(0))
+    manifest, _, records = build("folder", tmp_path / "in", tmp_path / "out")
+    assert set(records["train"]) == {"cat/train/0.jpg", "dog/train/2.jpg"}
+    assert set(records["validation"]) == {"cat/val/1.jpg"}
+    assert skipped(manifest) == {"test split": ["dog/test/3.jpg"]}
 
 
 CSV, JSONL = "captions.csv", "captions.jsonl"

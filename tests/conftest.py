@@ -29,6 +29,16 @@ def pytest_configure(config):
     config.pluginmanager.register(CpuReport())
 
 
+@pytest.fixture
+def emoji(tmp_path, monkeypatch):
+    """A folder `emoji` of pictures, in the one that the test runs in."""
+    from tests import rows
+
+    rows.write_pictures(tmp_path / "emoji")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     """A process that trains rows of tables, see rows.py."""

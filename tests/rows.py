@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -76,6 +77,52 @@ def groups() -> dict[str, list[Config]]:
             kept[next(iter(rows))] = list(rows.values())
         seen |= new
     return kept
+
+
+def parameters(of_tables: bool) -> tuple[list, list]:
+    """(groups to lower, groups to train), of the paper's tables or of all else, as pytest wants.
+
+    The first of each architecture and objective is trained, the others in the slow suite alone.
+    """
+    import pytest
+
+    firsts = {}
+    for name, configs in groups().items():
+        firsts.setdefault((configs[0].objective, configs[0].model.name), name)
+    own = [name for name in groups() if name.startswith("table") == of_tables]
+    first = firsts.values()
+    return (
+        [name for name in own if name not in first],
+        [name if name in first else pytest.param(name, marks=pytest.mark.slow) for name in own],
+    )
+
+
+@contextlib.contextmanager
+def small_models() -> Iterator[None]:
+    """Patch the tiny sizes to few arrays: tracing and compiling take time by their number."""
+    from condiff_jax.models import transformer, unet, unet2d
+
+    small = unet.Size((8, 16), (False, True), 16, head_size=8, resnets=0)
+    small2d = unet2d.Size((8, 16), (False, False), resnets=0, groups=4)
+    with (
+        mock.patch.dict(transformer.SIZES, {"tiny": (2, 32, 2)}),
+        mock.patch.dict(unet.SIZES, {"tiny": small}),
+        mock.patch.dict(unet2d.SIZES, dict.fromkeys(("tiny", "tiny2", "tiny4"), small2d)),
+    ):
+        yield
+
+
+def lower(config: Config) -> None:
+    """Trace and lower the train step of a config and of its earlier stage; compile nothing."""
+    from condiff_jax import plan, sharding, summary, system, transfer
+
+    mesh, later = sharding.local_mesh(), None
+    while config is not None:
+        own = system.create(config, summary.vocabulary(config))
+        plan.lower_step(own, mesh)
+        if later is not None:
+            transfer.plan(own, later)
+        config, later = config.init.pretrain, own
 
 
 class Trainer:
@@ -148,20 +195,14 @@ def main(folder: Path) -> None:
     from absl import flags
 
     from condiff_jax import train
-    from condiff_jax.models import transformer, unet, unet2d
 
     flags.FLAGS.mark_as_parsed()
     write_pictures(folder / "emoji")
     os.chdir(folder)
     answers = sys.stdout
-    # Compiling takes time by the number of parameter arrays, of which a UNet has many.
-    small = unet.Size((8, 16), (False, True), 16, head_size=8, resnets=0)
-    small2d = unet2d.Size((8, 16), (False, False), resnets=0, groups=4)
     few = functools.partial(train.first_controls, n=16)
     with (
-        mock.patch.dict(transformer.SIZES, {"tiny": (2, 32, 2)}),
-        mock.patch.dict(unet.SIZES, {"tiny": small}),
-        mock.patch.dict(unet2d.SIZES, dict.fromkeys(("tiny", "tiny2", "tiny4"), small2d)),
+        small_models(),
         mock.patch.object(train, "first_controls", few),
         contextlib.redirect_stdout(sys.stderr),
     ):

@@ -64,19 +64,50 @@ def final(folder, step):
         return checkpoints.restore(tiny.system(config), sharding.local_mesh())
 
 
+def stop_one(folder, n):
+    """The step after which n processes stop when SIGTERM reaches one of them alone."""
+    with start(folder, ENDLESS, n=n) as run:
+        wait_for_step(folder, run, 2)
+        run.processes[n // 2].terminate()
+        assert run.wait(120) == [0] * n
+        outputs = run.outputs()
+    stopped = len(curve(folder))
+    assert all(f"Stopped at step {stopped};" in output for output in outputs)
+    assert (folder / "checkpoints" / str(stopped)).is_dir()
+    return stopped
+
+
+def finish(folder, last):
+    """Two processes go on to the last step; curve, state and evaluation are those of one alone."""
+    with start(folder, f"--config.steps={last}", n=2) as two:
+        assert two.wait(240) == [0, 0], two.outputs()
+        assert "Finished" in two.outputs()[0] and "Finished" not in two.outputs()[1]
+    alone = folder.with_name("alone")
+    with start(alone, f"--config.steps={last}") as one:
+        assert one.wait(240) == [0], one.outputs()
+    assert set(curve(folder)) == set(curve(alone)) == set(range(1, last + 1))
+    np.testing.assert_allclose(list(curve(folder).values()), list(curve(alone).values()), rtol=1e-5)
+    several, single = final(folder, last), final(alone, last)
+    for a, b in zip(jax.tree.leaves(several), jax.tree.leaves(single), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    found = [
+        json.loads((path / "evaluation.jsonl").read_text())["metrics"] for path in (folder, alone)
+    ]
+    several, single = ({k: v for k, v in one.items() if v is not None} for one in found)
+    assert {"frechet_shapes", "size_l2"} <= several.keys()
+    assert several == pytest.approx(single, rel=1e-3, abs=1e-4)
+
+
+def test_two_processes_that_stop_and_go_on_train_the_model_of_one(tmp_path):
+    finish(tmp_path / "run", stop_one(tmp_path / "run", 2) + 2)
+
+
+@pytest.mark.slow
 def test_any_number_of_processes_train_the_same_model(tmp_path):
     """Four processes, one of which is told to stop; two, one of which is killed; two to the end:
-    the losses of one undisturbed process, to f32's rounding, and its pictures."""
+    the losses of one undisturbed process, to f32's rounding, and its images."""
     run = tmp_path / "run"
-    with start(run, ENDLESS, n=4) as four:
-        wait_for_step(run, four, 2)
-        four.processes[2].terminate()  # SIGTERM to one of them alone
-        assert four.wait(120) == [0] * 4
-        outputs = four.outputs()
-    stopped = len(curve(run))
-    assert all(f"Stopped at step {stopped};" in output for output in outputs)
-    assert (run / "checkpoints" / str(stopped)).is_dir()
-
+    stopped = stop_one(run, 4)
     with start(run, ENDLESS, n=2) as two:
         wait_for_step(run, two, stopped + 4)  # a checkpoint on the way
         two.processes[1].kill()
@@ -89,25 +120,7 @@ def test_any_number_of_processes_train_the_same_model(tmp_path):
         assert any(words in two.outputs()[0] for words in said)
     reached = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     assert reached > stopped
-
-    last = reached + 3
-    with start(run, f"--config.steps={last}", n=2) as two:
-        assert two.wait(240) == [0, 0], two.outputs()
-        assert "Finished" in two.outputs()[0] and "Finished" not in two.outputs()[1]
-    alone = tmp_path / "alone"
-    with start(alone, f"--config.steps={last}") as one:
-        assert one.wait(240) == [0], one.outputs()
-    assert set(curve(run)) == set(curve(alone)) == set(range(1, last + 1))
-    np.testing.assert_allclose(list(curve(run).values()), list(curve(alone).values()), rtol=1e-5)
-    several, single = final(run, last), final(alone, last)
-    for a, b in zip(jax.tree.leaves(several), jax.tree.leaves(single), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    found = [
-        json.loads((folder / "evaluation.jsonl").read_text())["metrics"] for folder in (run, alone)
-    ]
-    several, single = ({k: v for k, v in one.items() if v is not None} for one in found)
-    assert {"frechet_shapes", "size_l2"} <= several.keys()
-    assert several == pytest.approx(single, rel=1e-3, abs=1e-4)
+    finish(run, reached + 3)
 
 
 def test_processes_share_the_shards_of_a_cache_and_stop_with_sigterm(tmp_path):

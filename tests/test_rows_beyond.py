@@ -7,9 +7,15 @@ import pytest
 
 from tests import rows
 
-GROUPS = {name: same for name, same in rows.groups().items() if not name.startswith("table")}
+LOWERED, TRAINED = rows.parameters(of_tables=False)
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", LOWERED)
+def test_rows_are_traced_and_lowered(name, emoji):
+    with rows.small_models():
+        rows.lower(rows.groups()[name][0])
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_rows_train_and_sample(name, trainer):
-    assert not trainer(GROUPS[name])
+    assert not trainer(rows.groups()[name])

@@ -6,6 +6,7 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from condiff_jax import sharding
 from condiff_jax.checkpoint import Checkpoints
@@ -25,7 +26,7 @@ ARGUMENTS = [
 ]
 # When to kill: at any moment up to the first step of the run, most of which goes into compiling;
 # while a checkpoint is written; at any moment of some steps.
-MOMENTS = ["start"] * 6 + ["write"] * 8 + ["step"] * 6
+MOMENTS = {"start": 6, "write": 8, "step": 6}
 
 
 def start(folder, cache, steps=100_000):
@@ -67,9 +68,15 @@ def kill(moment, folder, run, rng, seconds):
     return torn()
 
 
-def test_twenty_kills_change_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "counts",
+    [dict.fromkeys(MOMENTS, 1), pytest.param(MOMENTS, marks=pytest.mark.slow)],
+    ids=["3", "20"],
+)
+def test_kills_change_nothing(tmp_path, counts):
     rng, folder, cache = random.Random(0), tmp_path / "killed", tmp_path / "cache"
-    moments = [MOMENTS[0], *rng.sample(MOMENTS[1:], len(MOMENTS) - 1)]  # the first one compiles
+    first, *others = (moment for moment, count in counts.items() for _ in range(count))
+    moments = [first, *rng.sample(others, len(others))]  # the first one compiles
     with start(tmp_path / "first", tmp_path / "no") as run:
         begun = time.time()
         until(lambda: reached(tmp_path / "first"), run)
@@ -78,7 +85,8 @@ def test_twenty_kills_change_nothing(tmp_path):
     for moment in moments:
         with start(folder, cache) as run:
             torn += kill(moment, folder, run, rng, seconds)
-    assert torn >= 4  # of 8 at which one was seen being written just before
+    # Of those at which one was seen being written just before; it may have ended since.
+    assert torn >= counts["write"] // 2
     last = reached(folder) + 2
     states, curves = [], []
     for path in (folder, tmp_path / "whole"):

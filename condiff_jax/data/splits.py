@@ -12,6 +12,8 @@ WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "holdout"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# Such as trainval or valset, which are refused wherever they stand; valley where a name begins so.
+JOINED = "(train|val|test|dev|eval){2,}|(train|val|test)(set|split|data|images?)"
 
 
 def split_of(path: PurePath | str) -> str | None:
@@ -19,7 +21,7 @@ def split_of(path: PurePath | str) -> str | None:
 
     The word may stand among others and beside digits: train.00000.tar, train2017/0.tar,
     cc3m-validation-0001.tar, ImageNetTrain.tar. ValueError where a folder or the file begins like a
-    split and is none (trainval-0.tar), or where two are named (val/train-0.tar).
+    split and is none (trainval-0.tar, valley.tar), or where two are named (val/train-0.tar).
     """
     *folders, name = PurePath(path).parts
     splits = set()
@@ -27,7 +29,8 @@ def split_of(path: PurePath | str) -> str | None:
         runs = re.findall(r"[^\W\d_]+", part)
         parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", part)  # of camel case
         found = {WORDS[word.lower()] for word in (*runs, *parts) if word.lower() in WORDS}
-        if not found and runs and re.match("train|val|test", runs[0].lower()):
+        first = re.match("train|val|test", runs[0].lower()) if runs else None
+        if not found and (first or any(re.fullmatch(JOINED, run.lower()) for run in runs)):
             raise ValueError(
                 f"{path}: {part!r} begins like a split and is none; rename it, such as to "
                 "train-NAME, val-NAME or data-NAME"
@@ -45,6 +48,11 @@ def split_of_folder(name: str) -> str | None:
     """
     runs = re.findall(r"[^\W\d_]+", name.lower())
     return WORDS.get(runs[0]) if len(runs) == 1 else None
+
+
+def first_split(folders: Iterable[str]) -> str | None:
+    """The split of the first of these folders that is called like one."""
+    return next(filter(None, map(split_of_folder, folders)), None)
 
 
 def by_split(root: Path, paths: Iterable[PurePath]) -> dict[str | None, list[PurePath]]:

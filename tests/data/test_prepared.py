@@ -124,7 +124,9 @@ def test_a_folder_runs_no_code(cifar10, tmp_path, monkeypatch, key, place):
 
 
 @pytest.mark.parametrize(
-    "name", ["tensorflow_datasets_evil.A", "os.system", "evil.tensorflow_datasets.A", "A", ""]
+    "name",
+    ["tensorflow_datasets_evil.A", "os.system", "evil.tensorflow_datasets.A", "A", ""]
+    + ["tensorflow_datasets.scripts.cli.main.A", "tensorflow_datasets.core.features.a b.A"],
 )
 def test_names_that_look_like_tfds_are_refused(cifar10, tmp_path, name):
     shutil.copytree(cifar10, tmp_path / "cifar10")

@@ -80,6 +80,9 @@ def test_all_is_for_training_where_no_name_has_another_split(make, names):
     "name, reason",
     [
         ("trainval-0.tar", "'trainval-0' begins like a split and is none; rename it"),
+        ("coco_trainval2014_0.tar", "'coco_trainval2014_0' begins like a split"),
+        ("a-valset.tar", "'a-valset' begins like a split"),
+        ("valley-0.tar", "'valley-0' begins like a split"),
         ("validationset.tar", "'validationset' begins like a split"),
         ("tests/0.tar", "'tests' begins like a split"),
         ("val/train-0.tar", "names two splits, train and validation"),
@@ -106,7 +109,13 @@ def test_a_folder_of_one_split_is_that_split(make, name, split):
 
 
 def test_words_that_only_contain_a_splits_are_no_split():
-    for name in ("constrained-0.tar", "latest.tar", "interval/0.tar", "0001.tar", "a.train.b.c"):
+    for name in (
+        "constrained-0.tar",
+        "latest.tar",
+        "interval/0.tar",
+        "a-valley.tar",
+        "a.train.b.c",
+    ):
         assert split_of(name) == ("train" if "train." in name else None)
 
 

@@ -6,7 +6,7 @@ Either at the top, or in each of the folders of splits there, such as train and 
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from condiff_jax.data.builders.units import (
     text,
     unsafe,
 )
-from condiff_jax.data.splits import split_of_folder
+from condiff_jax.data.splits import first_split, split_of_folder
 
 LISTS = ("captions.csv", "captions.jsonl")
 COLUMNS = "file_name, caption and, if wanted, label and split (train or val)"
@@ -120,11 +120,6 @@ def read_list(path: Path, split: str) -> Iterator[Row | Skip]:
             yield Row(where, path.parent / name, words, known)
     if lines and not described:
         raise SourceError(f"{path} has neither captions nor labels; its columns are {COLUMNS}")
-
-
-def first_split(folders: Iterable[str]) -> str | None:
-    """The split of the first of these folders that is called like one."""
-    return next(filter(None, map(split_of_folder, folders)), None)
 
 
 def read_lines(path: Path) -> Iterator[dict]:

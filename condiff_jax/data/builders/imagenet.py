@@ -21,6 +21,7 @@ from condiff_jax.data.builders.units import (
     span_of,
     stem,
 )
+from condiff_jax.data.splits import first_split
 from condiff_jax.data.tars import members
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -91,7 +92,8 @@ def read_devkit(path: Path) -> tuple[dict[str, str], dict[int, str], list[int]]:
 def imagenet22k(source: Path) -> Plan:
     """All classes for training, in a folder of n########.tar or in one tar of these.
 
-    There are 21,841 classes in the release of fall 2011, which the paper uses.
+    There are 21,841 classes in the release of fall 2011, which the paper uses. What a folder calls
+    validation or test is left out.
     """
     tars, skipped = {}, []
     for path in files_below(source) if source.is_dir() else [source]:
@@ -100,6 +102,10 @@ def imagenet22k(source: Path) -> Plan:
             continue
         if not path.is_file():
             skipped.append(Skip("missing file", path.name))
+            continue
+        inside = path.relative_to(source)
+        if (split := first_split(inside.parts[:-1])) not in (None, "train"):
+            skipped.append(Skip(f"{split} split", inside.as_posix()))
             continue
         found, wrong = ({name[1]: span_of(path)}, []) if name else inner_tars(path, CLASS_TAR)
         again = sorted(tars.keys() & found.keys())

@@ -188,6 +188,16 @@ def test_imagenet22k(tmp_path, nested):
     assert not manifest["skipped"]
 
 
+def test_imagenet22k_trains_on_no_validation(tmp_path):
+    source = archives.imagenet22k(tmp_path / "in", classes=2, n=1)
+    (source / "val").mkdir()
+    shutil.copy(source / "n00000001.tar", source / "val" / "n00000001.tar")
+    (source / "n00000001.tar").rename(source / "n00000009.tar")
+    manifest, loaded, _ = build("imagenet22k", source, tmp_path / "out")
+    assert skipped(manifest) == {"validation split": ["val/n00000001.tar"]}
+    assert loaded.info.features["label"].names == ["n00000000", "n00000009"]
+
+
 def test_imagenet22k_counts_classes_that_come_twice(tmp_path):
     source = archives.imagenet22k(tmp_path / "in", classes=2, n=1)
     inner = [(path.name, path.read_bytes()) for path in sorted(source.iterdir())]

@@ -99,15 +99,22 @@ def test_training_saves_what_it_has_and_the_same_command_goes_on(start, tmp_path
     assert [json.loads(line)["step"] for line in metrics.open()] == list(range(1, stopped + 2))
 
 
-def test_reading_a_reference(start, tmp_path):
-    out = tmp_path / "statistics.npz"
-    arguments = ["--mode=reference", f"--config.evaluation.statistics={out}"]
-    arguments += ["--config.evaluation.inception=random"]
+@pytest.mark.parametrize("mode", ["reference", "evaluate"])
+def test_reading_a_reference(start, tmp_path, mode):
+    out, folder = tmp_path / "statistics.npz", tmp_path / "run"
+    arguments = [f"--mode={mode}", "--config.evaluation.inception=random"]
+    if mode == "reference":
+        arguments += [f"--config.evaluation.statistics={out}"]
+    else:
+        with start(f"--workdir={folder}", "--config.steps=1") as run:
+            assert run.wait(120) == [0], run.outputs()
+        arguments += [f"--workdir={folder}", "--config.steps=1"]
+        arguments += ["--config.evaluation.metrics=('fid',)", "--config.evaluation.samples=4"]
     with start(*arguments, reads=4) as run:
         wait_for(lambda: len(run.group()) == 3, run)
         time.sleep(3)
         assert startup.STOPPED in stop(run)
-    assert not out.exists()
+    assert not out.exists() and not (folder / "evaluation.jsonl").exists()
 
 
 def test_encoding(start, tmp_path):

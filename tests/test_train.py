@@ -2,6 +2,7 @@
 
 import json
 import signal
+from functools import cached_property
 from unittest import mock
 
 import jax
@@ -125,6 +126,66 @@ def test_noise_is_a_function_of_seed_and_step():
     eps, text = np.asarray(first["eps"]).ravel(), np.asarray(first["text"]).ravel()
     n = min(len(eps), len(text))
     assert abs(np.corrcoef(eps[:n], text[:n])[0, 1]) < 0.05  # a key of its own for each use
+
+
+class Linear(train.System):
+    """A system whose denoiser is a * x_t with one parameter a."""
+
+    @cached_property
+    def seen(self):
+        """The conditions that it was called with."""
+        return []
+
+    def denoise(self, params, **inputs):
+        def eps(x, t, cond):
+            self.seen.append(cond)
+            return params["model"] * x
+
+        return eps
+
+
+def linear(**fields):
+    system = Linear(**vars(tiny.system(tiny.config(**fields, **{"data.semantics": "class"}))))
+    rng, batch = np.random.default_rng(0), system.example(8)
+    batch["image"] = rng.integers(0, 255, batch["image"].shape, np.uint8)
+    return system, batch
+
+
+def test_the_denoiser_gets_the_flags_that_are_drawn():
+    system, batch = linear()
+    noise = train.draw_noise(jax.random.key(0), system, 8)
+    semantics, control = jnp.arange(8) % 2 == 0, jnp.arange(8) < 3
+    noise |= {"drop_semantics": semantics, "drop_control": control}
+    train.loss_fn({"model": 0.5}, batch, noise, system=system)
+    (cond,) = system.seen
+    np.testing.assert_array_equal(cond.drop_semantics, semantics)
+    np.testing.assert_array_equal(cond.drop_control, control)
+    np.testing.assert_array_equal(cond.semantics, batch["label"])
+
+
+@pytest.mark.parametrize("semantics, control", [(0.0, 1.0), (1.0, 0.0)])
+def test_conditions_are_dropped_as_often_as_the_config_says(semantics, control):
+    fields = {"drop_semantics": semantics, "drop_control": control, "dropping": "independent"}
+    system, _ = linear(**{f"conditioning.{name}": value for name, value in fields.items()})
+    noise = train.draw_noise(jax.random.key(0), system, 16)
+    assert noise["drop_semantics"].mean() == semantics and noise["drop_control"].mean() == control
+
+
+def test_the_noise_of_a_step_comes_from_its_seed_and_number():
+    """Each step's loss is that of the noise of (seed, step), and no two are the same."""
+    losses = []
+    for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        system, batch = linear(seed=seed)
+        tx, params = optim.create(system.config), {"model": jnp.array(0.5)}
+        train_state = state.create(params, tx).replace(step=jnp.array(step))
+        now, metrics = train.train_step(train_state, batch, system=system, tx=tx)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        noise = train.draw_noise(key, system, 8)
+        expected = train.loss_fn(params, batch, noise, system=system)
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+        assert now.step == step + 1
+        losses.append(float(expected))
+    assert len(set(losses)) == 4
 
 
 def test_ema_follows_its_recursion():

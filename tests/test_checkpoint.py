@@ -1,10 +1,11 @@
-"""Checkpoints on disk: what was torn is never a step, and goes when the run goes on."""
+"""Checkpoints on disk: which ones are kept, and what was torn is never a step."""
 
 import time
 
+import numpy as np
 import pytest
 
-from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.checkpoint import Checkpoints, newest
 from condiff_jax.config import ConfigError
 from condiff_jax.workdir import Workdir
 from tests import tiny
@@ -27,3 +28,22 @@ def test_only_a_run_that_goes_on_clears_what_was_torn(tmp_path):
     while torn.exists():
         assert time.time() < deadline
         time.sleep(0.01)
+
+
+def test_the_newest_and_the_ones_of_lowest_loss_are_kept(tmp_path):
+    config = tiny.config(**{"checkpoint.keep": 1, "checkpoint.keep_best": 2})
+    path = Workdir(tmp_path).checkpoints
+    checkpoints = Checkpoints(path, config, create=True)
+    for step, loss in enumerate([3.0, 1.0, 4.0, 2.0, 5.0], 1):
+        checkpoints.save(step, {"a": np.zeros(1)}, loss)
+        checkpoints.wait()
+    checkpoints.close()
+    assert sorted(int(found.name) for found in path.iterdir()) == [2, 4, 5]
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_largest_number(tmp_path):
+    path = Workdir(tmp_path).checkpoints
+    assert newest(path) is None
+    for name in ("9", "10", "11.orbax-checkpoint-tmp"):
+        (path / name).mkdir(parents=True)
+    assert newest(path) == 10

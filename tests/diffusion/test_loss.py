@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from condiff_jax.diffusion.loss import add_noise, denoising_loss
+from condiff_jax.diffusion.loss import add_noise, denoising_loss, draw_timesteps
 from condiff_jax.diffusion.schedule import Schedule, scaled_linear
 
 SCHEDULE = scaled_linear()
@@ -77,3 +77,14 @@ def test_loss_is_computed_in_f32(dtype):
     loss = denoising_loss(denoise, SCHEDULE, ones, jnp.array([0]), ones * 0.001, None)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, [2.999**2], rtol=1e-5)
+
+
+def test_every_example_of_a_batch_gets_every_timestep_equally_often():
+    """Whatever its place; and the batch as a whole has one timestep of each of its equal parts."""
+    keys, batch, parts = jax.random.split(jax.random.key(0), 8000), 4, 8
+    t = np.asarray(jax.vmap(lambda key: draw_timesteps(key, batch, 1000))(keys))
+    assert t.shape == (8000, batch) and t.dtype == np.int32 and t.min() == 0 and t.max() == 999
+    for place in range(batch):
+        counts = np.bincount(t[:, place] * parts // 1000, minlength=parts)
+        assert np.abs(counts - 1000).max() < 5 * 1000**0.5
+    assert (np.sort(t * batch // 1000) == np.arange(batch)).all()

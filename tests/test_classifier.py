@@ -173,6 +173,33 @@ def one_device():
     return sharding.create_mesh(devices=jax.devices()[:1])
 
 
+def saved(system, path, value):
+    """The folder of a classifier whose parameters are all `value`, and their averages -value."""
+    folder = Workdir(str(path))
+    folder.open(system.config, system.vocabulary)
+    params = jax.tree.map(lambda a: jnp.full(a.shape, value), system.shapes)
+    train_state = state.create(params, optim.create(system.config))
+    checkpoints = Checkpoints(folder.checkpoints, system.config, create=True)
+    ema = jax.tree.map(jnp.negative, params)
+    checkpoints.save(4, train_state.replace(step=jnp.array(4), ema=ema), 0.0)
+    checkpoints.close()
+    return folder.path
+
+
+def test_the_classifier_that_is_named_guides_averaged_or_as_trained(system, tmp_path):
+    """Also where the grid of an evaluation goes from one to another with the same sampler."""
+
+    def guide(sampler):
+        return {float(leaf.ravel()[0]) for leaf in jax.tree.leaves(sampler.frozen["classifier"])}
+
+    one, two = (saved(system, tmp_path / str(n), n) for n in (1.0, 2.0))
+    raw, other = (guided(path, **{"sampling.ema": False}) for path in (one, two))
+    denoiser = tiny.system(raw)
+    sampler = sample.Sampler(denoiser, one_device(), raw.sampling)
+    assert guide(sampler) == {1} and guide(sampler.at(other)) == {2}
+    assert guide(sample.Sampler(denoiser, one_device(), guided(one).sampling)) == {-1}
+
+
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
     """What `Sampler` draws is what the samplers draw with the two forms of the guidance."""

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
 # check_command COMMAND...: refuses a command whose config is wrong; for the project's folder.
 #
-# Modes train, sample and evaluate are checked by mode summary, sweeps by their dry run, on the CPU of
+# Modes train and evaluate are checked by mode summary, sweeps by their dry run, on the CPU of
 # this machine. Data and encoders may be elsewhere. Other modes and commands pass unchecked, and all
 # with CHECK=0. PYTHON: the interpreter of this machine; the command's own if it is not set.
 
 check_command() {
-  local out more mode='--mode[= ](import|export|prepare|encode|reference|summary|plan)'
+  local out more mode='--mode[= ](import|export|prepare|encode|reference|sample|summary|plan)'
   [[ ${CHECK:-1} != 0 && ${2:-} == -m && ! " $* " =~ \ $mode\  ]] || return 0
   case ${3:-} in
     condiff_jax.main) more=(--mode=summary) ;;

@@ -24,7 +24,7 @@ def check(module, arguments):
     sys.argv = ["condiff_jax", *arguments]  # where ml_collections looks for config.FIELD
     main.parse(sys.argv)
     found = config.create(main.CONFIG.value)
-    if main.MODE.value in ("train", "sample", "evaluate"):
+    if main.MODE.value in ("train", "evaluate"):  # an imported model is sampled without data
         assert main.WORKDIR.value
         summary.check(found)
 

@@ -188,20 +188,6 @@ def test_the_noise_of_a_step_comes_from_its_seed_and_number():
     assert len(set(losses)) == 4
 
 
-def test_ema_follows_its_recursion():
-    tx = optim.create(tiny.config(**{"optimizer.learning_rate": 0.1}))
-    now = state.create({"w": jnp.ones(3)}, tx)
-    average = np.ones(3)
-    for step in range(5):
-        now = state.update(now, {"w": jnp.ones(3)}, tx, ema=0.4, ema_warmup=True)
-        decay = min(0.4, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * np.asarray(now.params["w"])
-        np.testing.assert_allclose(now.ema["w"], average, rtol=1e-6)
-    assert int(now.step) == 5
-    assert state.to_sample(now, True) is now.ema and state.to_sample(now, False) is now.params
-    assert float(state.ema_decay(jnp.array(0), 0.9, False)) == np.float32(0.9)
-
-
 def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
     fields = {"checkpoint.every": 100, "sampling.n": 2, "log.every": 5}
     train.run(tiny.config(steps=20, **fields), str(tmp_path / "whole"))

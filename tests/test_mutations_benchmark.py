@@ -1,0 +1,73 @@
+"""Faults that the tests must find: the list is up to date, and the tool tells what is found."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from benchmarks import mutations
+from benchmarks.faults import FAULTS, Fault
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}: {fault.name}")
+def test_faults_are_in_their_files_once_and_guarded_by_tests_that_exist(fault):
+    source = (mutations.ROOT / fault.file).read_text()
+    assert source.count(fault.text) == 1
+    compile(source.replace(fault.text, fault.replacement), fault.file, "exec")
+    assert fault.tests
+    for test in fault.tests:
+        path, name = test.split("::")
+        name = name.partition("[")[0]
+        assert re.search(rf"^def {name}\(", (mutations.ROOT / path).read_text(), re.M)
+
+
+def test_there_are_enough_faults_and_each_has_its_name():
+    assert len(FAULTS) >= 60
+    assert len({(fault.file, fault.name) for fault in FAULTS}) == len(FAULTS)
+    assert len({(fault.file, fault.text, fault.replacement) for fault in FAULTS}) == len(FAULTS)
+
+
+EQ_4 = next(fault for fault in FAULTS if "Eq. 4: s lambda" in fault.name)
+SAME = dataclasses.replace(EQ_4, name="factors", replacement="1 + (scale - 1) * upsampling")
+
+
+def test_faults_are_made_one_at_a_time_and_the_guarding_tests_run(monkeypatch, tmp_path, capsys):
+    """A fault, and what is none but for its text."""
+    monkeypatch.setattr(mutations, "FAULTS", (SAME, EQ_4))
+    out = tmp_path / "record.json"
+    assert mutations.main([f"--out={out}"]) == 1
+    assert "1 survived, 1 killed in" in capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert record["counts"] == {"survived": 1, "killed": 1} and record["versions"]["jax"]
+    assert [fault["outcome"] for fault in record["faults"]] == ["survived", "killed"]
+    assert record["faults"][1]["replacement"] == EQ_4.replacement
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository of one line and a test of it."""
+    (tmp_path / "line.py").write_text("VALUE = 1\n")
+    (tmp_path / "test_line.py").write_text(
+        "def test_line():\n    import line; assert line.VALUE == 1\n"
+    )
+    return tmp_path
+
+
+def fault(**changed):
+    parts = {"name": "two", "file": "line.py", "text": "= 1", "replacement": "= 2"}
+    return Fault(**parts | {"tests": ("test_line.py",)} | changed)
+
+
+def test_a_fault_is_mended_and_an_equivalent_one_is_no_survivor(checkout):
+    assert mutations.outcome(checkout, fault()) == "killed"
+    assert (checkout / "line.py").read_text() == "VALUE = 1\n"
+    same = {"replacement": "= 1.0", "equivalent": "the same number"}
+    assert mutations.outcome(checkout, fault(**same)) == "equivalent"
+
+
+def test_what_is_not_there_or_cannot_run_is_no_result(checkout):
+    with pytest.raises(ValueError, match="two: line.py has this 0 times, not once: = 7"):
+        mutations.outcome(checkout, fault(text="= 7"))
+    with pytest.raises(RuntimeError, match="test_none.py cannot be run"):
+        mutations.outcome(checkout, fault(tests=("test_none.py",)))

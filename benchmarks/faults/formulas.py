@@ -59,7 +59,7 @@ FAULTS = [
         ("Eq. 2: copies of an image apart", "test_eq_2_in_one_call_of_the_branches_it_needs",
          "jnp.repeat(a, n, axis=0)", "jnp.concatenate([a] * n)"),
         ("Eq. 2 in bf16", "test_branches_are_combined_in_f32",
-         "eps = denoise(x, t, cond).astype(jnp.float32)", "eps = denoise(x, t, cond)"),
+         "*eps.shape[1:]), weights)", "*eps.shape[1:]), weights).astype(jnp.bfloat16)"),
         ("Eq. 4: s lambda", "test_eq_4", "1 + upsampling * (scale - 1)", "upsampling * scale"),
     ),
     *of(

@@ -123,7 +123,7 @@ FAULTS = [
         ("DDPM: one noise for all steps", "test_ddpm_agrees_with_diffusers",
          "_normal(keys, 1 + i,", "_normal(keys, 1,"),
         ("DDPM with the eta of DDIM", "test_ddpm_agrees_with_diffusers",
-         "(*args, eta=1.0, **kwargs)", "(*args, eta=eta, **kwargs)"),
+         "del eta\n    return ddim(*args, eta=1.0,", "return ddim(*args, eta=eta,"),
         ("DDIM: epsilon not clipped with x_0", "test_ddim_agrees_with_diffusers",
          "eps = (x - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)", "eps = eps"),
         ("DDIM: x_0 of the next noise level", "test_ddim_agrees_with_diffusers",

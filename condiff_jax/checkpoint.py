@@ -16,6 +16,11 @@ from condiff_jax import optim, sharding, state
 from condiff_jax.config import Config, ConfigError
 from condiff_jax.system import Trainable
 
+# Of an array that all devices have, each would write a slice, and a program is compiled for every
+# slice. Small arrays are written whole: the first checkpoint of a tiny model took 8 s of compiling.
+# (To register another handler would warn, and lose what else this one is set to.)
+ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
+
 
 def abstract_state(system: Trainable, mesh: Mesh) -> state.State:
     """Shapes, types and places of the training state; nothing is allocated."""

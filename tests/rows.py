@@ -194,16 +194,15 @@ def main(folder: Path) -> None:
     """Answer requests until the input ends, with models that are quick to compile."""
     from absl import flags
 
-    from condiff_jax import train
+    from tests import tiny
 
     flags.FLAGS.mark_as_parsed()
     write_pictures(folder / "emoji")
     os.chdir(folder)
     answers = sys.stdout
-    few = functools.partial(train.first_controls, n=16)
     with (
         small_models(),
-        mock.patch.object(train, "first_controls", few),
+        tiny.random_start(),
         contextlib.redirect_stdout(sys.stderr),
     ):
         for line in sys.stdin:

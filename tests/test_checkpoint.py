@@ -2,9 +2,11 @@
 
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from condiff_jax import sharding
 from condiff_jax.checkpoint import Checkpoints, newest
 from condiff_jax.config import ConfigError
 from condiff_jax.workdir import Workdir
@@ -47,3 +49,23 @@ def test_the_newest_checkpoint_is_the_one_of_the_largest_number(tmp_path):
     for name in ("9", "10", "11.orbax-checkpoint-tmp"):
         (path / name).mkdir(parents=True)
     assert newest(path) == 10
+
+
+def test_small_arrays_are_saved_without_compiling(tmp_path):
+    """Slices for each of the devices that have them would be compiled one by one."""
+    arrays = {"kernel": np.arange(520.0).reshape(8, 65), "bias": np.arange(24.0)}
+    arrays = jax.device_put(arrays, sharding.replicated(sharding.create_mesh(1)))
+    checkpoints = Checkpoints(Workdir(tmp_path).checkpoints, tiny.config(), create=True)
+    compiled = []
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        checkpoints.save(1, arrays, 0.0)
+        checkpoints.close()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled

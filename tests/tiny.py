@@ -1,5 +1,8 @@
 """A configuration small enough for tests: 4 x 4 image tokens, with `few_layers` a tiny model."""
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -8,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from condiff_jax import config as config_lib
-from condiff_jax import optim, state
+from condiff_jax import optim, state, train
 from condiff_jax import system as system_lib
-from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.checkpoint import Checkpoints, abstract_state
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.models import transformer
 from condiff_jax.workdir import Workdir
@@ -48,20 +51,50 @@ def system(config: config_lib.Config) -> system_lib.System:
     return system_lib.create(config, system_lib.create_vocabulary(config, create_source(config)))
 
 
-def few_layers():
-    """Patches the tiny size to two layers of width 32: the machinery needs no more."""
-    return mock.patch.dict(transformer.SIZES, {"tiny": (2, 32, 2)})
+@contextlib.contextmanager
+def few_layers() -> Iterator[None]:
+    """Patch the tiny size to two layers of width 32, and `random_start`: tests of the machinery."""
+    with mock.patch.dict(transformer.SIZES, {"tiny": (2, 32, 2)}), random_start():
+        yield
+
+
+@contextlib.contextmanager
+def random_start() -> Iterator[None]:
+    """Patch what a training starts with: random parameters by numpy, and 16 of the real controls.
+
+    To compile `init` takes longer than a run of a few steps.
+    """
+
+    def compile_step(system, mesh):
+        return partial(start, system, mesh), compiled(system, mesh)[1]
+
+    def start(system, mesh, key):
+        shapes = abstract_state(system, mesh)
+        params = random_params(shapes.params, int(jax.random.key_data(key).sum()))
+        zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+        values = zeros.replace(params=params, ema=params)
+        return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), values, shapes)
+
+    compiled = train.compile_step
+    few = partial(train.first_controls, n=16)
+    with (
+        mock.patch.object(train, "compile_step", compile_step),
+        mock.patch.object(train, "first_controls", few),
+    ):
+        yield
+
+
+def random_params(shapes, seed: int = 0):
+    """Normal values with standard deviation .2 for every array, zero nowhere."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(a.dtype), shapes)
 
 
 def finished(config: config_lib.Config, path: Path) -> dict:
     """Makes `path` the folder of a finished training with random parameters; these."""
     own, folder = system(config), Workdir(str(path))
     folder.open(config, own.vocabulary)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32),
-        jax.eval_shape(own.init, jax.random.key(0)),
-    )
+    params = random_params(own.shapes)
     train_state = state.create(params, optim.create(config))
     train_state = train_state.replace(step=jnp.array(config.steps))
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)

@@ -183,6 +183,7 @@ def compiled():
         return out
 
 
+@pytest.mark.slow
 def test_the_train_step_compiles_for_tpus(compiled):
     for figures in compiled.values():
         assert figures["fits"] and 0 < figures["gib"]["total"] < 0.1
@@ -193,6 +194,7 @@ def test_the_train_step_compiles_for_tpus(compiled):
     assert whole["average"] == whole["parameters"] == pytest.approx(whole["optimizer"] / 2, 1e-3)
 
 
+@pytest.mark.slow
 def test_data_parallel_reduces_all_gradients_once(compiled):
     size = compiled[1]["gib"]["parameters"] * plan.GIB / 1e9  # f32, as the gradients of f32 compute
     sent = compiled[1]["sent_gb"]
@@ -200,6 +202,7 @@ def test_data_parallel_reduces_all_gradients_once(compiled):
     assert sent["all-reduce"] == pytest.approx(2 * 3 / 4 * size, rel=0.01)
 
 
+@pytest.mark.slow
 def test_fsdp_gathers(compiled):
     assert compiled[4]["sent_gb"]["all-gather"] > 0
 
@@ -247,6 +250,16 @@ def test_changed():
     other = plan.changed(config, {"batch_size": 8, "model.remat": "dots"})
     assert (other.batch_size, other.model.remat) == (8, "dots")
     assert dataclasses.replace(other, batch_size=16, model=config.model) == config
+
+
+def test_data_parallel_reduces_all_gradients_once_on_any_device():
+    """The same on eight devices of this machine."""
+    with tiny.few_layers():
+        system = tiny.system(tiny.config())
+        lowered, given = plan.lower_step(system, sharding.create_mesh(1))
+    size = sum(4 * a.size for a in jax.tree.leaves(system.shapes))
+    sent = hlo.collectives(compiling.measure(lowered, given).runs)
+    assert sent == {"all-reduce": pytest.approx(2 * 7 / 8 * size, rel=0.01)}
 
 
 def test_fsdp_sends_parameters_and_not_activations():
@@ -314,7 +327,14 @@ def autoencoder_images(batch):
 
 
 @pytest.mark.parametrize(
-    "case", [clip_texts, unet_features, unet_classes, unet2d_classes, autoencoder_images]
+    "case",
+    [
+        clip_texts,
+        unet_features,
+        unet_classes,
+        pytest.param(unet2d_classes, marks=pytest.mark.slow),
+        pytest.param(autoencoder_images, marks=pytest.mark.slow),
+    ],
 )
 def test_nor_do_other_networks_send_activations(case):
     sent = [forward_sends(*case(batch)) for batch in (64, 256)]
@@ -341,6 +361,7 @@ def lower_transformer(batch):
     return step.lower(params, *inputs), {"parameters": params}
 
 
+@pytest.mark.slow
 def test_nor_does_attention_on_tpus():
     """Their partitioner, unlike that of CPUs, would gather what cross-attention puts out."""
     sent = [hlo.collectives(compiling.early(lower_transformer, n).runs) for n in (256, 1024)]

@@ -40,8 +40,8 @@ def key(config: Config) -> str:
     return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
 
-def settings(config: Config) -> set[str]:
-    """What the programs of a run are made of: rows with nothing new here have no code of their own.
+def settings(fields: list[dict]) -> set[str]:
+    """What the programs of runs are made of: rows with nothing new here have no code of their own.
 
     Numbers count as zero or not. What only chooses a curve or a size stands for itself: any other
     setting is combined with one of them, not with each.
@@ -58,8 +58,26 @@ def settings(config: Config) -> set[str]:
             return field
         return value if isinstance(value, bool | str | None) else value != 0
 
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {json.dumps(plain(values)), *found}
+    for values in fields:
+        found.add(json.dumps(plain(json.loads(json.dumps(values)))))
+    return found
+
+
+def of_step(stage: Config) -> dict:
+    """The fields of a stage that make its train step."""
+    others = {"init", "sampling", "evaluation", "checkpoint", "log", "steps"}
+    return {name: v for name, v in dataclasses.asdict(stage).items() if name not in others}
+
+
+def news(found: dict[str, list[dict]]) -> list[str]:
+    """The names of all but those with nothing new in their `settings`."""
+    seen, kept = set(), []
+    for name, fields in found.items():
+        new = settings(fields)
+        if not new <= seen:
+            kept.append(name)
+        seen |= new
+    return kept
 
 
 @functools.cache
@@ -70,30 +88,50 @@ def groups() -> dict[str, list[Config]]:
         for row in module["ROWS"]:
             config = build(module, name, row, "scale=tiny")
             found.setdefault(key(config), {})[f"{name}:{row}"] = config
-    seen, kept = set(), {}
-    for rows in found.values():
-        new = set().union(*map(settings, rows.values()))
-        if not new <= seen:
-            kept[next(iter(rows))] = list(rows.values())
-        seen |= new
-    return kept
+    named = {next(iter(rows)): list(rows.values()) for rows in found.values()}
+    fields = {name: [dataclasses.asdict(row) for row in rows] for name, rows in named.items()}
+    return {name: named[name] for name in news(fields)}
 
 
-def parameters(of_tables: bool) -> tuple[list, list]:
-    """(groups to lower, groups to train), of the paper's tables or of all else, as pytest wants.
-
-    The first of each architecture and objective is trained, the others in the slow suite alone.
-    """
-    import pytest
-
+@functools.cache
+def trained() -> list[str]:
+    """The first group of each architecture and objective."""
     firsts = {}
     for name, configs in groups().items():
         firsts.setdefault((configs[0].objective, configs[0].model.name), name)
-    own = [name for name in groups() if name.startswith("table") == of_tables]
-    first = firsts.values()
+    return list(firsts.values())
+
+
+@functools.cache
+def steps() -> dict[str, Config]:
+    """Stages to lower: those whose train step is none of what `trained` or an earlier one has."""
+    stages = {
+        (name, number): stage
+        for name in [*trained(), *groups()]
+        for number, stage in enumerate(config_lib.stages(groups()[name][0]), 1)
+    }
+    names = news({name: [of_step(stage)] for name, stage in stages.items()})
+    return {
+        f"{name}, stage {number}": stages[name, number]
+        for name, number in names
+        if name not in trained()
+    }
+
+
+def parameters(of_tables: bool) -> tuple[list, list]:
+    """(stages to lower, groups to train), of the paper's tables or of all else, as pytest wants.
+
+    All groups are trained in the slow suite, `trained` in both.
+    """
+    import pytest
+
     return (
-        [name for name in own if name not in first],
-        [name if name in first else pytest.param(name, marks=pytest.mark.slow) for name in own],
+        [name for name in steps() if name.startswith("table") == of_tables],
+        [
+            name if name in trained() else pytest.param(name, marks=pytest.mark.slow)
+            for name in groups()
+            if name.startswith("table") == of_tables
+        ],
     )
 
 
@@ -112,17 +150,11 @@ def small_models() -> Iterator[None]:
         yield
 
 
-def lower(config: Config) -> None:
-    """Trace and lower the train step of a config and of its earlier stage; compile nothing."""
-    from condiff_jax import plan, sharding, summary, system, transfer
+def lower(stage: Config) -> None:
+    """Trace and lower a train step; compile nothing."""
+    from condiff_jax import plan, sharding, summary, system
 
-    mesh, later = sharding.local_mesh(), None
-    while config is not None:
-        own = system.create(config, summary.vocabulary(config))
-        plan.lower_step(own, mesh)
-        if later is not None:
-            transfer.plan(own, later)
-        config, later = config.init.pretrain, own
+    plan.lower_step(system.create(stage, summary.vocabulary(stage)), sharding.local_mesh())
 
 
 class Trainer:

@@ -13,7 +13,7 @@ LOWERED, TRAINED = rows.parameters(of_tables=False)
 @pytest.mark.parametrize("name", LOWERED)
 def test_rows_are_traced_and_lowered(name, emoji):
     with rows.small_models():
-        rows.lower(rows.groups()[name][0])
+        rows.lower(rows.steps()[name])
 
 
 @pytest.mark.parametrize("name", TRAINED)

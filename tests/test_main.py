@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import Children
 from tests.compiling import QUICK
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
+    "--config=configs/quickstart.py",
     "--config.model.unroll=1",
     "--config.log.every=1",
     "--config.sampling.n=2",
@@ -22,18 +23,20 @@ SMALL = [
 ]
 
 
-def command(*args, config="configs/quickstart.py"):
-    return [sys.executable, "-m", "condiff_jax.main", f"--config={config}", *args]
-
-
-def environment():
-    return {**os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
-
-
-def run(*args, **kwargs):
+def run(*args, config="configs/quickstart.py"):
+    """`python -m` as users start it; what imports JAX costs seconds, see `forked`."""
     return subprocess.run(
-        command(*args, **kwargs), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+        [sys.executable, "-m", "condiff_jax.main", f"--config={config}", *args],
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def forked(folder, *args):
+    """(exit code, all that was written) of the same in a process that has imported everything."""
+    with Children(args, folder / "log") as children:
+        (code,) = children.wait(120)
+        return code, children.outputs()[0]
 
 
 def test_summary_ends_with_one_json_line():
@@ -48,10 +51,21 @@ def test_summary_ends_with_one_json_line():
     ("args", "message"),
     [
         (["--config.modle.name=ours"], "unknown field"),
-        (["--config.model.name=sit"], "model.name='sit' is unknown; choose from"),
         (["--config.steps=abc"], "config.steps"),
         (["--mode=trian"], "train|sample|evaluate|reference|summary"),
         (["--confg=x"], "confg"),
+        (["--config.model.name=sit"], "model.name='sit' is unknown; choose from"),
+    ],
+)
+def test_bad_flags_are_one_line_and_code_2(args, message):
+    done = run(*args)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
         ([], "--workdir is missing"),
         (["--mode=plan"], "--topology is missing"),
         (["--mode=plan", "--topology=v5e"], "--topology='v5e' is unknown; examples: v5e:8x8"),
@@ -66,11 +80,10 @@ def test_summary_ends_with_one_json_line():
     ],
 )
 def test_bad_input_is_one_line_and_code_2(args, message, tmp_path):
-    done = run(*[arg.replace("RUN", str(tmp_path)) for arg in args])
-    assert done.returncode == 2
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert message in lines[0]
+    args = [arg.replace("RUN", str(tmp_path)) for arg in args]
+    code, output = forked(tmp_path, "--config=configs/quickstart.py", *args)
+    assert code == 2 and output.count("\n") == 1, output
+    assert output.startswith("error: ") and message in output
 
 
 @pytest.mark.parametrize(
@@ -87,31 +100,30 @@ def test_bad_config_files_are_one_line_and_code_2(config, message):
 
 
 def test_sigterm_saves_and_the_same_command_finishes(tmp_path):
-    arguments = [f"--workdir={tmp_path}", *SMALL]
-    endless = subprocess.Popen(
-        command(*arguments, "--config.steps=100000"),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    metrics, deadline = tmp_path / "metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert time.time() < deadline and endless.poll() is None
-        time.sleep(0.1)
-    endless.send_signal(signal.SIGTERM)
-    out, err = endless.communicate(timeout=60)
-    assert endless.returncode == 0, err
+    folder = tmp_path / "run"
+    arguments = [f"--workdir={folder}", *SMALL]
+    with Children([*arguments, "--config.steps=100000"], tmp_path / "endless") as endless:
+        (process,) = endless.processes
+        metrics, deadline = folder / "metrics.jsonl", time.time() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert time.time() < deadline and process.is_alive(), endless.outputs()
+            time.sleep(0.1)
+        process.terminate()
+        assert endless.wait(60) == [0], endless.outputs()
+        (out,) = endless.outputs()
     assert "goes on from there" in out
     stopped = int(out.split("Stopped at step ")[1].split(";")[0])
-    assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
+    assert (folder / "checkpoints" / str(stopped)).is_dir()
 
-    done = run(*arguments, f"--config.steps={stopped + 2}")
-    assert done.returncode == 0, done.stderr
+    again = [*arguments, f"--config.steps={stopped + 2}"]
+    code, out = forked(tmp_path, *again)
+    assert code == 0 and "Prompt accuracy on 2 unseen prompts" in out, out
     steps = [json.loads(line)["step"] for line in metrics.open()]
     assert steps == list(range(1, stopped + 3))
-    assert "Prompt accuracy on 2 unseen prompts" in done.stdout
-    assert (tmp_path / "samples" / f"{stopped + 2}.png").exists()
-    evaluation = json.loads((tmp_path / "evaluation.jsonl").read_text())
+    assert (folder / "samples" / f"{stopped + 2}.png").exists()
+    evaluation = json.loads((folder / "evaluation.jsonl").read_text())
     assert evaluation["step"] == stopped + 2 and evaluation["evaluation"]["prompts"] == 2
-    measured = run(*arguments, f"--config.steps={stopped + 2}", "--mode=evaluate")
-    assert measured.returncode == 0 and "already measured" in measured.stdout
-    again = run(*arguments, f"--config.steps={stopped + 2}")
-    assert again.returncode == 0 and "Nothing to do" in again.stdout
+    code, out = forked(tmp_path, *again, "--mode=evaluate")
+    assert code == 0 and "already measured" in out, out
+    code, out = forked(tmp_path, *again)
+    assert code == 0 and "Nothing to do" in out, out

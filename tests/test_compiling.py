@@ -43,6 +43,14 @@ def lower_sort(rows):
     return jax.jit(sort).lower(x, w), {"x": x, "w": w}
 
 
+def lower_layers(rows):
+    """A program of one chip that is quick to compile, with temporaries of rows x 4 kB."""
+    here = SingleDeviceSharding(topology.parse("v5e:1x1").devices()[0])
+    x = jax.ShapeDtypeStruct((rows, 1024), jnp.float32, sharding=here)
+    w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=here)
+    return jax.jit(lambda x, w: jax.nn.relu(x @ w) @ w).lower(x, w), {"x": x, "w": w}
+
+
 def complain(error):
     raise error
 
@@ -51,15 +59,25 @@ def end():
     os._exit(9)
 
 
-def test_what_is_known_early_is_what_the_whole_tells(tmp_path):
-    early = compiling.early(lower_tiny, "v5e:2x2")
-    whole = compiling.measure(*lower_tiny("v5e:2x2"), dump=str(tmp_path))
+@pytest.mark.parametrize(
+    "program", [(lower_layers, 1024), pytest.param((lower_tiny, "v5e:2x2"), marks=pytest.mark.slow)]
+)
+def test_what_is_known_early_is_what_the_whole_tells(tmp_path, program):
+    lower, size = program
+    early = compiling.early(lower, size)
+    whole = compiling.measure(*lower(size), dump=str(tmp_path))
     assert whole.whole and not early.whole
     assert (early.given, early.total) == (whole.given, whole.total)
-    assert hlo.collectives(early.runs) == hlo.collectives(whole.runs) != {}
+    assert hlo.collectives(early.runs) == hlo.collectives(whole.runs)
+    assert bool(hlo.collectives(whole.runs)) == (lower is lower_tiny)  # of several chips
     assert hlo.cycles(whole.runs) > 0 == hlo.cycles(early.runs)
 
 
+def test_what_does_not_fit_is_infinite():
+    assert compiling.early(lower_layers, 2**21).total == math.inf  # 3 x 8 GiB of 16
+
+
+@pytest.mark.slow
 def test_what_compiles_fits_and_what_does_not_is_infinite(tmp_path):
     """JAX's figures of the first are above the chip's 16 GiB: fragmentation is in them twice."""
     lowered, given = lower_sort(195 * 1024)

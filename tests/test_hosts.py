@@ -149,7 +149,7 @@ def test_processes_share_the_shards_of_a_cache_and_stop_with_sigterm(tmp_path):
         for process in run.processes:  # process 0 first: it must wait for those connected to it
             process.terminate()
             time.sleep(1)
-        assert run.wait(60) == [0, 0], run.outputs()
+        assert run.wait(60) == [0, 0], print("\n=====\n".join(run.outputs()))
         assert all(startup.STOPPED in output for output in run.outputs())
         assert not (tmp_path / "shared" / "manifest.json").exists()
     found = []

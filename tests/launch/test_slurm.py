@@ -85,6 +85,7 @@ def test_slurm_bad_settings_are_one_line(stubs, project, command, words):
     assert "srun" not in [call[0] for call in calls()]
 
 
+@pytest.mark.slow
 def test_slurm_trains_with_two_processes_that_save_together(stubs, tmp_path):
     env, calls = stubs
     (tmp_path / "bin/srun").write_text(SRUN)

@@ -16,6 +16,8 @@ from tests.children import Children
 
 ARGUMENTS = [
     "--config=configs/quickstart.py",
+    "--config.model.name=dit_ln",  # the quickest to trace
+    "--config.data.semantics=class",
     "--config.model.unroll=1",
     "--config.log.every=1",
     "--config.checkpoint.every=1",  # so that one is nearly always being written

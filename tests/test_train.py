@@ -2,7 +2,7 @@
 
 import json
 import signal
-from functools import cached_property
+from functools import cached_property, partial
 from unittest import mock
 
 import jax
@@ -17,12 +17,15 @@ from condiff_jax.config import ConfigError
 from condiff_jax.data.pipeline import batches, create_source
 from condiff_jax.models import MODELS
 from condiff_jax.workdir import Workdir
-from tests import tiny
+from tests import rows, tiny
+
+COMPILE_STEP = train.compile_step
+QUICK = {"model.name": "dit_ln", "data.semantics": "class"}  # to trace, of all models
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_layers():
-    with tiny.few_layers():
+    with rows.small_models(), tiny.few_layers():
         yield
 
 
@@ -32,17 +35,14 @@ def batch_of(config):
 
 
 def loss_and_grads(system, mesh, parts=1):
-    """Loss and gradient at random (not zero-initialised) parameters, on a given mesh."""
+    """Loss and gradient at random parameters, on a given mesh."""
 
     @jax.jit
     def compute(params, batch, noise):
         value_and_grad = jax.value_and_grad(lambda *a: train.loss_fn(*a, system=system))
         return train.accumulated(value_and_grad, params, (batch, noise), parts)
 
-    params = jax.jit(system.init)(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    params = tree.unflatten([a + 0.05 * rng.standard_normal(a.shape, np.float32) for a in leaves])
+    params = random_like(system.shapes)
     params = jax.device_put(params, sharding.tree_shardings(mesh, params))
     _, batch = batch_of(system.config)
     noise = jax.device_get(train.draw_noise(jax.random.key(1), system, 16))
@@ -55,20 +55,22 @@ def assert_close(a, b, tolerance=2e-5):
         np.testing.assert_allclose(x, y, atol=tolerance * (1e-2 + np.abs(x).max()))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_first_loss_is_the_mean_square_of_what_is_predicted(prediction):
+def test_first_loss_is_the_mean_square_of_what_is_predicted():
     """The output starts at zero, so the loss is that of guessing zero."""
-    system, batch = batch_of(tiny.config(**{"diffusion.prediction": prediction}))
-    noise = train.draw_noise(jax.random.key(1), system, 16)
-    root = np.sqrt(system.schedule.alpha_bar[noise["t"]]).reshape(-1, 1, 1, 1)
-    target = noise["eps"]
-    if prediction == "v":
-        target = root * target - np.sqrt(1 - root**2) * system.autoencoder.encode(
-            None, batch["image"], None
-        )
-    params = jax.jit(system.init)(jax.random.key(0))
-    loss = train.loss_fn(params, batch, noise, system=system)
-    np.testing.assert_allclose(loss, np.square(target).mean(), rtol=1e-4)
+    params = None
+    for prediction in ("epsilon", "v"):
+        system, batch = batch_of(tiny.config(**{"diffusion.prediction": prediction}))
+        if params is None:
+            params = jit(system.init)(jax.random.key(0))
+        noise = jit(train.draw_noise, static_argnums=(1, 2))(jax.random.key(1), system, 16)
+        root = np.sqrt(system.schedule.alpha_bar[noise["t"]]).reshape(-1, 1, 1, 1)
+        target = noise["eps"]
+        if prediction == "v":
+            target = root * target - np.sqrt(1 - root**2) * system.autoencoder.encode(
+                None, batch["image"], None
+            )
+        loss = jit(partial(train.loss_fn, system=system))(params, batch, noise)
+        np.testing.assert_allclose(loss, np.square(target).mean(), rtol=1e-4)
 
 
 def meshes():
@@ -189,7 +191,7 @@ def test_the_noise_of_a_step_comes_from_its_seed_and_number():
 
 
 def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
-    fields = {"checkpoint.every": 100, "sampling.n": 2, "log.every": 5}
+    fields = {**QUICK, "checkpoint.every": 100, "sampling.n": 2, "log.every": 5}
     train.run(tiny.config(steps=20, **fields), str(tmp_path / "whole"))
     train.run(tiny.config(steps=10, **fields), str(tmp_path / "parts"))
     train.run(tiny.config(steps=20, **fields), str(tmp_path / "parts"))
@@ -221,7 +223,8 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
     assert list((tmp_path / "parts").glob("events*"))
 
 
-def test_class_conditional_training_runs_and_learns(tmp_path):
+def test_class_conditional_training_runs_and_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "compile_step", COMPILE_STEP)  # with the first parameters of users
     fields = {"data.semantics": "class", "model.name": "mmdit", "sampling.n": 2}
     fields |= {"log.every": 10, "checkpoint.every": 100, "sampling.ema": False}
     with mock.patch.object(state, "to_sample", wraps=state.to_sample) as chosen:
@@ -245,7 +248,7 @@ def test_bad_loss_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, mo
         return init, bad_step
 
     monkeypatch.setattr(train, "compile_step", poisoned)
-    config = tiny.config(steps=6, **{"checkpoint.every": 2, "log.every": 2})
+    config = tiny.config(steps=6, **QUICK, **{"checkpoint.every": 2, "log.every": 2})
     with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*learning_rate"):
         train.run(config, str(tmp_path))
     assert Checkpoints(Workdir(tmp_path).checkpoints, config).latest == 2

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.parity import jit, random_like
+from benchmarks.parity import jit
 from condiff_jax import config as config_lib
 from condiff_jax import sharding, train, transfer
 from condiff_jax.checkpoint import Checkpoints
@@ -146,25 +146,40 @@ def test_resizing_keeps_ends_and_straight_lines_and_undoes_itself():
 MDT = {"model.name": "mdtv2", **CLASS}
 
 
-def moved(old, new, params):
+def drawn(system, *names):
+    """Of the first parameters those of these names: XLA leaves out the others."""
+
+    def draw(key):
+        params = transfer.by_name(system.init(key))
+        return {name: params[name] for name in names}
+
+    return jit(draw)(jax.random.key(1))
+
+
+def moved(old, new, params, *names):
+    """The parameters of these names after a transfer; what is new is drawn by numpy."""
     moves = transfer.plan(old, new)
-    create = jit(lambda p, key: transfer.move(moves, p, new.init(key)))
-    return transfer.by_name(create(transfer.by_name(params), jax.random.key(1)))
+
+    def move(params, fresh):
+        after = transfer.by_name(transfer.move(moves, params, fresh))
+        return {name: after[name] for name in names}
+
+    return jit(move)(params, tiny.random_params(new.shapes))
 
 
 @pytest.mark.parametrize("position", ["resample", "extrapolate"])
 def test_positions_that_learned_nothing_become_those_of_the_new_grid(position):
     old = system(**MDT, **{"model.position": position})
     new = system(**MDT, **LARGER, **{"model.position": position})
-    params = jit(old.init)(jax.random.key(0))
-    fresh = transfer.by_name(jit(new.init)(jax.random.key(1)))
-    after = moved(old, new, params)
-    for name in ("model/positions", "model/decoder_positions"):
+    names = ("model/positions", "model/decoder_positions")
+    params = transfer.by_name(tiny.random_params(old.shapes)) | drawn(old, *names)
+    fresh, after = drawn(new, *names), moved(old, new, params, *names)
+    for name in names:
         np.testing.assert_allclose(after[name], fresh[name], atol=1e-6)
     # What is learned: a slope along the columns stays one, from the same value to the same value.
     slope = np.tile(np.arange(4.0), 4)[:, None]
-    params["model"]["positions"] = params["model"]["positions"] + slope
-    learned = moved(old, new, params)["model/positions"] - fresh["model/positions"]
+    params["model/positions"] = params["model/positions"] + slope
+    learned = moved(old, new, params, *names)["model/positions"] - fresh["model/positions"]
     values = np.linspace(0, 3, 8) if position == "resample" else [0, 1, 2, 3, 0, 0, 0, 0]
     np.testing.assert_allclose(
         learned.reshape(8, 8, -1)[0], np.outer(values, np.ones(32)), atol=1e-5
@@ -175,14 +190,9 @@ def test_positions_that_learned_nothing_become_those_of_the_new_grid(position):
 def test_relative_biases_keep_offset_zero_and_the_largest(position):
     old = system(**MDT, **{"model.position": position})
     new = system(**MDT, **LARGER, **{"model.position": position})
-    params = random_like(transfer.shapes_of(old))
     name = "model/in_blocks/relative_bias"
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, _: params[sharding.path_name(path)],
-        jax.eval_shape(old.init, jax.random.key(0)),
-    )
-    before = params["model"]["in_blocks"]["relative_bias"]
-    after = moved(old, new, params)[name]
+    params = transfer.by_name(tiny.random_params(old.shapes))
+    before, after = params[name], moved(old, new, params, name)[name]
     assert before.shape == (1, 7 * 7 + 3, 2) and after.shape == (1, 15 * 15 + 3, 2)
     np.testing.assert_array_equal(after[:, -3:], before[:, -3:])
     before, after = before[:, :-3].reshape(7, 7, 2), after[:, :-3].reshape(15, 15, 2)
@@ -203,9 +213,9 @@ def parameters(path, config, ema=False):
 
 
 def two_stages(**overrides):
-    fields = {"sampling.n": 2, "batch_size": 8, "log.every": 1}
-    first = tiny.values(steps=3, **fields, **CLASS)
-    still = {"optimizer.learning_rate": 0.0, "init.pretrain": first}
+    fields = {"sampling.n": 2, "batch_size": 8, "log.every": 1, "model.name": "dit_ln", **CLASS}
+    first = tiny.values(steps=3, **fields)
+    still = {"optimizer.learning_rate": 0.0, "data.classes": 30, "init.pretrain": first}
     second = {**fields, **LARGER, **still, "steps": 2, **overrides}
     return tiny.config(**second)
 
@@ -227,8 +237,11 @@ def test_stages_run_in_one_command_and_resume_in_the_middle(tmp_path, capsys, mo
     monkeypatch.setattr(train, "loop", loop)
     assert train.run(config, str(tmp_path / "run"))
     out = capsys.readouterr().out
-    assert "First stage: 3 steps" in out and "kept     model/blocks/query/linear/kernel" in out
-    assert "new      model/caption/fc1/kernel (16, 32)" in out
+    assert (
+        "First stage: 3 steps" in out
+        and "kept     model/blocks/attention/query/linear/kernel" in out
+    )
+    assert "new      model/class_embed/embedding (31, 32)" in out
     assert "left     model/class_embed/embedding (11, 32)" in out
     assert (tmp_path / "run" / "transfer.txt").read_text() in out
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
@@ -237,7 +250,7 @@ def test_stages_run_in_one_command_and_resume_in_the_middle(tmp_path, capsys, mo
     start = parameters(tmp_path / "run" / "pretrain", earlier, ema=True)
     for ema in (False, True):
         end = parameters(tmp_path / "run", config, ema=ema)
-        for name in ("model/blocks/query/linear/kernel", "model/final/bias"):
+        for name in ("model/blocks/attention/query/linear/kernel", "model/final/bias"):
             np.testing.assert_allclose(end[name], start[name], rtol=1e-6)  # averages round
     assert train.run(config, str(tmp_path / "run"))
     assert "Nothing to do" in capsys.readouterr().out
@@ -259,7 +272,7 @@ def test_a_path_alone_starts_from_what_is_there(tmp_path):
     second = two_stages(**there, **{"init.pretrain": None})
     train.run(second, str(tmp_path / "second"))
     raw = parameters(tmp_path / "first", config.init.pretrain)
-    name = "model/blocks/query/linear/kernel"
+    name = "model/blocks/attention/query/linear/kernel"
     np.testing.assert_array_equal(parameters(tmp_path / "second", second)[name], raw[name])
     with pytest.raises(ConfigError, match=r"trained for 3 steps, init.pretrain.steps=2"):
         values = json.loads(two_stages(**there).to_json())

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
-from tests.compiling import QUICK
+from tests.compiling import QUICK, collect_rarely
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -38,6 +38,7 @@ def _main(arguments: Sequence[str], log: str, devices: int, environment: dict[st
     from tests import tiny
 
     logging.set_verbosity(logging.WARNING)
+    collect_rarely()
     with tiny.few_layers(), mock.patch.object(encode, "MB", 1000):
         app.run(main.main, flags_parser=main.parse)
 

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 
 from condiff_jax import startup
-from tests.compiling import QUICK
+from tests.compiling import QUICK, collect_rarely
 
 startup.compile_only()
 # Tests, and the processes that they start, have programs in common. pytest's workers inherit this.
@@ -27,6 +27,11 @@ def pytest_configure(config):
     from tests.cpu_report import CpuReport  # not before the flags above are set: it imports JAX
 
     config.pluginmanager.register(CpuReport())
+
+
+def pytest_collection_finish():
+    """Everything is imported."""
+    collect_rarely()
 
 
 @pytest.fixture

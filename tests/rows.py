@@ -23,7 +23,7 @@ from unittest import mock
 from condiff_jax import config as config_lib
 from condiff_jax.config import Config
 from configs.__main__ import tables
-from tests.compiling import QUICK
+from tests.compiling import QUICK, collect_rarely
 
 ROOT = Path(__file__).parents[1]
 
@@ -229,6 +229,7 @@ def main(folder: Path) -> None:
     from tests import tiny
 
     flags.FLAGS.mark_as_parsed()
+    collect_rarely()
     write_pictures(folder / "emoji")
     os.chdir(folder)
     answers = sys.stdout

@@ -41,14 +41,22 @@ FIELDS = CLASSES | {
     "objective": "classification", "model.name": "unet", "model.size": "tiny", "log.every": 1,
     "optimizer.learning_rate": 3e-3, "optimizer.ema": 0.9,
 }  # fmt: skip
-IMAGES = (16, 16, 16, 3)
+IMAGES = (16, 8, 8, 3)
 DENOISER = CLASSES | {"model.name": "dit_ln", "sampling.control_guidance": 1.0}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
+    """Tiny sizes; trainings here are of one classifier, so they have one compiled step."""
     with tiny.few_layers(), mock.patch.dict(unet.SIZES, {"tiny": SMALL}):
-        yield
+        compiled, made = train.compile_step, []
+
+        def once(*args):
+            made[:] = made or [compiled(*args)]
+            return made[0]
+
+        with mock.patch.object(train, "compile_step", once):
+            yield
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +70,10 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a classifier that was stopped after 2 of 4 steps and went on."""
+    """The folder of a classifier after 4 steps, with checkpoints of 2 and 4."""
     path = tmp_path_factory.mktemp("classifier")
     with mock.patch.object(classification, "PICTURES", 12):
-        for steps in (2, 4):
-            assert train.run(tiny.config(steps=steps, **FIELDS), str(path))
+        assert train.run(tiny.config(steps=4, **FIELDS), str(path))
     return path
 
 
@@ -78,19 +85,23 @@ def restored(path, config):
 
 
 def test_two_steps_and_two_are_four_bit_for_bit(trained, tmp_path):
-    config = tiny.config(steps=4, **FIELDS)
-    assert train.run(config, str(tmp_path))
-    whole, parts = restored(tmp_path, config), restored(trained, config)
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    config, parts = tiny.config(steps=4, **FIELDS), tmp_path / "parts"
+    shutil.copytree(trained, parts)
+    shutil.rmtree(parts / "checkpoints/4")  # as if it had been killed after half of its steps
+    for name in ("evaluation.jsonl", "samples/4.png"):
+        (parts / name).unlink()
+    assert train.run(config, str(parts))
+    assert (parts / "checkpoints/4").exists()
+    jax.tree.map(np.testing.assert_array_equal, restored(trained, config), restored(parts, config))
     first = {"step", "loss", "accuracy", *(f"accuracy_{i}" for i in (1, 2, 3, 4))}
-    for line, again in zip(*(lines(p / "metrics.jsonl") for p in (tmp_path, trained)), strict=True):
+    for line, again in zip(*(lines(p / "metrics.jsonl") for p in (trained, parts)), strict=True):
         assert {name: line[name] for name in first} == {name: again[name] for name in first}
     quarters = [line[f"accuracy_{i}"] for i in (1, 2, 3, 4)]
     assert np.mean(quarters) == pytest.approx(line["accuracy"])
-    (found,) = [line for line in lines(tmp_path / "evaluation.jsonl") if line["step"] == 4]
-    assert 0 <= found["accuracy"] <= 1 and (tmp_path / "samples/4.png").exists()
-    assert train.run(config, str(tmp_path))  # nothing to do
-    assert len(lines(tmp_path / "evaluation.jsonl")) == 1
+    (found,) = [line for line in lines(parts / "evaluation.jsonl") if line["step"] == 4]
+    assert 0 <= found["accuracy"] <= 1 and (parts / "samples/4.png").exists()
+    assert train.run(config, str(parts))  # nothing to do
+    assert len(lines(parts / "evaluation.jsonl")) == 1
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +123,7 @@ def pictures(n):
 def test_the_loss_is_the_cross_entropy_of_noised_pictures(system):
     batch, rng = pictures(8), np.random.default_rng(0)
     params = jax.tree.map(
-        lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32),
-        jax.eval_shape(system.init, jax.random.key(0)),
+        lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), system.shapes
     )
     noise = classification.draw_noise(jax.random.key(1), system, 8, 0)
     assert sorted(np.asarray(noise["t"]) // 125) == list(range(8))  # one of each eighth
@@ -135,12 +145,14 @@ def test_the_loss_is_the_cross_entropy_of_noised_pictures(system):
 
 def test_the_loss_falls_where_classes_are_seen(system):
     """Class 0 is dark, class 1 is bright; noise hides it from some of t alone."""
-    label, tx = jnp.arange(16) % 2, optim.create(system.config)
-    image = jnp.broadcast_to((40 + 175 * label).astype(jnp.uint8)[:, None, None, None], IMAGES)
-    batch = {"image": image, "label": label, "broken": jnp.zeros(16, jnp.int32)}
+    config = tiny.config(**FIELDS | {"data.resolution": 8, "optimizer.learning_rate": 1e-2})
+    system, label = classifier.create(config, system.vocabulary), np.arange(16) % 2
+    image = np.broadcast_to((40 + 175 * label).astype(np.uint8)[:, None, None, None], IMAGES)
+    batch = {"image": image, "label": label, "broken": np.zeros(16, np.int32)}
+    tx, losses = optim.create(config), []
     step = jax.jit(partial(train.train_step, system=system, tx=tx))
-    train_state, losses = state.create(jax.jit(system.init)(jax.random.key(0)), tx), []
-    for _ in range(100):
+    train_state = jax.jit(lambda key: state.create(system.init(key), tx))(jax.random.key(0))
+    for _ in range(30):
         train_state, metrics = step(train_state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[0] == pytest.approx(np.log(10), rel=1e-4)  # it begins with no opinion
@@ -177,11 +189,11 @@ def saved(system, path, value):
     """The folder of a classifier whose parameters are all `value`, and their averages -value."""
     folder = Workdir(str(path))
     folder.open(system.config, system.vocabulary)
-    params = jax.tree.map(lambda a: jnp.full(a.shape, value), system.shapes)
-    train_state = state.create(params, optim.create(system.config))
+    shapes = jax.eval_shape(partial(state.create, tx=optim.create(system.config)), system.shapes)
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    params, ema = (jax.tree.map(lambda a, v=v: a + v, zeros.params) for v in (value, -value))
     checkpoints = Checkpoints(folder.checkpoints, system.config, create=True)
-    ema = jax.tree.map(jnp.negative, params)
-    checkpoints.save(4, train_state.replace(step=jnp.array(4), ema=ema), 0.0)
+    checkpoints.save(4, zeros.replace(step=np.array(4), params=params, ema=ema), 0.0)
     checkpoints.close()
     return folder.path
 
@@ -190,7 +202,8 @@ def test_the_classifier_that_is_named_guides_averaged_or_as_trained(system, tmp_
     """Also where the grid of an evaluation goes from one to another with the same sampler."""
 
     def guide(sampler):
-        return {float(leaf.ravel()[0]) for leaf in jax.tree.leaves(sampler.frozen["classifier"])}
+        params = jax.device_get(sampler.frozen["classifier"])
+        return {value for leaf in jax.tree.leaves(params) for value in leaf.ravel().tolist()}
 
     one, two = (saved(system, tmp_path / str(n), n) for n in (1.0, 2.0))
     raw, other = (guided(path, **{"sampling.ema": False}) for path in (one, two))

@@ -64,7 +64,8 @@ def random_like(shapes, seed: int = 0):
         centre = 1.0 if path[-1].key == "scale" else 0.0
         fan_in = leaf.size // leaf.shape[-1] if path[-1].key == "kernel" else 25
         size = 0.2 if leaf.ndim < 2 else max(0.2, fan_in**-0.5)
-        return jnp.asarray(centre + size * generator.normal(size=leaf.shape), jnp.float32)
+        values = centre + size * generator.normal(size=leaf.shape)
+        return jnp.asarray(values.astype(np.float32))  # converted by numpy: nothing to compile
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 

@@ -122,9 +122,7 @@ def pictures(n):
 
 def test_the_loss_is_the_cross_entropy_of_noised_pictures(system):
     batch, rng = pictures(8), np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), system.shapes
-    )
+    params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), system.shapes)
     noise = classification.draw_noise(jax.random.key(1), system, 8, 0)
     assert sorted(np.asarray(noise["t"]) // 125) == list(range(8))  # one of each eighth
     run = jax.jit(partial(classification.loss_fn, system=system))

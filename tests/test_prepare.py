@@ -14,9 +14,11 @@ from condiff_jax import prepare
 from condiff_jax.config import ConfigError
 from condiff_jax.data.builders import BUILDERS
 from condiff_jax.data.builders import prepare as driver
+from condiff_jax.data.pipeline import batches
 from condiff_jax.system import create_vocabulary, open_source
 from configs import cc12m_512, imagenet1k_256, imagenet22k_256, pictures_64
 from configs.recipes import CLASSES, all_stages
+from tests import tiny
 from tests.data.builders import archives
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +56,12 @@ def created(values, **fields):
     return config_lib.create(values)
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_prepares_and_trains_from_it(name, tmp_path, trainer):
+# One of captions and one of classes are trained by default; batches are made of all.
+TRAINED = ("coco", "folder of classes")
+
+
+def prepared(name, tmp_path):
+    """The config of a source that has been prepared."""
     source, fields = SOURCES[name](tmp_path / "in"), {}
     args = "scale=tiny"
     if CONFIGS[name.split()[0]] is pictures_64:
@@ -66,7 +72,30 @@ def test_prepares_and_trains_from_it(name, tmp_path, trainer):
     values = configured(name, tmp_path / "out", args)
     config = created(values, prepare__source=str(source), **fields)
     prepare.run(config)
-    assert trainer([config]) == ""
+    return config
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_prepares_what_every_stage_makes_batches_of(name, tmp_path):
+    for config in config_lib.stages(prepared(name, tmp_path)):
+        source, side = open_source(config), config.data.resolution
+        vocabulary = create_vocabulary(config, source)
+        encode_text = tiny.system(config).encode_text if vocabulary.words else None
+        batch = next(batches(config, source, encode_text))
+        assert batch["image"].shape == (config.batch_size, side, side, 3)
+        assert batch["image"].std() > 10 and not batch["broken"].any()
+        if encode_text:
+            assert batch["mask"].any(1).all()
+        else:
+            assert len(set(batch["label"].tolist())) > 1
+            assert batch["label"].max() < len(vocabulary.classes)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in TRAINED else pytest.param(n, marks=pytest.mark.slow) for n in SOURCES]
+)
+def test_prepares_and_trains_from_it(name, tmp_path, trainer):
+    assert trainer([prepared(name, tmp_path)]) == ""
 
 
 def test_imagenet22k_has_the_classes_that_its_config_expects(tmp_path):

@@ -30,9 +30,10 @@ PICTURES, VIEWS = 5, 4  # of the caches here; two crops, each in both flips
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    """Few layers, and shards of a few pictures."""
+    """Few layers and levels, and shards of a few pictures."""
     with tiny.few_layers(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "MB", 1000)
+        patch.setitem(kl.SIZES, "tiny", kl.Size((8, 16), resnets=1, codes=64))
         yield
 
 
@@ -43,7 +44,8 @@ def folders(tmp_path_factory):
     for name, kind in (("kl", "kl"), ("vq", "vq"), ("other", "kl")):
         network = NETWORKS[kind](kl.SIZES["tiny"])
         shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-        params = jax.tree.map(lambda a, n=name: a * (1 + (n == "other")), random_like(shapes))
+        params = jax.device_get(random_like(shapes))
+        params = jax.tree.map(lambda a, n=name: a * (1 + (n == "other")), params)
         reconstruction.export(network, params["params"], epath.Path(place / name))
         out[name] = str(place / name)
     return out
@@ -54,7 +56,7 @@ def config_of(folders):
     def create(name="kl", **overrides):
         fields = {"autoencoder.name": name, "autoencoder.size": "tiny", "model.size": "tiny/2"}
         fields |= {"autoencoder.path": folders[name], "autoencoder.scale": 0.5}
-        fields |= {"encode.records": PICTURES, "encode.views": 2, "encode.shard_mb": 4}
+        fields |= {"encode.records": PICTURES, "encode.views": 2, "encode.shard_mb": 13}
         return tiny.config(
             **fields | {"conditioning.control": ("crop", "flip", "size")} | overrides
         )
@@ -63,11 +65,26 @@ def config_of(folders):
 
 
 @pytest.fixture(scope="module")
-def caches(config_of, tmp_path_factory):
+def compiled(config_of):
+    """An encoder of kl that runs of mode encode can share."""
+    return encode.Encoder(tiny.system(config_of()))
+
+
+@pytest.fixture
+def encoder(compiled, monkeypatch):
+    """What all runs of mode encode in a test encode with."""
+    monkeypatch.setattr(encode, "Encoder", lambda system: compiled)
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def caches(config_of, compiled, tmp_path_factory):
     """What mode encode makes: {name: folder}."""
     out = {name: tmp_path_factory.mktemp("cache") / name for name in ("kl", "vq")}
-    for name, path in out.items():
-        encode.run(config_of(name, **{"encode.path": str(path)}))
+    encode.run(config_of("vq", **{"encode.path": str(out["vq"])}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "Encoder", lambda system: compiled)
+        encode.run(config_of(**{"encode.path": str(out["kl"])}))
     return out
 
 
@@ -124,7 +141,7 @@ def test_loss_equals_that_of_training_on_pictures(name, config_of, cached):
     for field in ("ids", "mask", "label", "broken"):
         np.testing.assert_array_equal(online[field], offline[field])
     assert "image" not in offline and offline["moments"].dtype == np.float16
-    params = random_like(jax.eval_shape(system.init, jax.random.key(0)))
+    params = random_like(system.shapes)
     frozen = jax.device_get(system.load_frozen())
     noise = train.draw_noise(jax.random.key(1), system, PICTURES)
     noise["t"] = noise["t"] // 10  # where x_0 is heard
@@ -202,14 +219,6 @@ def test_the_system_is_the_same_as_without_the_cache(semantics, config_of, cache
 
 class Killed(BaseException):
     pass
-
-
-@pytest.fixture
-def encoder(config_of, monkeypatch):
-    """An encoder that is compiled once for all runs of mode encode in a test."""
-    one = encode.Encoder(tiny.system(config_of()))
-    monkeypatch.setattr(encode, "Encoder", lambda system: one)
-    return one
 
 
 def test_caches_are_the_same_after_a_kill_at_any_rename(
@@ -432,14 +441,15 @@ def test_bad_fields_of_mode_encode_are_named(fields, message, config_of, tmp_pat
         encode.run(config_of(**{"encode.path": str(tmp_path / "c")} | fields))
 
 
-def test_moments_beyond_float16_are_refused(encoder, config_of, tmp_path):
-    encoder.params = jax.tree.map(lambda a: a * 1e5, encoder.params)
+def test_moments_beyond_float16_are_refused(encoder, config_of, tmp_path, monkeypatch):
+    params = jax.tree.map(lambda a: np.asarray(a) * np.float32(1e5), encoder.params)
+    monkeypatch.setattr(encoder, "params", jax.device_put(params))
     with pytest.raises(ConfigError, match="autoencoder.path: it gives moments that are not fin"):
         encode.run(config_of(**{"encode.path": str(tmp_path / "c")}))
 
 
 def test_text_features_take_the_place_of_captions(config_of, tmp_path):
-    clip = clips.write(tmp_path / "clip")
+    clip = clips.write(tmp_path / "clip", num_hidden_layers=1)
     fields = {"text_encoder.name": "clip", "text_encoder.path": str(clip), "encode.text": True}
     config = config_of(**fields | {"encode.path": str(tmp_path / "c")})
     encode.run(config)
@@ -456,7 +466,7 @@ def test_text_features_take_the_place_of_captions(config_of, tmp_path):
     np.testing.assert_allclose(found.tokens, expected.tokens, rtol=2**-7, atol=2**-7)
     np.testing.assert_allclose(found.pooled, expected.pooled, rtol=2**-8, atol=2**-8)
     assert found.tokens.dtype == expected.tokens.dtype
-    other = clips.write(tmp_path / "other", seed=1)
+    other = clips.write(tmp_path / "other", seed=1, num_hidden_layers=1)
     with pytest.raises(ConfigError, match="config: text_encoder.path is sha256"):
         train.run(
             config_of(**fields | latents | {"text_encoder.path": str(other)}), str(tmp_path / "run")

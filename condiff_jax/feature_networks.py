@@ -34,6 +34,13 @@ CLIP_SOURCE = "a folder or hub id of a CLIPModel, such as openai/clip-vit-large-
 TEXTS = 64  # captions at a time
 
 
+@functools.cache
+def inception_shapes() -> dict:
+    """The shapes and types of Inception's parameters; tracing it takes seconds."""
+    example = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
+    return jax.eval_shape(inception.InceptionV3().init, jax.random.key(0), example)["params"]
+
+
 def load_inception(path: str) -> FeatureNetwork:
     """FID's Inception-v3: features (N, 2048) of pictures of any size, which it resizes itself.
 
@@ -41,11 +48,10 @@ def load_inception(path: str) -> FeatureNetwork:
     be read) or .safetensors. FileNotFoundError without them, ValueError where they do not fit.
     """
     place = _locate(path, "Inception", INCEPTION_SOURCE)
-    example = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
-    shapes = jax.eval_shape(inception.InceptionV3().init, jax.random.key(0), example)["params"]
     try:
         # Training's count of batches is no parameter.
-        params = from_torch(weights.read(str(place), r".*\.num_batches_tracked"), shapes)
+        tensors = weights.read(str(place), r".*\.num_batches_tracked")
+        params = from_torch(tensors, inception_shapes())
     except ValueError as error:
         raise ValueError(_misfit(path, "Inception", error, INCEPTION_SOURCE)) from error
     return FeatureNetwork(

@@ -41,7 +41,14 @@ def recorded(row):
     return [cells[:3], cells[3:]]
 
 
-@pytest.mark.parametrize("row", TABLE["ROWS"])
+# To trace those of a UNet takes seconds: of each, the ones of one resolution are enough by default.
+SLOW = [row for row in TABLE["ROWS"] if "unet" in row and row.endswith("resolution=512")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=pytest.mark.slow) if row in SLOW else row for row in TABLE["ROWS"]],
+)
 def test_cells_are_as_recorded_and_sizes_the_papers(row):
     ours = report.size_and_flop(config_lib.create(TABLE["get_config"](row)))
     paper = list(TABLE["PAPER"][row].values())

@@ -39,7 +39,7 @@ def everything_mentioned(scene):
 @pytest.fixture(scope="module")
 def mixed():
     """Scenes of all shapes and colours, one or two objects, judged on all attributes."""
-    return [everything_mentioned(make_scene("train", index)) for index in range(150)]
+    return [everything_mentioned(make_scene("train", index)) for index in range(80)]
 
 
 def assert_accurate(accuracy, colour=0.995, position=0.99, shape=0.98):
@@ -48,7 +48,7 @@ def assert_accurate(accuracy, colour=0.995, position=0.99, shape=0.98):
     assert accuracy["shape"] >= shape
 
 
-@pytest.mark.parametrize("side,count", [(32, 300), (64, 60)])
+@pytest.mark.parametrize("side,count", [(32, 120), (64, 30)])
 def test_accurate_on_noisy_validation_prompts(side, count):
     scenes = prompts(count)
     accuracy = prompt_accuracy(pictures(scenes, side), scenes)
@@ -87,9 +87,9 @@ def test_names_shapes_drawn_by_another_renderer():
 
 
 def test_washed_out_colours_are_still_named(mixed):
-    images = pictures(mixed[:60], 32).astype(float)
+    images = pictures(mixed[:40], 32).astype(float)
     pale = (0.5 * images + 0.5 * images.mean(3, keepdims=True)).astype(np.uint8)
-    assert_accurate(prompt_accuracy(pale, mixed[:60]))
+    assert_accurate(prompt_accuracy(pale, mixed[:40]))
 
 
 def test_nothing_is_found_without_objects():
@@ -103,7 +103,7 @@ def test_nothing_is_found_without_objects():
 
 
 def test_objects_are_counted_and_ordered_by_size(mixed):
-    for scene in mixed[:60]:
+    for scene in mixed[:40]:
         found = detect(render(scene))
         assert len(found) == len(scene.objects)
         assert [d.size for d in found] == sorted((d.size for d in found), reverse=True)
@@ -233,7 +233,7 @@ def test_left_and_right_are_halves_and_relations():
 
 @pytest.mark.parametrize("classes", [CLASSES, FINE_CLASSES])
 def test_class_accuracy_of_rendered_classes(classes):
-    records = [Shapes("validation", (48, 48), len(classes))[i] for i in range(150)]
+    records = [Shapes("validation", (48, 48), len(classes))[i] for i in range(80)]
     labels = [int(record["label"]) for record in records]
     images = np.stack([resized(record["image"], 32) for record in records])
     accuracy = class_accuracy(images, labels, classes)

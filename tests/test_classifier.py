@@ -292,8 +292,16 @@ def test_parameters_are_arguments_and_no_constants(trained, run):
 
 
 def test_mode_sample_writes_guided_pictures(trained, run):
-    out = sample.run(guided(trained, **{"sampling.n": 2}), str(run[0]))
-    assert (out / "000001.png").exists()
+    """With a sampler that the classifier guides; what one draws is measured above."""
+    guides = []
+
+    def draw(sampler, params, batch):
+        guides.append(sampler.frozen["classifier"])
+        return np.zeros((len(batch["label"]), 16, 16, 3), np.uint8)
+
+    with mock.patch.object(sample.Sampler, "__call__", draw):
+        out = sample.run(guided(trained, **{"sampling.n": 2}), str(run[0]))
+    assert (out / "000001.png").exists() and len(guides) == 1
 
 
 def changed(trained, tmp_path, **fields):

@@ -1,6 +1,6 @@
 """Classifier guidance, as epsilon's shift and as the mean's, where all is known in closed form."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,7 @@ def guided_samples(form, scale, label):
     return ddim(guided, SCHEDULE, x, cond, keys, steps=250)
 
 
+@cache
 def sample(form, scale, label):
     """N samples (N,) of the unconditional model, guided to a class."""
     return np.asarray(guided_samples(form, scale, label)).ravel()

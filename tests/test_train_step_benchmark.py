@@ -3,12 +3,13 @@
 import json
 from types import SimpleNamespace
 
-import jax
 import pytest
 import torch
 
 from benchmarks import parity, train_methods, train_step
 from benchmarks.timing import OURS, THEIRS
+from condiff_jax import train
+from condiff_jax.models import unet
 from tests import tiny
 
 TINY = ["--size=tiny/4", "--side=8", "--batch=2", "--steps=1", "--repetitions=2", "--no-compile"]
@@ -20,7 +21,29 @@ def few_layers():
         yield
 
 
-def test_both_make_the_same_step(capsys, tmp_path):
+@pytest.fixture(scope="module")
+def made():
+    """What `once` keeps."""
+    return {}
+
+
+@pytest.fixture
+def once(made, monkeypatch):
+    """Our train step and its parameters are made for the first of the commands alone."""
+
+    def first(name, call):
+        def create(*args):
+            if name not in made:
+                made[name] = call(*args)
+            return made[name]
+
+        return create
+
+    for module, name in ((train, "compile_step"), (train_methods, "create_params")):
+        monkeypatch.setattr(module, name, first(name, getattr(module, name)))
+
+
+def test_both_make_the_same_step(once, capsys, tmp_path):
     path = tmp_path / "record.json"
     assert train_step.main([*TINY, f"--save={path}"]) == 0
     record = json.loads(path.read_text())
@@ -33,7 +56,7 @@ def test_both_make_the_same_step(capsys, tmp_path):
     assert "speed against" in capsys.readouterr().out
 
 
-def test_another_network_fails(capsys, monkeypatch, tmp_path):
+def test_another_network_fails(once, capsys, monkeypatch, tmp_path):
     create = train_methods.create_reference
 
     def perturbed(*args):
@@ -48,10 +71,12 @@ def test_another_network_fails(capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "none.json").exists()
 
 
-def test_unets_are_compared_too():
+def test_unets_are_compared_too(monkeypatch):
+    small = unet.Size((8, 16), (False, True), 16, head_size=8, resnets=1)
+    monkeypatch.setitem(unet.SIZES, "tiny", small)
     asked = train_step.parse(["--model=unet", "--size=tiny", "--side=8", "--batch=2"])
     system = train_methods.create_system(asked)
-    params = parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))
+    params = parity.random_like(system.shapes)
     network = train_methods.create_reference(system, params)
     assert train_methods.count(params) == sum(p.numel() for p in network.parameters())
     x, ones = torch.zeros(2, 4, 8, 8), torch.ones(2, dtype=torch.long)

@@ -64,10 +64,9 @@ def random_like(shapes, seed: int = 0):
         centre = 1.0 if path[-1].key == "scale" else 0.0
         fan_in = leaf.size // leaf.shape[-1] if path[-1].key == "kernel" else 25
         size = 0.2 if leaf.ndim < 2 else max(0.2, fan_in**-0.5)
-        values = centre + size * generator.normal(size=leaf.shape)
-        return jax.device_put(values.astype(np.float32))  # unlike jnp.asarray, compiles nothing
+        return (centre + size * generator.normal(size=leaf.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 def noise(side: int, seed: int = 5) -> np.ndarray:
@@ -302,18 +301,18 @@ def diffusers_unet2d(side: int, size: unet2d.Size = UNET2D, classes: int = CLASS
     )
 
 
-def diffusers_kl(side: int) -> torch.nn.Module:
+def diffusers_kl(side: int, size: kl.Size = KL) -> torch.nn.Module:
     """diffusers' AutoencoderKL."""
-    levels = len(KL.channels)
+    levels = len(size.channels)
     return diffusers.AutoencoderKL(
         in_channels=CHANNELS,
         out_channels=CHANNELS,
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=KL.channels,
-        layers_per_block=KL.resnets,
-        latent_channels=KL.latent,
-        norm_num_groups=KL.groups,
+        block_out_channels=size.channels,
+        layers_per_block=size.resnets,
+        latent_channels=size.latent,
+        norm_num_groups=size.groups,
     )
 
 

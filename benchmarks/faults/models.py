@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.faults.base import of
 
-DIT, MDT = (f"test_equals_the_original[{name}-4]" for name in (
+DIT, MDT = (f"test_equals_the_original[{name}]" for name in (
     "dit_ln-facebookresearch/DiT layout", "mdtv2-sail-sg/MDT layout"))  # fmt: skip
 
 FAULTS = [

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import parity
 from condiff_jax.models import kl, unet, unet2d
 
-# Compiling takes all the time: of these networks one or two levels of the fewest blocks, at one side,
-# which no position depends on. Heads are by number or by size.
+# Compiling takes all the time: of these networks one or two levels of the fewest blocks, at one
+# side, which no position depends on. Heads are by number or by size.
 SMALL = {
     "unet, text": unet.Size((8, 16), (True, False), parity.TEXT, heads=2, resnets=1),
     "unet, classes": unet.Size((16,), (True,), parity.TEXT, head_size=8, resnets=1),

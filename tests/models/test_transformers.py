@@ -1,6 +1,6 @@
 """What every transformer must do with its conditions and options; parity is in test_parity."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from condiff_jax.models.mmdit import MMDiT
 from condiff_jax.models.pixart import PixArt
 
 DEPTH, WIDTH, HEADS = 4, 32, 2
+KEY = jax.random.key(0, impl="unsafe_rbg")  # quick to compile
 KINDS = {
     "dit_ln": (DiT, {}),
     "dit_att": (DiT, {"cross": True}),
@@ -43,12 +44,21 @@ def control(low=0.0):
     return Control(jnp.full((2, 3), 100.0), jnp.full((2, 2), 32 + low))
 
 
-def build(name, classes, cond, **settings):
+@cache
+def shapes(name, classes, controlled=True, **settings):
+    """(model, shapes of its parameters), with control or without."""
     module, own = KINDS[name]
     defaults = {"base_grid": 2, "weighting": Weighting(), "classes": classes, **own}
-    model = module(DEPTH, WIDTH, HEADS, patch=2, **(defaults | settings))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), noise(4), T, cond)["params"]
-    return model, random_like(shapes)
+    model = module(width=WIDTH, heads=HEADS, patch=2, **({"depth": DEPTH} | defaults | settings))
+    cond = Cond.of(semantics(classes, 0), control() if controlled else None)
+    return model, jax.eval_shape(model.init, KEY, noise(4), T, cond)["params"]
+
+
+@cache
+def build(name, classes, **settings):
+    """(model, random parameters)."""
+    model, params = shapes(name, classes, **settings)
+    return model, random_like(params)
 
 
 @partial(jit, static_argnums=0)
@@ -65,7 +75,7 @@ def change(model, params, one, other, t=T):
 @pytest.mark.parametrize("name, classes", VARIANTS)
 def test_conditions_are_heard_until_dropped(name, classes):
     one, other = (Cond.of(semantics(classes, seed), control()) for seed in (0, 1))
-    model, params = build(name, classes, one)
+    model, params = build(name, classes)
     assert (change(model, params, one, other) > 1e-3).all()
     dropped = [c.replace(drop_semantics=jnp.array([True, False])) for c in (one, other)]
     assert (change(model, params, *dropped) > 1e-3).tolist() == [False, True]
@@ -82,27 +92,32 @@ def test_conditions_are_heard_until_dropped(name, classes):
 
 @pytest.mark.parametrize("name, classes", VARIANTS)
 def test_control_off_leaves_no_trace(name, classes):
-    cond = Cond.of(semantics(classes, 0))
-    _, params = build(name, classes, cond)
-    _, more = build(name, classes, cond.replace(control=control()))
+    _, params = shapes(name, classes, controlled=False)
+    _, more = shapes(name, classes)
     assert set(more) - set(params) == {"control"}
 
 
 @pytest.mark.parametrize("name, classes", VARIANTS)
 def test_qk_norm_is_where_attention_sees_conditions(name, classes):
-    cond = Cond.of(semantics(classes, 0))
-    names = [set(flatten_dict(build(name, classes, cond, qk_norm=on)[1])) for on in (True, False)]
+    found = (shapes(name, classes, **settings) for settings in ({}, {"qk_norm": False}))
+    names = [set(flatten_dict(params)) for _, params in found]
     norms = {path[:-1] for path in names[0] - names[1]}
     assert all(path[-1] in ("query_norm", "key_norm") or "context" in path[-1] for path in norms)
     place = {"dit_att": "cross", "pixart": "cross", "ours": "blocks"}.get(name)
     assert {path[-2] for path in norms} == ({place} if place else set())
 
 
-@pytest.mark.parametrize("name, classes", VARIANTS)
+# Of each architecture once; test_mmdit.py starts those of `ours`, and text changes nothing here.
+STARTED = [
+    v if v[0] != "ours" and v[1] else pytest.param(*v, marks=pytest.mark.slow) for v in VARIANTS
+]
+
+
+@pytest.mark.parametrize("name, classes", STARTED)
 def test_nothing_is_predicted_at_the_start(name, classes):
     cond = Cond.of(semantics(classes, 0), control())
-    model, _ = build(name, classes, cond)
-    out, variables = jit(model.init_with_output)(jax.random.key(0), noise(4), T, cond)
+    model, _ = shapes(name, classes)
+    out, variables = jit(model.init_with_output)(KEY, noise(4), T, cond)
     np.testing.assert_array_equal(out, 0)
     if name == "pixart":  # its gates start at random values of size D^-1/2, as published
         return
@@ -113,32 +128,40 @@ def test_nothing_is_predicted_at_the_start(name, classes):
             assert not np.any(value), path
 
 
-@pytest.mark.parametrize("name", ["dit_att", "pixart", "mdtv2"])
-def test_remat_and_unroll_change_nothing(name):
+# What all share is compared once; the slow suite has every pair.
+REMAT = [("dit_att", {"remat": "dots"})]
+REMAT += [(name, {"remat": "block", "unroll": 2}) for name in ("dit_att", "pixart", "mdtv2")]
+REMAT += [
+    pytest.param(name, {"remat": "dots"}, marks=pytest.mark.slow) for name in ("pixart", "mdtv2")
+]
+
+
+@cache
+def gradients(name, **settings):
+    """Loss and gradients with two blocks, of MDT in its decoder."""
+    depth = 4 if name == "mdtv2" else 2
+    model, params = build(name, CLASSES, depth=depth)
+    model = model.clone(**settings)
     cond = Cond.of(semantics(CLASSES, 0), control())
-    _, params = build(name, CLASSES, cond)
 
-    def gradients(**settings):
-        model, _ = build(name, CLASSES, cond, **settings)
-        hidden = {"hidden": jnp.array([[True, False] * 2] * 2)} if name == "mdtv2" else {}
+    def loss(params):
+        eps = model.apply({"params": params}, noise(4), T, cond)
+        return (jnp.tanh(eps) * noise(4, 6)).sum()
 
-        def loss(params):
-            eps = model.apply({"params": params}, noise(4), T, cond, **hidden)
-            return (jnp.tanh(eps) * noise(4, 6)).sum()
+    return jax.tree.leaves(jit(jax.value_and_grad(loss))(params))
 
-        return jax.tree.leaves(jit(jax.value_and_grad(loss))(params))
 
-    expected = gradients()
-    for settings in ({"remat": "dots"}, {"remat": "block", "unroll": DEPTH}):
-        for a, b in zip(gradients(**settings), expected, strict=True):
-            np.testing.assert_allclose(a, b, atol=3e-5 * max(1, np.abs(b).max()))
+@pytest.mark.parametrize("name, settings", REMAT)
+def test_remat_and_unroll_change_nothing(name, settings):
+    for a, b in zip(gradients(name, **settings), gradients(name), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5 * max(1, np.abs(b).max()))
 
 
 @pytest.mark.parametrize("name", ["dit_ln", "dit_att", "pixart", "mdtv2"])
 def test_bf16_is_close_to_f32(name):
     cond = Cond.of(semantics(CLASSES, 0), control())
-    f32, params = build(name, CLASSES, cond)
-    bf16, other = build(name, CLASSES, cond, dtype=jnp.bfloat16)
+    f32, params = build(name, CLASSES)
+    bf16, other = shapes(name, CLASSES, dtype=jnp.bfloat16)
     assert jax.tree.map(lambda a: a.dtype, other) == jax.tree.map(lambda a: a.dtype, params)
     a, b = (forward(m, params, T, cond) for m in (f32, bf16))
     assert a.dtype == b.dtype == jnp.float32

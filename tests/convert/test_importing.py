@@ -1,10 +1,13 @@
 """Mode `import`: published layouts become work directories that predict what the originals did."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from condiff_jax.config import ConfigError
 from condiff_jax.convert import exporting, importing, published
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.diffusion.sampler import ddim, initial_noise
+from condiff_jax.models import unet
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir
 from configs import base
@@ -60,9 +64,17 @@ def config(name, **overrides):
     return tiny.config(**(fields | overrides))
 
 
+@contextlib.contextmanager
+def small():
+    """Sizes with few arrays, and trainings that start without compiling."""
+    size = unet.Size((16,), (True,), 16, head_size=8, resnets=1)
+    with mock.patch.dict(unet.SIZES, {"tiny": size}), tiny.few_layers():
+        yield
+
+
 def weights(system, layout, *, sigma=False):
     """(our random parameters, the published tensors that hold them, with learned sigma or not)."""
-    params = parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))["model"]
+    params = parity.random_like(system.shapes["model"])
     state = published.to_published(to_torch(params), importing.LAYOUTS[layout].rules(system))
     if sigma:
         channels = system.latent_shape[-1]
@@ -89,24 +101,39 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """runs(name, layout) -> (system, parameters, its folder, imported parameters, messages)."""
+    made = {}
+
+    def get(name, layout):
+        if layout not in made:
+            folder, said = tmp_path_factory.mktemp("import"), io.StringIO()
+            source = folder / "source" / ("unet" if name == "unet" else "transformer")
+            source.mkdir(parents=True)  # a pipeline's folder
+            with small(), contextlib.redirect_stdout(said):
+                system = tiny.system(config(name, **{"convert.source": str(source.parent)}))
+                params, state = weights(system, layout, sigma=name in ("dit_ln", "pixart"))
+                file = source / "diffusion_pytorch_model.safetensors"
+                save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, file)
+                back = imported(system, source.parent, folder / "run")
+            made[layout] = system, params, Workdir(str(folder / "run")), back, said.getvalue()
+        return made[layout]
+
+    return get
+
+
 @pytest.mark.parametrize("name, layout", PAIRS)
-def test_safetensors_come_back_bit_for_bit(name, layout, tmp_path, capsys):
-    source = tmp_path / "source" / ("unet" if name == "unet" else "transformer")
-    source.mkdir(parents=True)  # a pipeline's folder
-    with tiny.few_layers():
-        system = tiny.system(config(name, **{"convert.source": str(source.parent)}))
-        params, state = weights(system, layout, sigma=name in ("dit_ln", "pixart"))
-        file = source / "diffusion_pytorch_model.safetensors"
-        save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, file)
-        same(imported(system, source.parent, tmp_path / "run"), params)
-    said = capsys.readouterr().out
+def test_safetensors_come_back_bit_for_bit(name, layout, runs):
+    _, params, _, back, said = runs(name, layout)
+    same(back, params)
     assert layout in said and ("variances" in said) == (name in ("dit_ln", "pixart"))
 
 
 @pytest.mark.parametrize("name, layout", [PAIRS[0], PAIRS[2]])
 def test_pickled_weights_come_back_without_running_code(name, layout, tmp_path):
     source = tmp_path / "weights.pt"
-    with tiny.few_layers():
+    with small():
         fields = {"convert.source": str(source), "model.dtype": "bfloat16"}
         system = tiny.system(config(name, **fields))
         params, state = weights(system, layout)
@@ -132,7 +159,7 @@ def test_pickled_weights_come_back_without_running_code(name, layout, tmp_path):
 
 def test_an_import_predicts_what_the_original_does_and_trains_on(tmp_path):
     source = tmp_path / "weights.safetensors"
-    with tiny.few_layers():
+    with small():
         settings = {"convert.source": str(source), "sampling.labels": (1, 2), "sampling.n": 2}
         system = tiny.system(config("dit_ln", **settings))
         _, state = weights(system, "facebookresearch/DiT")
@@ -146,7 +173,7 @@ def test_an_import_predicts_what_the_original_does_and_trains_on(tmp_path):
         parity.load(theirs, state)
         x = np.random.default_rng(0).normal(size=(2, *system.latent_shape)).astype(np.float32)
         labels = np.array([1, 3])
-        eps = model.apply({"params": params}, x, parity.T, Cond.of(labels))
+        eps = parity.jit(model.apply)({"params": params}, x, parity.T, Cond.of(labels))
         t = torch.tensor(parity.T).long()
         expected = theirs(torch.tensor(x).permute(0, 3, 1, 2), t, torch.tensor(labels))
         expected = expected.permute(0, 2, 3, 1).detach().numpy()
@@ -161,25 +188,45 @@ def test_an_import_predicts_what_the_original_does_and_trains_on(tmp_path):
         assert [json.loads(line)["step"] for line in lines] == [2]
 
 
+def diffusers_scheduler(run):
+    return DDIMScheduler(
+        1000, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing=run.config.sampling.spacing
+    )
+
+
+def reopened(folder):
+    """The system of a work directory."""
+    with small():
+        return create_system(folder.load_config(), folder.load_vocabulary())
+
+
 @pytest.mark.parametrize("name, layout", PAIRS)
-def test_published_models_bring_their_noise_levels(name, layout, tmp_path, capsys):
-    """From the file to the image: DDIM of the imported run against diffusers' own scheduler."""
-    source, folder = tmp_path / "weights.safetensors", Workdir(str(tmp_path / "run"))
-    with tiny.few_layers():
-        system = tiny.system(config(name, **{"convert.source": str(source)}))
-        _, state = weights(system, layout)
-        save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, source)
-        params = {"model": imported(system, source, folder.path)}
-        run = create_system(folder.load_config(), folder.load_vocabulary())
-    said = capsys.readouterr().out
+def test_published_models_bring_their_noise_levels(name, layout, runs):
+    system, _, folder, _, said = runs(name, layout)
+    run = reopened(folder)
     if name in ("unet", "mmdit"):  # published with several, or as flows: said, and left as it is
         np.testing.assert_array_equal(run.schedule.alpha_bar, system.schedule.alpha_bar)
         assert "noise levels" in said or "rectified flow" in said
         return
     assert "linear, beta 0.0001 to 0.02" in said
-    scheduler = DDIMScheduler(
-        1000, 1e-4, 0.02, "linear", clip_sample=False, timestep_spacing=run.config.sampling.spacing
-    )
+    expected = diffusers_scheduler(run).alphas_cumprod
+    np.testing.assert_allclose(run.schedule.alpha_bar, expected, rtol=1e-4)
+
+
+SAMPLED = [("dit_ln", "facebookresearch/DiT")]  # the others have the same levels, see above
+SAMPLED += [
+    pytest.param(*pair, marks=pytest.mark.slow)
+    for pair in PAIRS
+    if pair not in SAMPLED and pair[0] not in ("unet", "mmdit")
+]
+
+
+@pytest.mark.parametrize("name, layout", SAMPLED)
+def test_imported_models_sample_as_diffusers_does(name, layout, runs):
+    """From the file to the image: DDIM of the imported run against diffusers' own scheduler."""
+    _, _, folder, back, _ = runs(name, layout)
+    run, params = reopened(folder), {"model": back}
+    scheduler = diffusers_scheduler(run)
     scheduler.set_timesteps(5)
     cond = run.example_cond()
     keys = jax.random.split(jax.random.key(1), 1)
@@ -198,7 +245,7 @@ def test_published_models_bring_their_noise_levels(name, layout, tmp_path, capsy
 def test_other_noise_levels_than_a_layouts_are_refused(field, tmp_path):
     source = tmp_path / "weights.safetensors"
     other = {"diffusion.schedule": "cosine", "diffusion.base_resolution": 8}.get(field, 0.01)
-    with tiny.few_layers():
+    with small():
         _, state = weights(tiny.system(config("dit_ln")), "facebookresearch/DiT")
         save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, source)
         fields = {"convert.source": str(source)}
@@ -228,9 +275,9 @@ def test_the_command_line_says_which_fields_were_chosen(tmp_path):
 
 
 def test_an_export_of_ours_wants_its_own_noise_levels(tmp_path):
-    with tiny.few_layers():
+    with small():
         system = tiny.system(config("dit_ln", **LINEAR))
-        params = parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))
+        params = parity.random_like(system.shapes)
         exporting.export(system, params, {}, exporting.epath.Path(tmp_path / "export"))
         fields = {"convert.source": str(tmp_path / "export")}
         for other, message in [
@@ -261,7 +308,7 @@ def test_defaults_are_those_of_the_base_config():
 )
 def test_misfits_are_one_line_that_names_them(overrides, edit, message, tmp_path):
     source = tmp_path / "weights.safetensors"
-    with tiny.few_layers():
+    with small():
         _, state = weights(tiny.system(config("dit_ln")), "facebookresearch/DiT")
         if edit:
             edit(state)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks.parity import jit
 from condiff_jax import config as config_lib
 from condiff_jax import sharding
 from condiff_jax.models import attention as lib
 from condiff_jax.models.attention import attention
-from condiff_jax.models.mdt import hide
 from condiff_jax.system import Vocabulary
 from condiff_jax.system import create as create_system
 from configs import table1
@@ -65,7 +65,7 @@ def flash(monkeypatch):
 
 def test_flash_attention_is_attention(flash):
     """With lengths that are not whole tiles, forward and backward."""
-    given = inputs(130, 200)
+    given = inputs(30, 110)
     weights = jax.random.normal(jax.random.key(7), given[0].shape)
 
     def both(backend):
@@ -73,10 +73,10 @@ def test_flash_attention_is_attention(flash):
             out = attention(q, k, v, backend)
             return (out * weights).sum(), out
 
-        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*given)
+        return jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*given)
 
     (_, out), grads = both("flash")
-    assert flash == [(1, 2, 256, 8)]
+    assert flash == [(1, 2, 128, 8)]
     (_, expected), expected_grads = both("xla")
     np.testing.assert_allclose(out, expected, atol=1e-5)
     for a, b in zip(grads, expected_grads, strict=True):
@@ -118,6 +118,16 @@ def test_what_a_backend_cannot_do_xla_does(flash, gpu):
     assert cudnn_calls(lambda *a: attention(*a, "cudnn"), *given) == (1, 0)
 
 
+def has_gradient(q, k, v, bias):
+    """Whether cuDNN's attention of such inputs can be traced forward and backward."""
+
+    def loss(q, k, v, bias):
+        return attention(q, k, v, "cudnn", bias).astype(jnp.float32).sum()
+
+    wanted = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+    return cudnn_calls(jax.grad(loss, wanted), q, k, v, bias) == (1, 1)
+
+
 LENGTHS = [(8, 8), (7, 7), (7, 8), (8, 7), (8, 1), (1, 8)]
 
 
@@ -125,13 +135,7 @@ LENGTHS = [(8, 8), (7, 7), (7, 8), (8, 7), (8, 1), (1, 8)]
 @pytest.mark.parametrize("biased", [False, True])
 def test_cudnn_attention_has_a_gradient_at_any_length(gpu, queries, keys, biased):
     bias = jnp.ones((1, 2, queries, keys)) if biased else None
-
-    def loss(q, k, v, bias):
-        return attention(q, k, v, "cudnn", bias).astype(jnp.float32).sum()
-
-    wanted = (0, 1, 2, 3) if biased else (0, 1, 2)
-    given = (*inputs(queries, keys, dtype=jnp.bfloat16), bias)
-    assert cudnn_calls(jax.grad(loss, wanted), *given) == (1, 1)
+    assert has_gradient(*inputs(queries, keys, dtype=jnp.bfloat16), bias)
 
 
 @pytest.mark.parametrize("queries, keys", LENGTHS)
@@ -142,13 +146,14 @@ def test_what_cudnn_is_given_is_attention(monkeypatch, queries, keys, biased):
     bias = jax.random.normal(jax.random.key(8), (2, 2, queries, keys)) if biased else None
     weights = jax.random.normal(jax.random.key(7), given[0].shape)
 
-    def both(backend):
+    @partial(jit, static_argnums=0)
+    def both(backend, *given):
         def loss(q, k, v, bias):
             out = attention(q, k, v, backend, bias)
             return (out * weights).sum(), out
 
         wanted = (0, 1, 2, 3) if biased else (0, 1, 2)
-        (_, out), grads = jax.value_and_grad(loss, wanted, has_aux=True)(*given, bias)
+        (_, out), grads = jax.value_and_grad(loss, wanted, has_aux=True)(*given)
         return [out, *grads]
 
     original = jax.nn.dot_product_attention
@@ -157,7 +162,9 @@ def test_what_cudnn_is_given_is_attention(monkeypatch, queries, keys, biased):
         "dot_product_attention",
         lambda *a, implementation, **k: original(*a, implementation="xla", **k),
     )
-    for ours, expected in zip(both("cudnn"), both("xla"), strict=True):
+    for ours, expected in zip(
+        *(both(name, *given, bias) for name in ("cudnn", "xla")), strict=True
+    ):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
@@ -165,28 +172,36 @@ def test_what_cudnn_is_given_is_attention(monkeypatch, queries, keys, biased):
 ROWS = [row for row in table1.ROWS if row.partition(",")[0] != "arch=unet" or row.endswith("256")]
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """What of `has_gradient` is known already."""
+    return set()
+
+
 @pytest.mark.parametrize("row", ROWS)
-def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, row):
-    """The gradient of each architecture at its size, for classes and text, 256 and 512 pixels."""
+def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, monkeypatch, trained, row):
+    """Each architecture at its size, for classes and text, 256 and 512 pixels: the forward pass.
+
+    And the gradient of each attention in it, which rows and layers have in common.
+    """
     values = table1.get_config(row)
     values.model.attention, values.init.pretrain = "cudnn", None
     values.autoencoder.path = values.text_encoder.path = "not read"
     classes = tuple(map(str, range(values.data.classes)))
     system = create_system(config_lib.create(values), Vocabulary((), classes))
-    x = jax.ShapeDtypeStruct((1, *system.latent_shape), jnp.float32)
-    t, cond = jax.ShapeDtypeStruct((1,), jnp.int32), jax.eval_shape(system.example_cond)
-    modes = [{}]
-    if system.config.model.name == "mdtv2":
-        tokens = (x.shape[1] // system.model.patch) ** 2
-        modes += [{"hidden": hide(jax.random.key(0), 1, tokens, system.model.mask_ratio)}]
+    original, calls = lib.cudnn, set()
 
-    def loss(mode, params, x, t, cond):
-        return system.denoise(params, **mode)(x, t, cond).sum()
+    def cudnn(*given):
+        calls.add(tuple(a if a is None else (a.shape, a.dtype) for a in given))
+        return original(*given)
 
-    for mode in modes:
-        gradient = jax.grad(partial(loss, mode))
-        forward, backward = cudnn_calls(gradient, system.shapes, x, t, cond)
-        assert forward >= backward >= 1
+    monkeypatch.setattr(lib, "cudnn", cudnn)
+    assert system.shapes and calls  # from a forward pass
+    lengths = {queries[1] for (queries, _), *_ in calls}
+    assert system.config.model.name != "mdtv2" or len(lengths) == 2  # with tokens hidden, and all
+    for call in calls - trained:
+        assert has_gradient(*(a and jax.ShapeDtypeStruct(*a) for a in call))
+    trained |= calls
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from condiff_jax.models.mmdit import MMDiT
 from condiff_jax.models.pixart import PixArt
 
 DEPTH, WIDTH, HEADS = 4, 32, 2
-KEY = jax.random.key(0, impl="unsafe_rbg")  # quick to compile
 KINDS = {
     "dit_ln": (DiT, {}),
     "dit_att": (DiT, {"cross": True}),
@@ -51,7 +50,7 @@ def shapes(name, classes, controlled=True, **settings):
     defaults = {"base_grid": 2, "weighting": Weighting(), "classes": classes, **own}
     model = module(width=WIDTH, heads=HEADS, patch=2, **({"depth": DEPTH} | defaults | settings))
     cond = Cond.of(semantics(classes, 0), control() if controlled else None)
-    return model, jax.eval_shape(model.init, KEY, noise(4), T, cond)["params"]
+    return model, jax.eval_shape(model.init, jax.random.key(0), noise(4), T, cond)["params"]
 
 
 @cache
@@ -117,7 +116,7 @@ STARTED = [
 def test_nothing_is_predicted_at_the_start(name, classes):
     cond = Cond.of(semantics(classes, 0), control())
     model, _ = shapes(name, classes)
-    out, variables = jit(model.init_with_output)(KEY, noise(4), T, cond)
+    out, variables = jit(model.init_with_output)(jax.random.key(0), noise(4), T, cond)
     np.testing.assert_array_equal(out, 0)
     if name == "pixart":  # its gates start at random values of size D^-1/2, as published
         return

@@ -1,27 +1,42 @@
 """Spaces that diffusion works in: scale, shift, and training in a frozen autoencoder."""
 
+from functools import cache, partial
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.parity import random_like
+from benchmarks.parity import jit, random_like
 from condiff_jax import sample, train
 from condiff_jax.config import ConfigError
 from condiff_jax.convert import published
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.models.autoencoder import Latents, Pixels
-from condiff_jax.models.kl import SIZES, AutoencoderKL, mean_and_std
+from condiff_jax.models.kl import SIZES, AutoencoderKL, Size, mean_and_std
 from tests import tiny
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-NETWORK = AutoencoderKL(SIZES["tiny"])
+NETWORK = AutoencoderKL(Size((8, 16), resnets=1))  # tiny here
 
 
+@pytest.fixture(autouse=True, scope="module")
+def tiny_autoencoder():
+    with mock.patch.dict(SIZES, {"tiny": NETWORK.size}):
+        yield
+
+
+@cache
 def parameters():
     shapes = jax.eval_shape(NETWORK.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     return random_like(shapes["params"])
+
+
+@partial(jit, static_argnames="method")
+def network(params, x, method):
+    return NETWORK.apply({"params": params}, x, method=method)
 
 
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (2.0, 0.0), (0.5, -0.25)])
@@ -35,15 +50,15 @@ def test_pixels_are_scaled_and_come_back(scale, shift):
 
 def test_latents_are_sampled_scaled_and_decoded():
     params, space = parameters(), Latents(NETWORK, scale=0.5, shift=0.25)
-    assert (space.factor, space.channels) == (4, 4)
-    moments = NETWORK.apply({"params": params}, IMAGES / 127.5 - 1, method="encode")
+    assert (space.factor, space.channels) == (2, 4)
+    moments = network(params, IMAGES / 127.5 - 1, "encode")
     mean, std = mean_and_std(moments)
     noise = np.random.default_rng(1).normal(size=mean.shape).astype(np.float32)
-    x = space.encode(params, IMAGES, noise)
+    x = jit(space.encode)(params, IMAGES, noise)
     np.testing.assert_allclose(x, (mean + std * noise - 0.25) * 0.5, rtol=1e-4, atol=1e-4)
-    pictures = NETWORK.apply({"params": params}, x / 0.5 + 0.25, method="decode")
+    pictures = network(params, x / 0.5 + 0.25, "decode")
     expected = np.clip(np.round((pictures + 1) * 127.5), 0, 255)
-    assert np.abs(space.decode(params, x).astype(int) - expected).max() <= 1
+    assert np.abs(jit(space.decode)(params, x).astype(int) - expected).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +78,11 @@ LATENT = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "autoencoder.sca
 
 def test_training_and_sampling_on_latents(weights, tmp_path):
     fields = {**LATENT, "autoencoder.path": str(weights), "model.size": "tiny/2"}
-    config = tiny.config(steps=2, **fields, **{"data.resolution": 32, "log.every": 1})
+    config = tiny.config(steps=2, **fields, **{"log.every": 1})
     with tiny.few_layers():
         train.run(config, str(tmp_path))
         drawn = sample.run(
-            tiny.config(steps=2, **fields, **{"data.resolution": 32, "sampling.prompts": "a ring"}),
+            tiny.config(steps=2, **fields, **{"sampling.prompts": "a ring"}),
             str(tmp_path),
         )
     assert len(list(drawn.glob("0*.png"))) == 4
@@ -96,7 +111,7 @@ def test_loss_sees_the_latents(weights):
     config = tiny.config(**LATENT, **{"autoencoder.path": str(weights), "data.resolution": 16})
     system = tiny.system(config)
     noise = train.draw_noise(jax.random.key(0), system, 2)
-    assert noise["latent"].shape == (2, 4, 4, 4)
+    assert noise["latent"].shape == (2, 8, 8, 4)
 
 
 @pytest.mark.parametrize("name", ["pixels", "kl"])

@@ -1,5 +1,7 @@
 """MDTv2's masking: what is hidden stays hidden, shares are as asked; parity is in test_parity."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,15 +35,22 @@ def test_relative_index_tells_offsets():
     assert len(np.unique(index)) == 15
 
 
+@jit
+def apply(params, x, hidden=None):
+    return class_mdt(SIDE).apply({"params": params}, x, T, CLASS, hidden=hidden)
+
+
 def masked(params, x, hidden):
-    model = class_mdt(SIDE)
-    return np.asarray(jit(model.apply)({"params": params}, x, T, CLASS, hidden=hidden))
+    return np.asarray(apply(params, x, hidden))
+
+
+@cache
+def shapes():
+    return jax.eval_shape(class_mdt(SIDE).init, jax.random.key(0), noise(SIDE), T, CLASS)["params"]
 
 
 def parameters():
-    model = class_mdt(SIDE)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), noise(SIDE), T, CLASS)["params"]
-    return random_like(shapes)
+    return random_like(shapes())
 
 
 def test_encoder_does_not_see_hidden_tokens():
@@ -73,8 +82,7 @@ def test_side_block_and_mask_token_serve_the_masked_pass_only():
         "side_block": jax.tree.map(lambda a: a + 1, params["side_block"]),
         "mask_token": params["mask_token"] + 1,
     }
-    apply = jit(lambda params: class_mdt(SIDE).apply({"params": params}, noise(SIDE), T, CLASS))
-    np.testing.assert_array_equal(apply(params), apply(changed))
+    np.testing.assert_array_equal(*(apply(p, noise(SIDE)) for p in (params, changed)))
     hidden = jnp.zeros((2, 16), bool).at[:, 2:8].set(True)
     assert np.abs(masked(params, noise(SIDE), hidden) - masked(changed, noise(SIDE), hidden)).max()
 
@@ -82,18 +90,21 @@ def test_side_block_and_mask_token_serve_the_masked_pass_only():
 @pytest.mark.parametrize("ratio, trained", [(0.3, True), (0.0, False)])
 def test_training_adds_the_masked_loss(ratio, trained):
     overrides = {"model.name": "mdtv2", "data.semantics": "class", "model.mask_ratio": ratio}
-    system = tiny.system(tiny.config(**overrides))
-    batch = system.example(4)
+    with tiny.few_layers():
+        system = tiny.system(tiny.config(**overrides))
+    params, batch = random_like(system.shapes), system.example(4)
     noise = train.draw_noise(jax.random.key(0), system, 4)
     assert ("hidden" in noise) == trained
-    grads = jax.eval_shape(system.init, jax.random.key(0))
-    grads = jit(jax.value_and_grad(lambda p: train.loss_fn(p, batch, noise, system=system)))(
-        random_like(grads)
-    )
-    loss, grads = grads
-    assert bool(np.any(grads["model"]["mask_token"])) == trained
+
+    @jit
+    @jax.value_and_grad
+    def loss_and_gradient(token, noise):
+        given = params | {"model": params["model"] | {"mask_token": token}}
+        return train.loss_fn(given, batch, noise, system=system)
+
+    token = params["model"]["mask_token"]
+    loss, gradient = loss_and_gradient(token, noise)
+    assert bool(np.any(gradient)) == trained
     without = {name: value for name, value in noise.items() if name != "hidden"}
-    plain = train.loss_fn(
-        random_like(jax.eval_shape(system.init, jax.random.key(0))), batch, without, system=system
-    )
+    plain, _ = loss_and_gradient(token, without)
     assert (float(loss) > float(plain) * 1.2) == trained

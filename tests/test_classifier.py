@@ -211,7 +211,7 @@ def test_the_classifier_that_is_named_guides_averaged_or_as_trained(system, tmp_
     assert guide(sample.Sampler(denoiser, one_device(), guided(one).sampling)) == {-1}
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("name", ["ddpm", pytest.param("ddim", marks=pytest.mark.slow)])
 def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
     """What `Sampler` draws is what the samplers draw with the two forms of the guidance."""
     fields = {"sampling.sampler": name, "sampling.guidance": 2.0, "sampling.clip": False}

@@ -126,6 +126,7 @@ def test_any_number_of_processes_train_the_same_model(tmp_path):
     finish(run, reached + 3, *SIZES)
 
 
+@pytest.mark.slow
 def test_processes_share_the_shards_of_a_cache_and_stop_with_sigterm(tmp_path):
     network = kl.AutoencoderKL(kl.SIZES["tiny"])
     params = network.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]

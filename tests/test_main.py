@@ -99,6 +99,7 @@ def test_bad_config_files_are_one_line_and_code_2(config, message):
     assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_finishes(tmp_path):
     folder = tmp_path / "run"
     arguments = [f"--workdir={folder}", *SMALL]

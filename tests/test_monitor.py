@@ -147,6 +147,7 @@ def test_a_trace_is_of_those_of_its_steps_that_are_made(traces, first, begun):
     assert traces == ([("begin", "run"), "end"] if begun else [])
 
 
+@pytest.mark.slow
 def test_training_traces_and_ends_the_trace_with_it(tmp_path, traces):
     with tiny.few_layers():
         config = tiny.config(steps=3, profile=(2, 9), **{"sampling.n": 2})

@@ -99,7 +99,8 @@ def test_training_saves_what_it_has_and_the_same_command_goes_on(start, tmp_path
     assert [json.loads(line)["step"] for line in metrics.open()] == list(range(1, stopped + 2))
 
 
-@pytest.mark.parametrize("mode", ["reference", pytest.param("evaluate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reference", "evaluate"])
 def test_reading_a_reference(start, tmp_path, mode):
     out, folder = tmp_path / "statistics.npz", tmp_path / "run"
     arguments = [f"--mode={mode}", "--config.evaluation.inception=random"]

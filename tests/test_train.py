@@ -225,7 +225,7 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
 
 def test_class_conditional_training_runs_and_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "compile_step", COMPILE_STEP)  # with the first parameters of users
-    fields = {"data.semantics": "class", "model.name": "mmdit", "sampling.n": 2}
+    fields = {**QUICK, "sampling.n": 2}
     fields |= {"log.every": 10, "checkpoint.every": 100, "sampling.ema": False}
     with mock.patch.object(state, "to_sample", wraps=state.to_sample) as chosen:
         train.run(tiny.config(steps=30, **fields), str(tmp_path))

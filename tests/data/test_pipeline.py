@@ -83,9 +83,9 @@ def test_first_controls_are_those_that_training_sees():
     np.testing.assert_array_equal(first_controls(CONFIG, create_source(CONFIG), n), expected)
 
 
-@pytest.mark.parametrize("workers", [1])
-def test_worker_processes_change_nothing(workers):
-    plain, worked = stream(), stream(tiny.config(**{"data.workers": workers}))
+@pytest.mark.slow
+def test_a_worker_process_changes_nothing():
+    plain, worked = stream(), stream(tiny.config(**{"data.workers": 1}))
     for _ in range(3):
         assert_equal(next(plain), next(worked))
 

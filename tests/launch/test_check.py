@@ -89,11 +89,19 @@ def whole(project, stubs):
 @pytest.mark.parametrize(
     "script, words",
     [
-        (["tpu_vm.sh", "up", "n", *COMMAND, FILES[0], BUCKET], "autoencoder.path is empty"),
+        pytest.param(
+            ["tpu_vm.sh", "up", "n", *COMMAND, FILES[0], BUCKET],
+            "autoencoder.path is empty",
+            marks=pytest.mark.slow,
+        ),
         (["tpu_vm.sh", "run", "n", *COMMAND, FILES[1], BUCKET], "data.path: empty"),
         (["slurm.sbatch", *COMMAND, *FILES, BUCKET, "--config.model.name=x"], "model.name='x'"),
         (["sweep_tpu.sh", "a,b", "configs/table1.py", BUCKET], "data.path: empty"),
-        (["sweep.sbatch", "configs/table3.py", "--workdir=x", "--rows=y"], "matches none"),
+        pytest.param(
+            ["sweep.sbatch", "configs/table3.py", "--workdir=x", "--rows=y"],
+            "matches none",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_scripts_check_before_they_ask_for_hardware(whole, script, words):

@@ -18,6 +18,7 @@ from condiff_jax import config as config_lib
 from condiff_jax import sharding
 from condiff_jax.models import attention as lib
 from condiff_jax.models.attention import attention
+from condiff_jax.models.mdt import hide
 from condiff_jax.system import Vocabulary
 from condiff_jax.system import create as create_system
 from configs import table1
@@ -178,17 +179,22 @@ def trained():
     return set()
 
 
+def create(row):
+    """The system of a row of Table 1 with cuDNN's attention."""
+    values = table1.get_config(row)
+    values.model.attention, values.init.pretrain = "cudnn", None
+    values.autoencoder.path = values.text_encoder.path = "not read"
+    classes = tuple(map(str, range(values.data.classes)))
+    return create_system(config_lib.create(values), Vocabulary((), classes))
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, monkeypatch, trained, row):
     """Each architecture at its size, for classes and text, 256 and 512 pixels: the forward pass.
 
     And the gradient of each attention in it, which rows and layers have in common.
     """
-    values = table1.get_config(row)
-    values.model.attention, values.init.pretrain = "cudnn", None
-    values.autoencoder.path = values.text_encoder.path = "not read"
-    classes = tuple(map(str, range(values.data.classes)))
-    system = create_system(config_lib.create(values), Vocabulary((), classes))
+    system = create(row)
     original, calls = lib.cudnn, set()
 
     def cudnn(*given):
@@ -202,6 +208,27 @@ def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, monkeypatch, 
     for call in calls - trained:
         assert has_gradient(*(a and jax.ShapeDtypeStruct(*a) for a in call))
     trained |= calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_the_gradient_of_every_model_of_the_paper_is_traced(gpu, row):
+    """Of the whole model, of MDT with hidden tokens too."""
+    system = create(row)
+    x = jax.ShapeDtypeStruct((1, *system.latent_shape), jnp.float32)
+    t, cond = jax.ShapeDtypeStruct((1,), jnp.int32), jax.eval_shape(system.example_cond)
+    modes = [{}]
+    if system.config.model.name == "mdtv2":
+        tokens = (x.shape[1] // system.model.patch) ** 2
+        modes += [{"hidden": hide(jax.random.key(0), 1, tokens, system.model.mask_ratio)}]
+
+    def loss(mode, params, x, t, cond):
+        return system.denoise(params, **mode)(x, t, cond).sum()
+
+    for mode in modes:
+        gradient = jax.grad(partial(loss, mode))
+        forward, backward = cudnn_calls(gradient, system.shapes, x, t, cond)
+        assert forward >= backward >= 1
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,13 @@ def weights(tmp_path_factory):
 LATENT = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "autoencoder.scale": 0.2}
 
 
+def test_a_system_on_latents_has_their_shape_and_these_weights(weights):
+    system = tiny.system(tiny.config(**LATENT, **{"autoencoder.path": str(weights)}))
+    assert system.latent_shape == (8, 8, 4)
+    jax.tree.map(np.testing.assert_array_equal, system.load_frozen(), parameters())
+
+
+@pytest.mark.slow
 def test_training_and_sampling_on_latents(weights, tmp_path):
     fields = {**LATENT, "autoencoder.path": str(weights), "model.size": "tiny/2"}
     config = tiny.config(steps=2, **fields, **{"log.every": 1})
@@ -86,11 +93,6 @@ def test_training_and_sampling_on_latents(weights, tmp_path):
             str(tmp_path),
         )
     assert len(list(drawn.glob("0*.png"))) == 4
-    system = tiny.system(config)
-    assert system.latent_shape == (8, 8, 4)
-    loaded = system.load_frozen()
-    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(parameters()), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_old_names_of_the_attention_are_known(weights, tmp_path):

@@ -183,8 +183,18 @@ class Trainer:
         self.log.close()
 
 
+def sampling_program(config: Config) -> str:
+    """The same for configs that only sample with other scales of guidance."""
+    scales = ("guidance", "control_guidance")
+    values = dataclasses.asdict(config.sampling)
+    return json.dumps(values | {name: values[name] == 1 for name in scales})
+
+
 def run(configs: list[Config], folder: Path) -> None:
-    """Train the longest of the configs, which shares its earlier stage, and sample the others."""
+    """Train the longest of the configs, which shares its earlier stage, and sample the others.
+
+    Of those that differ in scales alone, one: `test_other_guidance_scales_need_no_other_program`.
+    """
     from condiff_jax import sample, train
     from condiff_jax.workdir import Workdir
 
@@ -196,8 +206,10 @@ def run(configs: list[Config], folder: Path) -> None:
         longest = dataclasses.replace(longest, init=init)
     workdir = folder / f"{key(longest)}-{longest.steps}"
     assert train.run(longest, str(workdir))  # its sampling included
+    seen = {sampling_program(longest)}
     for number, config in enumerate(configs):
-        if config.sampling != longest.sampling:
+        if (program := sampling_program(config)) not in seen:
+            seen.add(program)
             prompts = "" if config.data.semantics == "class" else "red circle; blue ring"
             settings = dataclasses.replace(config.sampling, prompts=prompts, seed=number)
             config = dataclasses.replace(config, sampling=settings, init=longest.init)

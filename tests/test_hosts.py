@@ -129,7 +129,8 @@ def test_any_number_of_processes_train_the_same_model(tmp_path):
 @pytest.mark.slow
 def test_processes_share_the_shards_of_a_cache_and_stop_with_sigterm(tmp_path):
     network = kl.AutoencoderKL(kl.SIZES["tiny"])
-    params = network.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
+    params = tiny.random_params(shapes)
     reconstruction.export(network, params, epath.Path(tmp_path / "autoencoder"))
     arguments = [
         "--config=configs/quickstart.py",

@@ -57,7 +57,7 @@ def created(values, **fields):
 
 
 # One of captions and one of classes are trained by default; batches are made of all.
-TRAINED = ("coco", "folder of classes")
+TRAINED = ("coco",)
 
 
 def prepared(name, tmp_path):

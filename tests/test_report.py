@@ -42,7 +42,7 @@ def recorded(row):
 
 
 # To trace those of a UNet takes seconds: of each, the ones of one resolution are enough by default.
-SLOW = [row for row in TABLE["ROWS"] if "unet" in row and row.endswith("resolution=512")]
+SLOW = [row for row in TABLE["ROWS"] if "unet" in row and "imagenet1k,resolution=256" not in row]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ def few_layers():
         yield
 
 
+@pytest.mark.slow
 def test_both_make_the_same_pictures(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "RESULTS", tmp_path / "sampling.json")
     assert sampling.main([*TINY, "--save"]) == 0

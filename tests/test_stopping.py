@@ -15,6 +15,7 @@ from etils import epath
 
 from condiff_jax import reconstruction, startup
 from condiff_jax.models import kl
+from tests import tiny
 from tests.children import Children
 from tests.data.test_webdataset import samples, write_tar
 
@@ -120,7 +121,8 @@ def test_reading_a_reference(start, tmp_path, mode):
 
 def test_encoding(start, tmp_path):
     network = kl.AutoencoderKL(kl.SIZES["tiny"])
-    params = network.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
+    params = tiny.random_params(shapes)
     reconstruction.export(network, params, epath.Path(tmp_path / "autoencoder"))
     arguments = [
         "--mode=encode",

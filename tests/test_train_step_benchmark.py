@@ -43,6 +43,7 @@ def once(made, monkeypatch):
         monkeypatch.setattr(module, name, first(name, getattr(module, name)))
 
 
+@pytest.mark.slow
 def test_both_make_the_same_step(once, capsys, tmp_path):
     path = tmp_path / "record.json"
     assert train_step.main([*TINY, f"--save={path}"]) == 0

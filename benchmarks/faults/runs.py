@@ -45,7 +45,7 @@ FAULTS = [
          "jax.random.key(0), train"),
         ("one noise for all steps", NOISE, ", train_state.step)\n    draw", ", 0)\n    draw"),
         ("loss without the weight of its prediction",
-         "test_first_loss_is_the_mean_square_of_what_is_predicted[v]",
+         "test_first_loss_is_the_mean_square_of_what_is_predicted",
          "(weight * loss).mean()", "loss.mean()"),
         ("gradients summed over parts of a batch", "test_accumulation_equals_one_big_batch",
          "lambda a: a / parts, total", "lambda a: a, total"),

@@ -56,7 +56,7 @@ def created(values, **fields):
     return config_lib.create(values)
 
 
-# One of captions and one of classes are trained by default; batches are made of all.
+# By default batches are made of all, and one is trained.
 TRAINED = ("coco",)
 
 

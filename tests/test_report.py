@@ -41,7 +41,7 @@ def recorded(row):
     return [cells[:3], cells[3:]]
 
 
-# To trace those of a UNet takes seconds: of each, the ones of one resolution are enough by default.
+# To trace a UNet takes seconds: by default one of its rows.
 SLOW = [row for row in TABLE["ROWS"] if "unet" in row and "imagenet1k,resolution=256" not in row]
 
 

@@ -1,13 +1,25 @@
 """Faults that the tests must find: the list is up to date, and the tool tells what is found."""
 
+import ast
 import dataclasses
+import functools
 import json
-import re
 
 import pytest
 
 from benchmarks import mutations
 from benchmarks.faults import FAULTS, Fault
+
+
+@functools.cache
+def functions(path):
+    """The decorators of each function of a file, as they are written."""
+    tree = ast.parse((mutations.ROOT / path).read_text())
+    return {
+        node.name: [ast.unparse(decorator) for decorator in node.decorator_list]
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}: {fault.name}")
@@ -18,8 +30,10 @@ def test_faults_are_in_their_files_once_and_guarded_by_tests_that_exist(fault):
     assert fault.tests
     for test in fault.tests:
         path, name = test.split("::")
-        name = name.partition("[")[0]
-        assert re.search(rf"^def {name}\(", (mutations.ROOT / path).read_text(), re.M)
+        name, case, _ = name.partition("[")
+        decorators = functions(path)[name]
+        assert "pytest.mark.slow" not in decorators  # the default suite finds it
+        assert not case or any("parametrize" in decorator for decorator in decorators)
 
 
 def test_there_are_enough_faults_and_each_has_its_name():

@@ -64,9 +64,11 @@ def settings(fields: list[dict]) -> set[str]:
 
 
 def of_step(stage: Config) -> dict:
-    """The fields of a stage that make its train step."""
-    others = {"init", "sampling", "evaluation", "checkpoint", "log", "steps"}
-    return {name: v for name, v in dataclasses.asdict(stage).items() if name not in others}
+    """The fields of a stage that make its train step: of its data, what batches are made of."""
+    others = {"init", "sampling", "evaluation", "checkpoint", "log", "steps", "seed", "prepare"}
+    fields = {name: v for name, v in dataclasses.asdict(stage).items() if name not in others}
+    data = {name: fields["data"][name] for name in ("semantics", "classes", "resolution")}
+    return fields | {"data": data | {"encoded": stage.data.name == "latents"}}
 
 
 def news(found: dict[str, list[dict]]) -> list[str]:

@@ -95,7 +95,7 @@ def test_slurm_trains_with_two_processes_that_save_together(stubs, tmp_path):
     env["XLA_FLAGS"] = QUICK
     train = [sys.executable, "-m", "condiff_jax.main", "--config=configs/quickstart.py"]
     train += ["--config.steps=100000", "--config.batch_size=2", "--config.model.unroll=1"]
-    train += ["--config.log.every=1", f"--workdir={tmp_path}/w"]
+    train += ["--config.log.every=1", "--config.parallel.fsdp=2", f"--workdir={tmp_path}/w"]
     options = ["--ntasks-per-node=2", "--gpus-per-node=2", "launch/slurm.sbatch"]
     with (
         (tmp_path / "log").open("w") as log,

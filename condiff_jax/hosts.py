@@ -131,8 +131,10 @@ class Interrupt:
             self.previous = signal.signal(signal.SIGTERM, self._ask)
         return self
 
-    def _ask(self, *_):
+    def _ask(self, _, frame):
         self.asked = True
+        if self.raises and startup.postponed(self._ask, frame):
+            return
         startup.limit_workers()
         if self.raises:
             self.raises = False  # once: the next one must not interrupt the end in order

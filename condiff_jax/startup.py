@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 
 def use_huge_pages(*more: str) -> None:
@@ -68,7 +70,9 @@ def stoppable(*, agreed: bool = False) -> Iterator[None]:
         yield
         return
 
-    def stop(*_):
+    def stop(_, frame):
+        if postponed(stop, frame):
+            return
         limit_workers()
         raise Stopped
 
@@ -79,6 +83,22 @@ def stoppable(*, agreed: bool = False) -> Iterator[None]:
         print(STOPPED)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def postponed(handler: Callable, frame: FrameType | None) -> bool:
+    """Whether an exception raised in this frame would be lost; then the handler is called again.
+
+    Python drops those of callbacks of the garbage collector, and JAX has one: of SIGTERMs that
+    reach a busy loop several percent meet it.
+    """
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        if frame.f_code in callbacks:
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return True
+        frame = frame.f_back
+    return False
 
 
 def limit_workers() -> None:

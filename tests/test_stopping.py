@@ -3,6 +3,8 @@
 Its worker processes read, as from a disk that hangs, only so many images.
 """
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from condiff_jax import reconstruction, startup
+from condiff_jax import hosts, reconstruction, startup
 from condiff_jax.models import kl
 from tests import tiny
 from tests.children import Children
@@ -150,3 +152,38 @@ def test_workers_end_with_a_parent_that_is_killed(start, tmp_path):
         while run.group():
             assert time.time() < deadline
             time.sleep(0.05)
+
+
+@pytest.fixture
+def at_collection():
+    """SIGTERM during the next garbage collection, in whose callbacks Python drops errors."""
+    sent = []
+
+    def callback(phase, info):
+        if not sent:
+            sent.append(phase)
+            signal.raise_signal(signal.SIGTERM)
+
+    gc.callbacks.append(callback)
+    yield
+    gc.callbacks.remove(callback)
+    signal.alarm(0)
+
+
+def wait_after_collection():
+    gc.collect()
+    time.sleep(1)
+    pytest.fail("goes on after SIGTERM")
+
+
+def test_sigterm_during_a_garbage_collection_is_not_lost(at_collection, capsys):
+    with startup.stoppable():
+        wait_after_collection()
+    assert startup.STOPPED in capsys.readouterr().out
+
+
+def test_nor_where_training_waits_for_a_batch(at_collection):
+    with hosts.Interrupt() as interrupt:
+        with contextlib.suppress(startup.Stopped), interrupt.immediate():
+            wait_after_collection()
+        assert interrupt.asked

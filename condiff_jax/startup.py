@@ -81,6 +81,8 @@ def stoppable(*, agreed: bool = False) -> Iterator[None]:
         yield
     except Stopped:
         print(STOPPED)
+    else:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # what was postponed has come too late
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -82,7 +82,8 @@ def stoppable(*, agreed: bool = False) -> Iterator[None]:
     except Stopped:
         print(STOPPED)
     else:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # what was postponed has come too late
+        if signal.getsignal(signal.SIGALRM) is stop:  # postponed, and too late; no other's alarm
+            signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -30,7 +30,7 @@ PICTURES, VIEWS = 5, 4  # of the caches here; two crops, each in both flips
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    """Few layers and levels, and shards of a few pictures."""
+    """Few layers and levels, and shards of a few images."""
     with tiny.few_layers(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "MB", 1000)
         patch.setitem(kl.SIZES, "tiny", kl.Size((8, 16), resnets=1, codes=64))

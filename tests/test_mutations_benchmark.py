@@ -1,4 +1,4 @@
-"""Faults that the tests must find: the list is up to date, and the tool tells what is found."""
+"""Faults that the tests must find: the list is up to date, and outcomes are reported."""
 
 import ast
 import dataclasses

@@ -187,3 +187,13 @@ def test_nor_where_training_waits_for_a_batch(at_collection):
         with contextlib.suppress(startup.Stopped), interrupt.immediate():
             wait_after_collection()
         assert interrupt.asked
+
+
+def test_the_alarm_that_ends_workers_outlives_a_command_that_has_saved():
+    """Training returns in order after SIGTERM; its workers may still hang then."""
+    try:
+        with startup.stoppable(), hosts.Interrupt():
+            signal.raise_signal(signal.SIGTERM)
+        assert 0 < signal.alarm(0) <= startup.FAREWELL
+    finally:
+        signal.alarm(0)

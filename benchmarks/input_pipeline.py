@@ -28,13 +28,13 @@ import torch
 from absl import app, flags, logging
 from PIL import Image
 
-from condiff_jax import config as config_lib
 from condiff_jax.data.augment import CROPS, SCALARS
 from condiff_jax.data.builders.prepare import prepare
 from condiff_jax.data.builders.shards import write_json, write_shard
 from condiff_jax.data.encoded import FORMAT, MANIFEST, Cache, pack
 from condiff_jax.data.pipeline import Preprocess, batches
 from condiff_jax.data.prepared import TFDS
+from condiff_jax.objectives.validate import create_config
 from configs import base
 
 RESULTS = Path(__file__).parent / "results" / "input_pipeline.json"
@@ -117,7 +117,7 @@ def make_cache(folder: Path, shape: tuple[int, int, int]) -> None:
     write_json(folder / MANIFEST, manifest)
 
 
-def create_config(
+def pipeline_config(
     resolution: int, path: Path, workers: int, name: str = "tfds", batch: int = BATCH
 ):
     """The configuration that matters to `batches`."""
@@ -125,7 +125,7 @@ def create_config(
     values.batch_size = batch
     values.data.name, values.data.path = name, str(path)
     values.data.resolution, values.data.workers = resolution, workers
-    return config_lib.create(values)
+    return create_config(values)
 
 
 def draw(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, bool]:
@@ -195,7 +195,7 @@ def methods(path: Path, files: list[bytes], resolution: int) -> dict[str, tuple[
         ),
     }
     for workers in WORKERS:
-        ours = batches(create_config(resolution, path, workers), source)
+        ours = batches(pipeline_config(resolution, path, workers), source)
         table[f"ours: batches, {workers} workers"] = take(ours, workers)
         theirs = torch.utils.data.DataLoader(
             Pictures(files, resolution), BATCH, shuffle=True, num_workers=workers,
@@ -274,7 +274,7 @@ def latents(path: Path) -> list[dict]:
 
     table = {"array_record: read": (bare, 0)}
     for workers in WORKERS:
-        stream = batches(create_config(256, path, workers, batch=batch), source)
+        stream = batches(pipeline_config(256, path, workers, batch=batch), source)
         read = lambda n, stream=stream: [next(stream) for _ in range(n // batch)]  # noqa: E731
         table[f"ours: batches, {workers} workers"] = read, BUFFERED * max(1, workers) * batch
     return measure(table, images, "array_record: read")
@@ -284,7 +284,7 @@ def memory(folder: Path, workers: int) -> list[int]:
     """MiB that all processes hold after each part of a long run over small pictures."""
     images, every, batch = MEMORY
     stream = batches(
-        create_config(32, folder / "out", workers, batch=batch), Repeated(folder / "out")
+        pipeline_config(32, folder / "out", workers, batch=batch), Repeated(folder / "out")
     )
     held = []
     for number in range(1, (images + every) // batch + 1):  # the first part warms up

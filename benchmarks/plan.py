@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 from condiff_jax import startup
+from condiff_jax.config.build import with_fields
 
 SLICES = ("v5e-64", "v5p-32", "v6e-32", "v4-32")
 # Config files and their arguments, the paper's batch sizes in them.
@@ -38,11 +39,12 @@ CHOICES = (
 
 def measure(recipe: str, changes: dict, name: str, *, times: bool) -> dict:
     """One cell: the figures of the train step, with its time or not."""
-    from condiff_jax import config, plan, topology
+    from condiff_jax import plan, topology
+    from condiff_jax.objectives.validate import create_config
     from configs import recipes
 
     data, side, arch = re.fullmatch(r"(\w+)_(\d+):arch=(\w+)", recipe).groups()
-    values = plan.changed(config.create(recipes.paper(arch, data, int(side))), changes)
+    values = with_fields(create_config(recipes.paper(arch, data, int(side))), changes)
     return plan.Planner(values, topology.parse(name)).train(whole=times)
 
 

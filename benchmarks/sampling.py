@@ -29,14 +29,15 @@ import torch
 
 from benchmarks import parity, timing
 from benchmarks.timing import COMPILED, OURS, THEIRS
-from condiff_jax import config as config_lib
 from condiff_jax import startup
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.convert import exporting, published
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.diffusion.guidance import dual_guidance
 from condiff_jax.diffusion.sampler import initial_noise, timesteps
 from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import Pixels
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.sample import Sampler, noise_keys, requests
 from condiff_jax.system import System, Vocabulary, create
 from configs import base
@@ -74,7 +75,7 @@ def create_system(asked: argparse.Namespace, autoencoder: str) -> System:
     values.conditioning.control = ()
     values.autoencoder.update(name="kl", size="tiny", scale=SCALE, path=autoencoder)
     values.sampling.update(steps=asked.steps, guidance=GUIDANCE, batch_size=asked.batch)
-    system = create(config_lib.create(values), Vocabulary((), tuple(map(str, range(CLASSES)))))
+    system = create(create_config(values), Vocabulary((), tuple(map(str, range(CLASSES)))))
     depth = asked.depth or system.model.depth
     return dataclasses.replace(system, model=system.model.clone(depth=depth))
 
@@ -256,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
     try:
         gpu = timing.start(asked.cores)
-    except config_lib.ConfigError as error:
+    except ConfigError as error:
         return startup.fail(error)
     vae = create_autoencoder()
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from condiff_jax import sharding, startup
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "numpy")
 # Of glibc: freed memory is kept. Else whoever comes after another must ask the system for it anew,
@@ -50,7 +50,7 @@ def _take(cores: str) -> None:
             os.sched_setaffinity(0, map(int, cores.split(",")))
     except (ValueError, OSError):
         found = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        raise ConfigError(f"--cores={cores}: choose from {found}") from None
+        raise ConfigError("--cores", f"must be among {found}, got {cores}") from None
 
 
 def start(cores: str) -> bool:
@@ -64,7 +64,7 @@ def start(cores: str) -> bool:
     diffusers.utils.logging.set_verbosity_error()
     gpu = jax.default_backend() == "gpu"
     if gpu and not torch.cuda.is_available():
-        raise ConfigError("JAX has a GPU, but PyTorch has none")
+        raise ConfigError("--device", "JAX has a GPU, but PyTorch has none")
     return gpu
 
 

@@ -13,11 +13,11 @@ import torch
 
 from benchmarks import parity, sampling, timing
 from benchmarks.timing import COMPILED, OURS, THEIRS
-from condiff_jax import config as config_lib
 from condiff_jax import optim, sharding, state, train
 from condiff_jax.convert import published
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.models import unet
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.system import System, Vocabulary, create
 from configs import base
 
@@ -36,7 +36,7 @@ def create_system(asked: argparse.Namespace) -> System:
     values.data.update(resolution=8 * asked.side, semantics="class")
     values.conditioning.control = ()
     values.autoencoder.update(name="kl", size="sd", scale=sampling.SCALE)
-    return create(config_lib.create(values), Vocabulary((), tuple(map(str, range(CLASSES)))))
+    return create(create_config(values), Vocabulary((), tuple(map(str, range(CLASSES)))))
 
 
 def create_params(system: System) -> dict:

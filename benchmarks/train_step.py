@@ -43,7 +43,7 @@ from benchmarks.train_methods import (
     create_system,
 )
 from condiff_jax import flops, startup, train
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.models.attention import BACKENDS
 from condiff_jax.models.transformer import REMAT
 from condiff_jax.system import System

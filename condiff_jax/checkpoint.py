@@ -13,7 +13,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from condiff_jax import optim, sharding, state
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config
 from condiff_jax.system import Trainable
 
 # Of an array that all devices have, each would write a slice, and a program is compiled for every
@@ -56,7 +57,7 @@ class Checkpoints:
             )
             policies.append(best)
         if not create and not path.exists():
-            raise ConfigError(f"{path}: no checkpoints here; train first")
+            raise ConfigError(str(path), "no checkpoints here; train first")
         self.manager = ocp.CheckpointManager(
             path.resolve() if "://" not in str(path) else path,
             options=ocp.CheckpointManagerOptions(
@@ -94,7 +95,7 @@ class Checkpoints:
     ) -> tuple[int, dict]:
         """(step, parameters) of the newest checkpoint: averaged ones, or the raw ones."""
         if self.latest is None:
-            raise ConfigError(f"{self.path}: no finished checkpoint here; train first")
+            raise ConfigError(str(self.path), "no finished checkpoint here; train first")
         return self.latest, state.to_sample(self.restore(system, mesh), ema)
 
     def wait(self) -> None:

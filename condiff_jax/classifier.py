@@ -15,16 +15,18 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from condiff_jax import config as config_lib
-from condiff_jax import kinship, models
+from condiff_jax import models
 from condiff_jax.checkpoint import Checkpoints, newest
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import get
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.identity import digest
+from condiff_jax.config.schema import Config, Sampling
 from condiff_jax.convert import weights
-from condiff_jax.schema import Sampling
 from condiff_jax.system import Noising, System, Vocabulary, create_noising
 from condiff_jax.workdir import Workdir
 
 # What must be the same for a classifier and a denoiser to see the same x_t at the same t.
+FIELD = "sampling.classifier"
 SPACE = (
     "data.resolution",
     "autoencoder.name",
@@ -68,23 +70,26 @@ def log_prob(network: nn.Module, params: dict) -> Callable:
 
 
 @contextlib.contextmanager
-def _blaming(path: str):
-    """Errors begin with the field."""
+def _classifier_errors():
+    """Turn errors in reading the classifier's run into those of the field that names it."""
     try:
         yield
     except ConfigError as error:
-        text = str(error).removeprefix("config: ")
-        raise ConfigError(f"config: sampling.classifier={path}: {text}") from error
+        if error.field == FIELD:
+            raise
+        raise ConfigError(FIELD, str(error)) from error
 
 
-def load_config(settings: Sampling, like: Config) -> Config:
+def load_config(settings: Sampling) -> Config:
     """The config of the classifier that guides; ConfigError where there is none."""
-    with _blaming(settings.classifier):
-        config = Workdir(settings.classifier).load_config(like)
-        if config.objective != "classification":
-            raise ConfigError(
-                f"a run with objective={config.objective}; name that of a configs/classifier.py"
-            )
+    with _classifier_errors():
+        config = Workdir(settings.classifier).load_config()
+    if config.objective != "classification":
+        raise ConfigError(
+            FIELD,
+            f"{settings.classifier} is a run with objective={config.objective}; name that of a "
+            "configs/classifier.py",
+        )
     return config
 
 
@@ -93,8 +98,8 @@ def load(system: System, mesh: Mesh, settings: Sampling) -> tuple[nn.Module, dic
 
     ConfigError unless it fits the denoiser: classes, pictures, latents and noise levels.
     """
-    config, folder = load_config(settings, system.config), Workdir(settings.classifier)
-    with _blaming(settings.classifier):
+    config, folder = load_config(settings), Workdir(settings.classifier)
+    with _classifier_errors():
         found = create(config, folder.load_vocabulary())
         _check(found, system, folder)
         checkpoints = Checkpoints(folder.checkpoints, config)
@@ -107,21 +112,25 @@ def _check(found: NoisyClassifier, system: System, folder: Workdir) -> None:
     ours, theirs = system.vocabulary.classes, found.vocabulary.classes
     if ours != theirs:
         raise ConfigError(
-            f"it tells other classes apart ({_some(theirs)}) than this model draws ({_some(ours)})"
+            FIELD,
+            f"its classes ({_some(theirs)}) are not those of this model ({_some(ours)})",
         )
     fields = SPACE
     if not np.array_equal(found.schedule.alpha_bar, system.schedule.alpha_bar):
         fields += SCHEDULE
     for field in fields:
-        before, after = (config_lib.get(one.config, field) for one in (found, system))
+        before, after = (get(one.config, field) for one in (found, system))
         if before != after:
-            raise ConfigError(f"it has {field}={before}, this model {after}; train one like it")
+            raise ConfigError(
+                FIELD, f"it has {field}={before}, this model {after}; train one like it"
+            )
     if "autoencoder" in system.frozen:
         known = json.loads(folder.encoders.read_text())["autoencoder"]
         if known != weights.sha256(system.frozen["autoencoder"].files()):
             raise ConfigError(
+                FIELD,
                 "it was trained in the latents of other files than those at autoencoder.path="
-                f"{system.config.autoencoder.path}"
+                f"{system.config.autoencoder.path}",
             )
 
 
@@ -134,7 +143,7 @@ def describe(config: Config) -> dict[str, Any]:
     settings = config.sampling
     if not settings.classifier:
         return {}
-    found = kinship.digest(load_config(settings, config))
+    found = digest(load_config(settings))
     step = newest(Workdir(settings.classifier).checkpoints)
     return {
         "classifier": {"config": found, "step": step},

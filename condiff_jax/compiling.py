@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import jax
 
 from condiff_jax import hlo
+from condiff_jax.config.errors import ConfigError, one_line
 from condiff_jax.data.workers import follow_parent
-from condiff_jax.schema import ConfigError
-from condiff_jax.startup import one_line
 
 # XLA tunes Triton's matrix products on a GPU; without one it can choose tiles that do not compile.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": "False"}

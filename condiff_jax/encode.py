@@ -29,8 +29,9 @@ import numpy as np
 from tqdm import tqdm
 
 from condiff_jax import __version__, hosts, sharding
-from condiff_jax import config as config_lib
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import get
+from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.schema import Config
 from condiff_jax.convert import weights
 from condiff_jax.data.builders.prepare import MB, amount, locked
 from condiff_jax.data.builders.shards import write_json, write_shard
@@ -57,7 +58,7 @@ def settings(system: System, fields: tuple[str, ...]) -> dict[str, Any]:
     values = {
         field: weights.sha256(encoders[field].files())
         if field in encoders
-        else config_lib.get(system.config, field)
+        else get(system.config, field)
         for field in fields
     }
     return json.loads(json.dumps(values))
@@ -68,8 +69,9 @@ def check(system: System, source: Cache) -> None:
     asked = settings(system, IMAGE_FIELDS + (TEXT_FIELDS if source.features else ()))
     for field, before, now in differing(source.manifest["settings"], asked):
         raise ConfigError(
-            f"config: {field} is {now}, but data.path={source.path} was encoded with {before}; "
-            "restore it, or run mode encode into another folder"
+            field,
+            f"is {now}, but data.path={source.path} was encoded with {before}; restore it, or "
+            "run mode encode into another folder",
         )
 
 
@@ -186,7 +188,8 @@ class Encoder:
         coded = jax.device_get(coded)
         if not np.isfinite(coded["moments"]).all():
             raise ConfigError(
-                "autoencoder.path: it gives moments that are not finite in float16; is it whole?"
+                "autoencoder.path",
+                "its moments are not finite in float16; are the weights whole?",
             )
         for row, record in enumerate(records):
             found = {name: record[name] for name in ("label", "caption", "controls", "broken")}
@@ -206,7 +209,7 @@ def run(config: Config) -> None:
     try:
         manifest = encode(system, source, out)
     except (OutputError, OSError) as error:
-        raise ConfigError(f"encode.path: {error}") from error
+        raise ConfigError("encode.path", one_line(error)) from error
     except KeyboardInterrupt:
         sys.exit("Stopped; the same command goes on from there.")
     if jax.process_index():
@@ -223,22 +226,21 @@ def run(config: Config) -> None:
 
 
 def _check_config(config: Config) -> None:
-    for wrong, message in (
-        (not config.encode.path, "encode.path is empty; mode encode needs it"),
-        (config.autoencoder.name == "pixels", "mode encode needs autoencoder.name=kl or vq"),
-        (config.data.name == "latents", "data.name=latents is encoded already; name pictures"),
+    clip = config.text_encoder.name == "clip" and config.data.semantics == "text"
+    endless = config.data.name == "shapes" and not config.encode.records
+    for wrong, field, reason in (
+        (not config.encode.path, "encode.path", "empty; mode encode needs it"),
+        (config.autoencoder.name == "pixels", "autoencoder.name", "mode encode needs kl or vq"),
+        (config.data.name == "latents", "data.name", "latents are encoded; name images"),
+        (endless, "encode.records", "0 is all, but shapes is endless; set a number"),
         (
-            config.data.name == "shapes" and not config.encode.records,
-            "encode.records=0 is all, but shapes has no end; say how many to take",
-        ),
-        (
-            config.encode.text
-            and (config.text_encoder.name != "clip" or config.data.semantics != "text"),
-            "encode.text needs data.semantics=text and text_encoder.name=clip",
+            config.encode.text and not clip,
+            "encode.text",
+            "needs data.semantics=text and text_encoder.name=clip",
         ),
     ):
         if wrong:
-            raise ConfigError(f"config: {message}")
+            raise ConfigError(field, reason)
 
 
 def encode(system: System, source, out: Path) -> dict | None:
@@ -348,7 +350,7 @@ def finish(encoder: Encoder, source, out: Path, shards: list[Shard], made_of: di
     rows = [json.loads(shard.ledger(out).read_text()) for shard in shards]
     pictures, broken = (sum(row[name] for row in rows) for name in ("pictures", "broken"))
     if not pictures:
-        raise ConfigError("data.path: it holds no picture that can be used")
+        raise ConfigError("data.path", "has no image that can be decoded")
     manifest = {
         "settings": made_of,
         "pictures": pictures,

@@ -20,12 +20,12 @@ import numpy as np
 from etils import epath
 
 from condiff_jax.conditioning.cond import Text
+from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.schema import TextEncoder
 from condiff_jax.convert import published, weights
 from condiff_jax.models import clip
 from condiff_jax.models.kl import AutoencoderKL
 from condiff_jax.models.vq import AutoencoderVQ
-from condiff_jax.schema import ConfigError, TextEncoder
-from condiff_jax.startup import one_line
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ class Autoencoder:
     def place(self) -> epath.Path:
         """The file or folder, fetched from the hub if the path is a hub id."""
         if not self.path:
-            raise ConfigError("config: autoencoder.path is empty; latents need an autoencoder")
+            raise ConfigError("autoencoder.path", "empty; latents need an autoencoder")
         with blaming("autoencoder.path"):
             place = weights.locate(self.path)
             return place / "vae" if (place / "vae").is_dir() else place  # of Stable Diffusion
@@ -103,8 +103,9 @@ class Clip:
         """The folder, fetched from the hub if the path is a hub id."""
         if not self.settings.path:
             raise ConfigError(
-                "config: text_encoder.path is empty; text_encoder.name=clip needs a folder or a "
-                "hub id such as openai/clip-vit-large-patch14"
+                "text_encoder.path",
+                "empty; text_encoder.name=clip needs a folder or a hub id such as "
+                "openai/clip-vit-large-patch14",
             )
         with blaming("text_encoder.path"):
             return weights.locate(self.settings.path, clip.CONFIG, *clip.WORDS)
@@ -145,8 +146,8 @@ class Clip:
             asked, found = getattr(settings, field), getattr(size, field)
             if asked != found:
                 raise ConfigError(
-                    f"config: text_encoder.{field}={asked}, but the tower at "
-                    f"text_encoder.path={settings.path} has {found}"
+                    f"text_encoder.{field}",
+                    f"must be {found}, as in text_encoder.path={settings.path}; got {asked}",
                 )
         return size, tokenizer
 

@@ -5,13 +5,12 @@ One line of evaluation.jsonl is one evaluation: its numbers, and all that they d
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
 import time
 from collections.abc import Sequence
-from typing import Any, get_type_hints
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,16 +18,16 @@ from etils import epath
 from tqdm import tqdm
 
 from condiff_jax import classifier, fidelity, protocols, sharding
-from condiff_jax import config as config_lib
 from condiff_jax.checkpoint import Checkpoints
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import from_text, with_fields
+from condiff_jax.config.errors import ConfigError, config_errors
+from condiff_jax.config.schema import Config
 from condiff_jax.data import shapes
-from condiff_jax.encoders import blaming
 from condiff_jax.grid import caption_grid
 from condiff_jax.metrics import fid, lpips, prompt, response, shapes_features
+from condiff_jax.objectives.validate import validate
 from condiff_jax.reference import Reference, kept
 from condiff_jax.sample import Sampler, asked_control, requests, save_png, titles
-from condiff_jax.schema import Sampling
 from condiff_jax.system import System
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir, append_json, read_json_lines, write
@@ -47,30 +46,33 @@ def check(config: Config) -> None:
     shapes_only = metrics & {"prompt_accuracy", "frechet_shapes"}
     if shapes_only and config.data.name != "shapes":
         names = ", ".join(sorted(shapes_only))
-        raise ConfigError(f"config: {names} of evaluation.metrics need data.name=shapes")
+        raise ConfigError("evaluation.metrics", f"{names} need data.name=shapes")
     if shapes_only and config.data.resolution < shapes_features.LEAST_SIDE:
         raise ConfigError(
-            f"config: evaluation.metrics need data.resolution={shapes_features.LEAST_SIDE} or more"
+            "data.resolution",
+            f"must be at least {shapes_features.LEAST_SIDE} for prompt_accuracy and "
+            f"frechet_shapes, got {config.data.resolution}",
         )
     if "clip_score" in metrics and config.data.semantics != "text":
-        raise ConfigError("config: clip_score of evaluation.metrics needs data.semantics=text")
+        raise ConfigError("evaluation.metrics", "clip_score needs data.semantics=text")
     if metrics & fidelity.NETWORK.keys():
         networks, reference = fidelity.create_networks(config), Reference(config)
         ours, theirs, least = settings.samples, len(reference.numbers), fidelity.least(metrics)
         if min(ours, theirs) < least:
             raise ConfigError(
-                f"config: evaluation.metrics need {least} pictures or more, got evaluation.samples="
-                f"{ours} and {theirs} of evaluation.reference={settings.reference}"
+                "evaluation.samples",
+                f"the metrics need {least} images or more, got {ours} and {theirs} of "
+                f"evaluation.reference={settings.reference}",
             )
         if settings.statistics and "inception" in networks:
-            with blaming("evaluation.statistics"):
+            with config_errors("evaluation.statistics"):
                 network, side = networks["inception"], (config.data.resolution,) * 2
                 about = network.name, network.sha256, side, None, network.resize
                 mean = np.zeros(network.width)
                 ours = fid.Statistics(mean, np.zeros((0, 0)), None, *about)
                 fid.check_alike(ours, fid.load(settings.statistics))
     if "size_response" in settings.metrics and settings.lpips:
-        with blaming("evaluation.lpips"):
+        with config_errors("evaluation.lpips"):
             lpips.load_weights(settings.lpips)
 
 
@@ -305,26 +307,19 @@ def grid(config: Config) -> dict[str, Config]:
     """
     axes = []
     for part in filter(None, config.evaluation.grid.split(";")):
-        name, _, values = part.partition("=")
-        kind = get_type_hints(Sampling).get(name.strip())
-        if kind not in (int, float, str) or not values:
-            raise ConfigError(
-                f"config: evaluation.grid={config.evaluation.grid!r}: {part!r} is not "
-                "field=value,value of sampling"
-            )
+        name, _, texts = part.partition("=")
+        if not texts:
+            raise ConfigError("evaluation.grid", f"{part!r} is not field=value,value of sampling")
+        field = f"sampling.{name.strip()}"
         try:
-            axes.append([(name.strip(), kind(value.strip())) for value in values.split(",")])
-        except ValueError:
-            raise ConfigError(
-                f"config: evaluation.grid: sampling.{name} takes values of type {kind.__name__}, "
-                f"got {values}"
-            ) from None
+            axes.append([(field, from_text(field, text.strip())) for text in texts.split(",")])
+        except ConfigError as error:
+            raise ConfigError("evaluation.grid", str(error)) from None
     points = {}
     for point in itertools.product(*axes):
-        fields = dataclasses.asdict(config)
-        fields["sampling"] |= dict(point)
-        name = ", ".join(f"{key} {value}" for key, value in point)
-        points[name] = config_lib.create(fields)
+        name = ", ".join(f"{field.removeprefix('sampling.')} {value}" for field, value in point)
+        points[name] = with_fields(config, dict(point))
+        validate(points[name])
     return points
 
 
@@ -338,7 +333,7 @@ def run(config: Config, workdir: str) -> list[dict[str, Any]]:
             print(protocols.summary(config))
         config = protocols.apply(config)
     if not config.evaluation.metrics:
-        raise ConfigError("config: evaluation.metrics is empty; name what to measure")
+        raise ConfigError("evaluation.metrics", "empty; name what to measure")
     points = grid(config)
     for point in points.values():
         check(point)
@@ -348,7 +343,8 @@ def run(config: Config, workdir: str) -> list[dict[str, Any]]:
     step = checkpoints.latest
     if step is not None and step > config.steps:
         raise ConfigError(
-            f"{workdir} has trained on past steps={config.steps}, to step {step}; set steps={step}"
+            "steps",
+            f"{workdir} has trained to step {step}, past {config.steps}; set steps={step}",
         )
     sampler, records = None, []
     for name, point in points.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.results import Line, checked, load_json
 from condiff_jax.workdir import Workdir, read_json_lines
 
@@ -19,15 +19,13 @@ def read(place: str) -> list[dict[str, Any]]:
     """
     path = epath.Path(place)
     if not path.exists():
-        raise ConfigError(
-            f"{place!r} is not a config file, a work directory or a .json of evaluations"
-        )
+        raise ConfigError(place, "is not a config file, a work directory or a .json of evaluations")
     inside = path.is_dir()
     found = read_json_lines(checked(Workdir(place).evaluation)) if inside else load_json(path)
     # Autoencoders and classifiers have other lines there.
     records = [one | {"root": place} for one in found if {"metrics", "sampling"} <= one.keys()]
     if not records:
-        raise ConfigError(f"{place}: no evaluations here; --mode=evaluate makes them")
+        raise ConfigError(place, "no evaluations here; --mode=evaluate makes them")
     return records
 
 

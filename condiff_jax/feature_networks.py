@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from condiff_jax.config.errors import one_line
 from condiff_jax.convert import published, weights
 from condiff_jax.convert.layout import from_torch
 from condiff_jax.encoders import local
@@ -24,7 +25,6 @@ from condiff_jax.metrics import clean
 from condiff_jax.metrics.clip_score import ClipScore, square
 from condiff_jax.metrics.features import FeatureNetwork
 from condiff_jax.models import clip, inception
-from condiff_jax.startup import one_line
 
 INCEPTION_SOURCE = (
     "pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid/releases/tag/"

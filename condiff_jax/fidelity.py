@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from condiff_jax import feature_networks, sample, sharding
-from condiff_jax.config import Config, ConfigError
-from condiff_jax.encoders import blaming
+from condiff_jax.config.errors import ConfigError, config_errors
+from condiff_jax.config.schema import Config
 from condiff_jax.metrics import fid, kid, precision_recall, shapes_features
 from condiff_jax.metrics.clip_score import ClipScore
 from condiff_jax.metrics.features import FeatureNetwork
@@ -75,7 +75,7 @@ def _placed(network: FeatureNetwork | ClipScore, mesh: Mesh) -> FeatureNetwork |
 def _network(name: str, path: str) -> FeatureNetwork | ClipScore:
     if name == "shapes":
         return shapes_features.network()
-    with blaming(f"evaluation.{name}"):
+    with config_errors(f"evaluation.{name}"):
         if name == "clip":
             return feature_networks.load_clip(path)
         if path == RANDOM:
@@ -134,15 +134,15 @@ def measure(
                 own[name], reference, folder.path / "references", keep=keep
             )
         if given:
-            with blaming("evaluation.statistics"):
+            with config_errors("evaluation.statistics"):
                 theirs = fid.load(given)
         if "frechet_shapes" in wanted:
             both = ours.mean, ours.covariance, theirs.mean, theirs.covariance
             values["frechet_shapes"] = frechet_distance(*both)
         if "fid" in wanted:
-            with blaming("evaluation.statistics"):
+            with config_errors("evaluation.statistics"):
                 values |= fid.fid(ours, theirs)
-        with blaming("evaluation.samples"):
+        with config_errors("evaluation.samples"):
             if "kid" in wanted:
                 size = min(kid.SIZE, len(made[name]), len(features))
                 values |= kid.kid(made[name], features, size=size)
@@ -189,7 +189,7 @@ def generate(
 
 
 def _look(networks: dict, name: str, pictures: np.ndarray, asked: Sequence[Any]) -> np.ndarray:
-    with blaming(f"evaluation.{name}"):
+    with config_errors(f"evaluation.{name}"):
         return networks[name](pictures, asked) if name == "clip" else networks[name](pictures)
 
 
@@ -247,12 +247,12 @@ def run_reference(config: Config) -> None:
     """Mode `reference`: statistics of evaluation.reference for FID, in evaluation.statistics."""
     path = config.evaluation.statistics
     if not path:
-        raise ConfigError("config: evaluation.statistics is empty; name the .npz file to write")
+        raise ConfigError("evaluation.statistics", "empty; name the .npz file to write")
     network = feature_networks.resized(
         _network("inception", config.evaluation.inception), config.evaluation.resize
     )
     network, reference = _placed(network, sharding.local_mesh()), Reference(config)
-    with blaming("evaluation.statistics"):
+    with config_errors("evaluation.statistics"):
         if epath.Path(path).exists():
             if fid.load(path).reference != reference.digest(*network.identity):
                 raise ValueError(
@@ -266,6 +266,6 @@ def run_reference(config: Config) -> None:
     if statistics.rank_deficient:
         logging.warning("fewer pictures than features: FID against them is too large")
     if jax.process_index() == 0:
-        with blaming("evaluation.statistics"):
+        with config_errors("evaluation.statistics"):
             statistics.save(path)
         print(f"Mean and covariance of {network.name} over {statistics.count} pictures in {path}")

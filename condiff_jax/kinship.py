@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 
 from etils import epath
 
-from condiff_jax import config as config_lib
-from condiff_jax.config import Config
+from condiff_jax.config.build import with_fields
+from condiff_jax.config.identity import identity, stages
+from condiff_jax.config.schema import Config
 from condiff_jax.workdir import Workdir, read_json_lines
 
 
 def digest(config: Config) -> str:
     """8 hex digits that two configs share if their trainings differ in the number of steps only."""
-    fields = config_lib.identity(config)
+    fields = identity(config)
     # A stage that starts from a folder of the user's: which one makes the parameters.
-    fields["init.path"] = config_lib.stages(config)[0].init.path
+    fields["init.path"] = stages(config)[0].init.path
     text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -41,8 +41,7 @@ def place(config: Config, workdir: epath.Path) -> Config:
     if earlier is None:
         return config
     path = str(workdir / folder_name(earlier))
-    init = dataclasses.replace(config.init, pretrain=place(earlier, workdir), path=path)
-    return dataclasses.replace(config, init=init)
+    return with_fields(config, {"init.pretrain": place(earlier, workdir), "init.path": path})
 
 
 def finished(path: epath.Path, steps: int) -> bool:
@@ -82,7 +81,7 @@ def start_from_shorter(config: Config, workdir: epath.Path) -> str:
 
 
 def _of(config: Config, steps: int) -> str:
-    return folder_name(dataclasses.replace(config, steps=steps))
+    return folder_name(with_fields(config, {"steps": steps}))
 
 
 def _copy(old: epath.Path, new: epath.Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from condiff_jax import evaluate, startup
-from condiff_jax.config import Config
+from condiff_jax.config.build import with_fields
+from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.grid import caption_grid
 from condiff_jax.sample import (
@@ -132,9 +132,8 @@ class Reporter(Log):
 
     def early(self, step: int, params: dict) -> None:
         """An evaluation in the middle of training, on evaluation.every_samples pictures."""
-        settings = self.config.evaluation
-        settings = dataclasses.replace(settings, samples=settings.every_samples)
-        self.evaluate(step, params, dataclasses.replace(self.config, evaluation=settings))
+        samples = self.config.evaluation.every_samples
+        self.evaluate(step, params, with_fields(self.config, {"evaluation.samples": samples}))
 
     def evaluate(self, step: int, params: dict, config: Config) -> dict:
         """The evaluation that `config` asks for, if it is not there yet, also in TensorBoard."""

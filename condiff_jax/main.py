@@ -25,22 +25,23 @@ def main(_) -> None:
     if MODE.value == "plan":
         startup.compile_only()
     # Imported here so that bad flags are reported at once, not after loading JAX.
-    from condiff_jax import config as config_lib
     from condiff_jax import hosts
+    from condiff_jax.config.errors import ConfigError
+    from condiff_jax.objectives.validate import create_config
 
     if MODE.value not in ("plan", "summary"):  # which use no device
         hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     with startup.stoppable(agreed=MODE.value == "train" and hosts.several()), hosts.ending():
         try:
-            dispatch(config_lib.create(CONFIG.value), MODE.value, WORKDIR.value)
-        except (config_lib.ConfigError, FloatingPointError) as error:
+            dispatch(create_config(CONFIG.value), MODE.value, WORKDIR.value)
+        except (ConfigError, FloatingPointError) as error:
             sys.exit(startup.fail(error))
 
 
 def dispatch(config, mode: str, workdir: str | None) -> None:
     """Run a mode; ConfigError for bad input."""
     from condiff_jax import encode, evaluate, fidelity, plan, prepare, sample, summary, train
-    from condiff_jax.config import ConfigError
+    from condiff_jax.config.errors import ConfigError
     from condiff_jax.convert import exporting, importing
 
     without = {"prepare": prepare.run, "encode": encode.run}  # a workdir
@@ -49,7 +50,7 @@ def dispatch(config, mode: str, workdir: str | None) -> None:
     if mode in without:
         return without[mode](config)
     if not workdir:
-        raise ConfigError(f"--workdir is missing; mode {mode} needs it")
+        raise ConfigError("--workdir", f"missing; mode {mode} needs it")
     chosen = config_flags.get_override_values(flags.FLAGS["config"])
     modes = {"train": train.run, "sample": sample.run, "evaluate": evaluate.run}
     modes |= {"export": exporting.run, "import": lambda *args: importing.run(*args, chosen)}
@@ -67,7 +68,7 @@ def parse(argv: list[str]) -> list[str]:
         CONFIG.value.keys()  # a file that failed to load says so on first use
         return rest
     except (KeyError, AttributeError) as error:
-        message = f"config: unknown field {error.args[0]}; configs/base.py lists all fields"
+        message = f"--config: unknown field {error.args[0]}; condiff_jax/config/schema.py lists all"
     except (flags.Error, TypeError, ValueError, OSError) as error:
         # ml_collections appends the traceback of a failing config file; its last line says why.
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")

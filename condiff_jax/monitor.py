@@ -15,7 +15,8 @@ from absl import logging
 from etils import epath
 
 from condiff_jax import flops
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config
 
 BROKEN_LIMIT = 0.01  # share of broken images that stops a run
 
@@ -66,8 +67,9 @@ class Meter:
         self.broken += int(sum(value["broken"] for value in values))
         if self.broken > BROKEN_LIMIT * max(self.seen, 1000):
             raise ConfigError(
-                f"data.path: {self.broken} broken images among {self.seen} read, more than "
-                f"{BROKEN_LIMIT:.0%}; see the log for their names and repair the data set"
+                "data.path",
+                f"{self.broken} broken images among {self.seen} read, more than "
+                f"{BROKEN_LIMIT:.0%}; see the log for their names and repair the data set",
             )
         means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
         self.loss = means["loss"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from condiff_jax.config import Config
+from condiff_jax.config.schema import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from condiff_jax import hlo, sharding
 from condiff_jax.checkpoint import abstract_state
 from condiff_jax.compiling import GPU_OPTIONS, Needs, device_bytes, early, measure
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import with_fields
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config
 from condiff_jax.models.attention import fastest
 from condiff_jax.sample import Program, Sampler
 from condiff_jax.summary import vocabulary
@@ -146,15 +148,6 @@ def largest(
     return fits, fails
 
 
-def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """The config with other values by dotted name."""
-    for field, value in changes.items():
-        part, _, name = field.partition(".")
-        inner = dataclasses.replace(getattr(config, part), **{name: value}) if name else value
-        config = dataclasses.replace(config, **{part: inner})
-    return config
-
-
 class Planner:
     """A config for the devices of a topology."""
 
@@ -162,7 +155,7 @@ class Planner:
         if config.model.attention == "auto":  # of those devices, not of this machine's
             dtype = jnp.dtype(config.model.dtype)
             backend = fastest("tpu" if topology.is_tpu else "cuda", dtype)
-            config = changed(config, {"model.attention": backend})
+            config = with_fields(config, {"model.attention": backend})
         self.config, self.topology = config, topology
         self.devices, self.words = topology.devices(), vocabulary(config)
         self.known: dict[tuple, Needs] = {}
@@ -235,7 +228,7 @@ class Planner:
     def remedy(self) -> dict[str, Any] | None:
         """Changes with which the train step fits."""
         for changes in REMEDIES:
-            config = changed(self.config, changes)
+            config = with_fields(self.config, changes)
             parts = self.topology.size * config.optimizer.accumulate
             if config == self.config or config.batch_size % parts:
                 continue
@@ -249,7 +242,7 @@ class Planner:
         one = self.topology.size * parts
 
         def total(size: int) -> float:
-            config = dataclasses.replace(self.config, batch_size=size * one)
+            config = with_fields(self.config, {"batch_size": size * one})
             return self.needs(lower_step, config).total
 
         mesh = sharding.create_mesh(self.config.parallel.fsdp, self.devices)
@@ -263,14 +256,16 @@ def check(config: Config, topology: Topology) -> None:
     """ConfigError where the config does not divide over so many devices."""
     if config.parallel.fsdp and topology.size % config.parallel.fsdp:
         raise ConfigError(
-            f"config: parallel.fsdp={config.parallel.fsdp} must divide the {topology.size} devices "
-            f"of {topology.name}"
+            "parallel.fsdp",
+            f"must divide the {topology.size} devices of {topology.name}, got "
+            f"{config.parallel.fsdp}",
         )
     parts = topology.size * config.optimizer.accumulate
     if config.batch_size % parts:
         raise ConfigError(
-            f"config: batch_size={config.batch_size} must be a multiple of {topology.size} devices "
-            f"of {topology.name} x optimizer.accumulate={config.optimizer.accumulate}"
+            "batch_size",
+            f"must be a multiple of {topology.size} devices of {topology.name} x "
+            f"optimizer.accumulate={config.optimizer.accumulate}, got {config.batch_size}",
         )
 
 
@@ -334,7 +329,10 @@ def plan(config: Config, topology: Topology, *, times: bool = True) -> dict[str,
 def run(config: Config, names: str | None, *, times: bool = True) -> None:
     """Print the needs on each topology of a list, and after each one JSON object in a line."""
     if not names:
-        raise ConfigError("--topology is missing; mode plan needs it, such as --topology=v5e:8x8")
+        raise ConfigError(
+            "--topology",
+            "missing; mode plan needs it, such as --topology=v5e:8x8",
+        )
     topologies = parse_all(names)
     for topology in topologies:
         check(config, topology)

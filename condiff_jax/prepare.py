@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.schema import Config
 from condiff_jax.data.builders.prepare import prepare, report
 from condiff_jax.data.builders.units import BoxesError, OutputError, SourceError
 
@@ -20,7 +21,7 @@ def run(config: Config) -> None:
     }
     for field, value in needed.items():
         if not value:
-            raise ConfigError(f"config: {field} is empty; mode prepare needs it")
+            raise ConfigError(field, "empty; mode prepare needs it")
     out = Path(config.data.path).expanduser()
     try:
         manifest = prepare(
@@ -32,11 +33,11 @@ def run(config: Config) -> None:
             processes=settings.processes,
         )
     except BoxesError as error:
-        raise ConfigError(f"prepare.boxes: {error}") from error
+        raise ConfigError("prepare.boxes", one_line(error)) from error
     except SourceError as error:
-        raise ConfigError(f"prepare.source: {error}") from error
+        raise ConfigError("prepare.source", one_line(error)) from error
     except (OutputError, OSError) as error:
-        raise ConfigError(f"data.path: {error}") from error
+        raise ConfigError("data.path", one_line(error)) from error
     except KeyboardInterrupt:
         sys.exit("Stopped; the same command goes on from there.")
     report(manifest, settings.builder, out)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from condiff_jax import config as config_lib
-from condiff_jax.schema import Config
+from condiff_jax.config.build import get, with_fields
+from condiff_jax.config.schema import Config
 
 # ImageNet's guidance: App. C, 1.5 at 256 pixels and 2.0 at 512, which is Eq. 4.
 _FID = {
@@ -43,18 +42,14 @@ def apply(config: Config) -> Config:
     """
     if not config.evaluation.protocol:
         return config
-    fields = dataclasses.asdict(config)
-    for name, value in PROTOCOLS[config.evaluation.protocol].items():
-        group, _, field = name.partition(".")
-        fields[group][field] = value
-    return config_lib.create(fields)
+    return with_fields(config, PROTOCOLS[config.evaluation.protocol])
 
 
 def summary(config: Config) -> str:
     """What `apply` sets, in a line: it goes before the config, and before the command line too."""
     changes = []
     for field, value in PROTOCOLS[config.evaluation.protocol].items():
-        before = config_lib.get(config, field)
+        before = get(config, field)
         changes.append(f"{field}={value}" + (f" (not {before})" if before != value else ""))
     sets = f"evaluation.protocol={config.evaluation.protocol} sets {', '.join(changes)}"
     return f"{sets}; evaluation.samples stays {config.evaluation.samples}"

@@ -18,18 +18,18 @@ from etils import epath
 from tqdm import tqdm
 
 from condiff_jax import flops
+from condiff_jax.config.errors import config_errors
+from condiff_jax.config.schema import Config
 from condiff_jax.convert import exporting, published
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.data.augment import center
 from condiff_jax.data.pipeline import create_source
-from condiff_jax.encoders import blaming
 from condiff_jax.grid import caption_grid
 from condiff_jax.logs import Log
 from condiff_jax.metrics import lpips
 from condiff_jax.models.autoencoder import Latents, to_float, to_uint8
 from condiff_jax.models.discriminator import PatchDiscriminator
 from condiff_jax.models.kl import AutoencoderKL, mean_and_std
-from condiff_jax.schema import Config
 from condiff_jax.system import Trainable
 from condiff_jax.workdir import append_json
 
@@ -49,7 +49,7 @@ class Lpips:
 
     def load(self) -> dict:
         """The parameters; ConfigError where there are none."""
-        with blaming(self.field):
+        with config_errors(self.field):
             return lpips.load_weights(self.path)
 
 

@@ -20,16 +20,16 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from condiff_jax import hosts
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import with_fields
+from condiff_jax.config.errors import ConfigError, config_errors, one_line
+from condiff_jax.config.schema import Config
 from condiff_jax.data import augment
 from condiff_jax.data.pipeline import create_source, read_ahead
 from condiff_jax.data.records import read_record
 from condiff_jax.encode import stamp
-from condiff_jax.encoders import blaming
 from condiff_jax.metrics import fid
 from condiff_jax.metrics.features import FeatureNetwork
 from condiff_jax.metrics.frechet import Moments
-from condiff_jax.startup import one_line
 from condiff_jax.system import System
 from condiff_jax.workdir import write
 
@@ -60,7 +60,7 @@ def _look(network: FeatureNetwork, records: list[dict]) -> tuple[np.ndarray, np.
     whole[: len(records)] = [not record["broken"] for record in records]
     if whole.any():
         pictures = np.stack([record["image"] for record in records if not record["broken"]])
-        with blaming("evaluation.inception"):
+        with config_errors("evaluation.inception"):
             features[whole] = network(pictures)
     return features, whole
 
@@ -73,22 +73,26 @@ class Reference:
         self.config, self.split = config, settings.reference
         self._made = config.data.name == "shapes" and not settings.path  # as they are asked for
         if config.data.name == "latents" and not settings.path:
-            raise ConfigError("config: a cache of latents has no pictures; set evaluation.path")
+            raise ConfigError(
+                "evaluation.path",
+                "empty, and data.name=latents has no images; name a data set",
+            )
         self.field = "evaluation.path" if settings.path else "data.path"
-        with blaming(self.field):
+        with config_errors(self.field):
             self.source = create_source(*self._place())
         n = len(self.source)
         if self._made:
             if self.split not in FIRST_SHAPE:
                 raise ConfigError(
-                    f"config: evaluation.reference={self.split} is not there for data.name=shapes; "
-                    f"choose from {', '.join(FIRST_SHAPE)}"
+                    "evaluation.reference",
+                    f"data.name=shapes has no {self.split}; choose from {', '.join(FIRST_SHAPE)}",
                 )
             first = FIRST_SHAPE[self.split]
             if settings.samples > n - first:
                 raise ConfigError(
-                    f"config: evaluation.samples={settings.samples}, but evaluation.reference="
-                    f"{self.split} has {n - first} pictures"
+                    "evaluation.samples",
+                    f"is {settings.samples}, but evaluation.reference={self.split} has "
+                    f"{n - first} images",
                 )
             self.numbers = first + np.arange(settings.samples)
         elif self.split == "train_200k" and n > SUBSET:
@@ -101,8 +105,7 @@ class Reference:
         config, settings = self.config, self.config.evaluation
         split = "validation" if self.split in ("validation", "coco") else "train"
         if settings.path:
-            data = dataclasses.replace(config.data, name="tfds", path=settings.path)
-            config = dataclasses.replace(config, data=data)
+            config = with_fields(config, {"data.name": "tfds", "data.path": settings.path})
         return config, split
 
     @cached_property
@@ -115,7 +118,7 @@ class Reference:
             return fields | made
         # Shards are padded to blocks: small sets may agree in all sizes, but not in pictures too.
         some = self.numbers[np.linspace(0, len(self.numbers) - 1, 5).astype(int)]
-        with blaming(self.field):
+        with config_errors(self.field):
             pictures = [self.source[int(i)]["image"].tobytes() for i in some]
         seen = hashlib.sha256(b"".join(pictures)).hexdigest()
         return fields | {"files": stamp(self.source), "pictures": seen}
@@ -140,7 +143,7 @@ class Reference:
         records = read_ahead(dataset, self.config.data.workers)
         quiet = len(rounds) < 2 or process != 0
         for start in tqdm(rounds, desc="reference", leave=False, disable=quiet):
-            with blaming(self.field):
+            with config_errors(self.field):
                 mine = [] if start + process >= len(parts) else parts[start + process]
                 found = _look(network, list(itertools.islice(records, len(mine))))
             of_all = multihost_utils.process_allgather(found)
@@ -155,7 +158,7 @@ class Reference:
         """
         what = "label" if system.text_encoder is None else "caption"
         if what == "label" and tuple(self.source.classes) != system.vocabulary.classes:
-            raise ConfigError("config: the classes of evaluation.path are not those of the model")
+            raise ConfigError("evaluation.path", "its classes are not those of the model")
         order = np.arange(len(self.numbers))
         if not self._made:
             order = np.random.default_rng(1).permutation(order)
@@ -234,7 +237,7 @@ def statistics_of(
     moments: Moments, network: FeatureNetwork, side: tuple[int, int], reference: str | None = None
 ) -> fid.Statistics:
     """Moments with what they are of; ConfigError for fewer than two pictures."""
-    with blaming("evaluation.samples"):
+    with config_errors("evaluation.samples"):
         mean, covariance = moments.result()
     about = moments.count, network.name, network.sha256, side, reference, network.resize
     return fid.Statistics(mean, covariance, *about)

@@ -20,16 +20,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from condiff_jax import config as config_lib
 from condiff_jax import evaluations, page, results, startup, summary
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.results import Line, Table
 from condiff_jax.system import create as create_system
 
 NONE = "-"  # a cell without a value
 
 
-def size_and_flop(config: config_lib.Config) -> tuple[float, float]:
+def size_and_flop(config: Config) -> tuple[float, float]:
     """(parameters in millions, forward GFLOP) of a config's denoiser; nothing is allocated."""
     found = summary.summarize(create_system(config, summary.vocabulary(config)))
     return found["parameters"] / 1e6, found["gflop_forward"]
@@ -43,7 +44,7 @@ def compute(name: str, module: dict) -> Table:
     """A computed table: for each value the paper's, ours, and the difference."""
     rows = []
     for row in tqdm(module["ROWS"], desc="rows", leave=False):
-        ours = COMPUTED[name](config_lib.create(module["get_config"](row)))
+        ours = COMPUTED[name](create_config(module["get_config"](row)))
         rows.append((row, module["PAPER"][row], ours))
     return compare(title(name, module), rows, module.get("NOTES", ()))
 
@@ -302,10 +303,13 @@ def run(argv: Sequence[str]) -> None:
         return run_evaluations(args)
     module, name = results.load_table(args.table), results.table_name(args.table)
     if "PAPER" not in module:
-        raise ConfigError(f"{args.table} has no PAPER, the published values of its rows")
+        raise ConfigError(args.table, "has no PAPER, the published values of its rows")
     if name in COMPUTED:
         if args.results or args.save:
-            raise ConfigError(f"{name} is computed: it takes no --results and no --save")
+            raise ConfigError(
+                args.table,
+                f"{name} is computed: it takes no --results and no --save",
+            )
         table, lines = compute(name, module), []
     else:
         saved = Path(args.table).parent.parent / "benchmarks" / "results" / f"{name}.json"
@@ -325,7 +329,7 @@ def run(argv: Sequence[str]) -> None:
 def run_evaluations(args) -> None:
     """The report of one run's evaluations."""
     if args.results:
-        raise ConfigError(f"{args.table} is no table: it takes no --results")
+        raise ConfigError("--results", f"{args.table} is no table and takes none")
     records = evaluations.read(args.table)
     lines, common = evaluations.lines(records)
     publish(args, tabulate_run(args.table, lines, common), lines)
@@ -350,7 +354,7 @@ def write(path: str, content: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(content, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+        raise ConfigError(path, error.strerror) from error
 
 
 def main(argv: Sequence[str]) -> int:

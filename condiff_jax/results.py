@@ -21,8 +21,7 @@ from typing import Any, NoReturn
 import jax
 from etils import epath
 
-from condiff_jax import startup
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError, one_line
 from condiff_jax.workdir import read_json_lines
 
 # A row that was finished; a diverged one is a result too (the paper marks such runs).
@@ -74,13 +73,13 @@ def measures(lines: Iterable[Line]) -> list[str]:
 def load_table(path: str) -> dict[str, Any]:
     """The names of a table's config file; ConfigError where it has no rows or does not load."""
     if not path.endswith(".py"):
-        raise ConfigError(f"{path!r} is not a config file; try configs/table3.py")
+        raise ConfigError(path, "is not a config file; try configs/table3.py")
     try:
         module = runpy.run_path(path)
     except Exception as error:  # whatever the file does
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+        raise ConfigError(path, f"{type(error).__name__}: {error}") from error
     if not module.get("ROWS"):
-        raise ConfigError(f"{path} is not a table: it has no ROWS")
+        raise ConfigError(path, "is not a table: it has no ROWS")
     return module
 
 
@@ -102,7 +101,7 @@ def load_json(path: epath.Path) -> list[dict[str, Any]]:
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise TypeError("not a list of objects")
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: not a file of results ({error!r})") from error
+        raise ConfigError(str(path), f"not a file of results ({error!r})") from error
     return found
 
 
@@ -118,7 +117,7 @@ def is_inside(path: epath.Path, folder: str | epath.Path) -> bool:
 def checked(path: epath.Path) -> epath.Path:
     """A file found in a folder; ConfigError where it is there, but not `is_inside`."""
     if path.exists() and not is_inside(path, path.parent):
-        raise ConfigError(f"{path}: not a regular file of its folder; copy it there")
+        raise ConfigError(str(path), "not a regular file of its folder; copy it there")
     return path
 
 
@@ -134,7 +133,7 @@ def read_file(path: epath.Path) -> list[dict[str, Any]]:
             identify(record)
             record["status"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a file of results ({error!r})") from error
+        raise ConfigError(str(path), f"not a file of results ({error!r})") from error
     return records
 
 
@@ -147,7 +146,7 @@ def read(places: Iterable[str]) -> list[dict[str, Any]]:
     latest: dict[tuple, dict] = {}
     for place in map(epath.Path, places):
         if not place.exists():
-            raise ConfigError(f"{place}: no such file or folder of results")
+            raise ConfigError(str(place), "no such file or folder of results")
         inside = place.is_dir()
         for path in map(checked, sorted(place.glob("results*.jsonl"))) if inside else [place]:
             for record in read_file(path):
@@ -193,4 +192,4 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the usage."""
-        raise ConfigError(f"{startup.one_line(message)}; see --help")
+        raise ConfigError("arguments", f"{one_line(message)}; see --help")

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from condiff_jax import classifier, sharding
 from condiff_jax.checkpoint import Checkpoints
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config, Sampling
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.guidance import (
     classifier_gradient,
@@ -28,7 +30,6 @@ from condiff_jax.diffusion.guidance import (
 )
 from condiff_jax.diffusion.sampler import SAMPLERS, initial_noise
 from condiff_jax.grid import caption_grid
-from condiff_jax.schema import Config, ConfigError, Sampling
 from condiff_jax.system import System
 from condiff_jax.system import create as create_system
 from condiff_jax.workdir import Workdir
@@ -66,7 +67,8 @@ def control_values(
         return values
     if settings.size == "train" and seen is None:
         raise ConfigError(
-            "config: sampling.size=train needs the sizes that a training run has kept; use another"
+            "sampling.size",
+            "train needs the sizes that a training run stores; use another",
         )
     for i in range(n):
         rng = np.random.default_rng([settings.seed, first + i])
@@ -237,8 +239,8 @@ def asked_for(config: Config, system: System) -> list[str] | list[int]:
         for label in settings.labels:
             if not 0 <= label < classes:
                 raise ConfigError(
-                    f"config: sampling.labels names class {label}; classes go from 0 to "
-                    f"{classes - 1}"
+                    "sampling.labels",
+                    f"must be between 0 and {classes - 1}, got {label}",
                 )
         asked = list(settings.labels or range(classes))
     else:
@@ -247,7 +249,8 @@ def asked_for(config: Config, system: System) -> list[str] | list[int]:
             asked += read_prompts(settings.prompt_file)
         if not asked:
             raise ConfigError(
-                'config: no prompts; set sampling.prompts="one; another" or sampling.prompt_file'
+                "sampling.prompts",
+                'is empty; set it to "one; another", or set sampling.prompt_file',
             )
     return [asked[i % len(asked)] for i in range(settings.n)]
 
@@ -256,14 +259,14 @@ def read_prompts(path: str) -> list[str]:
     """The non-empty lines of a text file."""
     file = epath.Path(path)
     if not file.exists():
-        raise ConfigError(f"config: sampling.prompt_file={path} does not exist")
+        raise ConfigError("sampling.prompt_file", f"{path} does not exist")
     try:
         lines = file.read_text().splitlines()
     except UnicodeDecodeError:
-        raise ConfigError(f"config: sampling.prompt_file={path} is not a UTF-8 text") from None
+        raise ConfigError("sampling.prompt_file", f"{path} is not a UTF-8 text") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"config: sampling.prompt_file={path} is empty; write a prompt a line")
+        raise ConfigError("sampling.prompt_file", f"{path} is empty; write a prompt a line")
     return prompts
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import jax
 from clu import parameter_overview
 
-from condiff_jax import config as config_lib
 from condiff_jax import fidelity
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import get
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.identity import stage_prefixes
+from condiff_jax.config.schema import Config
 from condiff_jax.system import Trainable, Vocabulary, create_vocabulary, open_source
 from condiff_jax.train import forward_flops, trainable
 
@@ -51,20 +53,22 @@ def summarize(system: Trainable) -> dict[str, float]:
 
 def check(config: Config) -> None:
     """ConfigError for a field that a training needs and that is empty; no file is read."""
-    for number, stage in enumerate(config_lib.stages(config)[::-1]):
+    for prefix, stage in stage_prefixes(config):
         try:
             if not stage.data.path:
                 open_source(stage)
             for encoder in trainable(stage, Vocabulary((), ())).frozen.values():
-                if not config_lib.get(stage, encoder.field):
+                if not get(stage, encoder.field):
                     encoder.files()
             networks = {fidelity.NETWORK.get(metric) for metric in stage.evaluation.metrics}
             for name in networks & {"inception", "clip"}:
                 if not getattr(stage.evaluation, name):
-                    raise ConfigError(f"evaluation.{name} is empty, but evaluation.metrics need it")
+                    raise ConfigError(
+                        f"evaluation.{name}",
+                        "empty, but evaluation.metrics need it",
+                    )
         except ConfigError as error:
-            where = "config: " + "init.pretrain." * number
-            raise ConfigError(where + str(error).removeprefix("config: ")) from error
+            raise ConfigError(prefix + error.field, error.reason) from error
 
 
 def run(config: Config, workdir: str | None = None) -> None:

@@ -9,7 +9,6 @@ training goes on from a shorter one of the same kind. The same command goes on a
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import fnmatch
 import gc
@@ -24,11 +23,13 @@ from typing import Any
 import jax
 from absl import flags, logging
 from etils import epath
-from ml_collections import ConfigDict
 
-from condiff_jax import config as config_lib
 from condiff_jax import evaluate, hosts, kinship, results, startup, summary, train
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import build, from_text, with_fields
+from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.identity import digest, stage_prefixes, stages
+from condiff_jax.config.schema import Config
+from condiff_jax.objectives.validate import validate
 from condiff_jax.workdir import append_json
 
 DATA_PATH = re.compile(r"(init\.pretrain\.)*(data|autoencoder|text_encoder)\.path")
@@ -47,63 +48,37 @@ class Run:
     folder: str  # within the sweep's work directory
 
 
-def override(values: ConfigDict, field: str, text: str) -> Any:
-    """Set a dotted field from the command line, read as the type it has; the value.
-
-    ConfigError for an unknown field or a value of another type.
-    """
-    *parents, name = field.split(".")
-    node = values
-    for part in parents:
-        node = node.get(part) if isinstance(node, ConfigDict) else None
-    if not isinstance(node, ConfigDict) or isinstance(node.get(name), ConfigDict | None):
-        raise ConfigError(
-            f"config: no field {field} to set here; configs/base.py lists all fields, and "
-            "init.pretrain has those of the earlier stage, if there is one"
-        )
-    kind = type(node[name])
-    try:
-        value = (
-            text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
-        )
-        value = float(value) if kind is float and type(value) is int else value
-    except (ValueError, SyntaxError, TypeError):
-        value = None
-    if type(value) is not kind:
-        raise ConfigError(f"config: {field} must be of type {kind.__name__}, got {text!r}")
-    node[name] = value
-    return value
-
-
 def create(
     module: dict, row: str, scale: str, seed: int | None, overrides: dict[str, str]
 ) -> tuple[Config, dict[str, Any]]:
     """A row's config (its stages all with `seed`, if given) and the overrides' values.
 
-    Overrides of init.pretrain pass by the rows without an earlier stage.
+    Overrides of init.pretrain are left out of rows without an earlier stage.
     """
     arguments = ",".join(filter(None, (row, scale and f"scale={scale}")))
     try:
-        values = module["get_config"](arguments)
+        config = build(module["get_config"](arguments))
     except ValueError as error:
-        raise ConfigError(str(error)) from error
-    found = {}
-    for field, text in overrides.items():
-        if field.startswith("init.pretrain.") and values.init.pretrain is None:
-            continue
-        found[field] = override(values, field, text)
-    stage = values
-    while seed is not None and stage is not None:
-        stage.seed = seed
-        stage = stage.init.pretrain
-    return config_lib.create(values), found
+        raise ConfigError("--scale" if scale else "row", one_line(error)) from error
+    values = {
+        field: from_text(field, text)
+        for field, text in overrides.items()
+        if config.init.pretrain is not None or not field.startswith("init.pretrain.")
+    }
+    config = with_fields(config, values)
+    if seed is not None:
+        config = with_fields(
+            config, {f"{prefix}seed": seed for prefix, _ in stage_prefixes(config)}
+        )
+    validate(config)
+    return config, values
 
 
 def select(rows: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The rows that match one of the patterns, all without any; ConfigError for idle patterns."""
     for pattern in patterns:
         if not fnmatch.filter(rows, pattern):
-            raise ConfigError(f"--rows={pattern} matches none of: {'; '.join(rows)}")
+            raise ConfigError("--rows", f"{pattern} matches none of: {'; '.join(rows)}")
     return [
         row
         for row in rows
@@ -129,13 +104,14 @@ def plan(
             starts = [
                 field for field in found if re.fullmatch(r"(init\.pretrain\.)*init\.path", field)
             ]
-            if starts and len(config_lib.stages(config)) > 1:
+            if starts and len(stages(config)) > 1:
                 raise ConfigError(
-                    f"config: {starts[0]} cannot be set here: {row} begins with a stage of its own"
+                    starts[0],
+                    f"cannot be set here: {row} begins with a stage of its own",
                 )
             used |= found
             run = Run(row, config.seed, kinship.place(config, workdir), kinship.folder_name(config))
-            kin = {kinship.digest(stage) for stage in config_lib.stages(config)}
+            kin = {digest(stage) for stage in stages(config)}
             # Merge all groups that the new run is related to.
             related = [group for group in groups if group[0] & kin]
             groups = [group for group in groups if not group[0] & kin]
@@ -143,8 +119,8 @@ def plan(
             groups.append((kin.union(*(group[0] for group in related)), runs))
     for field in overrides or {}:
         if field not in used:
-            raise ConfigError(f"config: no row has an earlier stage to set {field} of")
-    order = lambda run: (len(config_lib.stages(run.config)), run.config.steps)  # noqa: E731
+            raise ConfigError(field, "no row has an earlier stage to set it of")
+    order = lambda run: (len(stages(run.config)), run.config.steps)  # noqa: E731
     return [sorted(runs, key=order) for _, runs in groups], used
 
 
@@ -152,7 +128,7 @@ def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
     """Train and evaluate one run; its result, or None if SIGTERM stopped the training."""
     path = workdir / run.folder
     if jax.process_index() == 0:
-        for stage in config_lib.stages(run.config):
+        for stage in stages(run.config):
             if source := kinship.start_from_shorter(stage, workdir):
                 print(f"{kinship.folder_name(stage)} goes on from {source}")
     if not train.run(run.config, str(path)):
@@ -178,12 +154,12 @@ def attempt(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
     try:
         return measure(run, workdir)
     except FloatingPointError as error:
-        return {"status": "diverged", "reason": startup.one_line(error)}
+        return {"status": "diverged", "reason": one_line(error)}
     except ConfigError as error:
-        return {"status": "failed", "reason": startup.one_line(error)}
+        return {"status": "failed", "reason": one_line(error)}
     except Exception as error:  # such as too little memory; later rows may need less
         traceback.print_exc()
-        return {"status": "failed", "reason": f"{type(error).__name__}: {startup.one_line(error)}"}
+        return {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
     finally:
         release()
 
@@ -237,7 +213,7 @@ def describe(groups: Sequence[Sequence[Run]], done: dict[tuple, tuple], common: 
         for run in runs:
             status = _status(run, done, common) or "to do"
             lines.append(f"  {run.row or 'the only row'}, seed {run.seed}: {status}")
-            for stage in config_lib.stages(run.config)[::-1]:
+            for stage in stages(run.config)[::-1]:
                 name = kinship.folder_name(stage)
                 what = "training" if stage is run.config else "starts from"
                 user = first_user.setdefault(name, run)
@@ -309,7 +285,7 @@ def run(argv: Sequence[str]) -> int:
     args = parse(argv)
     module, workdir = results.load_table(args.table), epath.Path(args.workdir)
     if "get_config" not in module:
-        raise ConfigError(f"{args.table} cannot be run: it has no get_config")
+        raise ConfigError(args.table, "cannot be run: it has no get_config")
     rows = select(module["ROWS"], args.rows)
     groups, overrides = plan(
         module, rows, args.seeds or [None], workdir, scale=args.scale, overrides=args.overrides

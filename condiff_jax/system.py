@@ -17,7 +17,8 @@ from condiff_jax import models
 from condiff_jax.conditioning.cond import Cond, Text
 from condiff_jax.conditioning.control import ControlSpec, Weighting
 from condiff_jax.conditioning.text import pad
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.schema import Config
 from condiff_jax.data.augment import SCALARS
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.diffusion.prediction import predict_epsilon
@@ -53,13 +54,14 @@ def open_source(config: Config):
     """The training data; ConfigError where it cannot be read."""
     if config.data.path and config.data.name == "shapes":
         raise ConfigError(
-            f"config: data.path={config.data.path}, but data.name=shapes reads no files; set it to "
-            "tfds (what mode prepare makes), webdataset or latents"
+            "data.path",
+            f"is {config.data.path}, but data.name=shapes reads no files; set data.name to "
+            "tfds (what mode prepare writes), webdataset or latents",
         )
     try:
         return create_source(config)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data.path: {error}") from error
+        raise ConfigError("data.path", one_line(error)) from error
 
 
 def create_vocabulary(config: Config, source) -> Vocabulary:
@@ -67,7 +69,7 @@ def create_vocabulary(config: Config, source) -> Vocabulary:
     if config.data.semantics == "class":
         found, expected = len(source.classes), config.data.classes
         if expected and found != expected:
-            raise ConfigError(f"config: data.classes={expected}, but the data has {found} classes")
+            raise ConfigError("data.classes", f"is {expected}, but the data has {found} classes")
         return Vocabulary((), tuple(source.classes))
     words = () if config.text_encoder.name == "clip" else source.vocabulary()
     return Vocabulary(tuple(words), ())
@@ -233,7 +235,8 @@ def create(config: Config, vocabulary: Vocabulary) -> System:
     """
     if config.objective != "diffusion":
         raise ConfigError(
-            f"config: objective={config.objective} has no denoiser; of the modes it has train alone"
+            "objective",
+            f"{config.objective} has no denoiser: its only mode is train",
         )
     autoencoder, schedule = create_noising(config)
     settings = config.conditioning

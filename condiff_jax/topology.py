@@ -11,9 +11,8 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from condiff_jax.config.errors import ConfigError, one_line
 from condiff_jax.flops import CHIPS, Chip
-from condiff_jax.schema import ConfigError
-from condiff_jax.startup import one_line
 
 DIMENSIONS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # of the grid of a slice's chips
 CORES = {"v4": 2, "v5p": 2}  # per chip, where a slice's name counts them and not chips
@@ -52,8 +51,9 @@ class Topology:
         package, extra = ("libtpu", "tpu") if self.is_tpu else ("jax_cuda12_plugin", "cuda12")
         if not importlib.util.find_spec(package):
             raise ConfigError(
-                f"--topology={self.name} needs a compiler that is not installed here; run "
-                f'pip install -e ".[{extra}]"'
+                "--topology",
+                f"{self.name} needs a compiler that is not installed here; run pip install -e "
+                f'".[{extra}]"',
             )
         grid = "x".join(map(str, self.grid))
         if self.is_tpu:
@@ -70,7 +70,7 @@ class Topology:
         try:
             return topologies.get_topology_desc(**described).devices
         except Exception as error:  # of the compiler; it has no type of its own
-            raise ConfigError(f"--topology={self.name}: {one_line(error)}") from error
+            raise ConfigError("--topology", f"{self.name}: {one_line(error)}") from error
 
 
 def near_square(size: int, dimensions: int) -> tuple[int, ...]:
@@ -82,7 +82,7 @@ def near_square(size: int, dimensions: int) -> tuple[int, ...]:
 
 def parse(name: str) -> Topology:
     """From KIND:GRID or the KIND-NUMBER of Google's accelerator types; ConfigError if neither."""
-    wrong = ConfigError(f"--topology={name!r} is unknown; examples: {KNOWN}")
+    wrong = ConfigError("--topology", f"{name!r} is unknown; examples: {KNOWN}")
     if grid := re.fullmatch(r"([a-z]+[0-9]+[a-z]?):([1-9][0-9]*(?:x[1-9][0-9]*)*)", name):
         sides = tuple(int(side) for side in grid[2].split("x"))
         if grid[1] not in (*DIMENSIONS, *GPUS) or len(sides) != DIMENSIONS.get(grid[1], 2):

@@ -31,7 +31,8 @@ from condiff_jax.checkpoint import Checkpoints, abstract_state
 from condiff_jax.classifier import NoisyClassifier
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.dropout import drop_flags
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import batches, first_controls
 from condiff_jax.diffusion.loss import denoising_loss, draw_timesteps
 from condiff_jax.diffusion.prediction import loss_weight
@@ -52,7 +53,7 @@ def draw_noise(key: jax.Array, system: System, batch: int) -> dict[str, jax.Arra
     settings = system.config.conditioning
     key_t, key_eps, key_drop, key_text, key_hide, key_latent = jax.random.split(key, 6)
     drop_semantics, drop_control = drop_flags(
-        key_drop, batch, settings.drop_semantics, settings.drop_control, settings.dropping
+        key_drop, batch, settings.drop_semantics, settings.drop_control, settings.drop_mode
     )
     noise = {
         "t": draw_timesteps(key_t, batch, system.schedule.timesteps),
@@ -215,8 +216,9 @@ def _run(config: Config, workdir: str) -> bool:
     mesh = sharding.create_mesh(config.parallel.fsdp)
     if config.batch_size % (mesh.size * config.optimizer.accumulate):
         raise ConfigError(
-            f"config: batch_size={config.batch_size} must be a multiple of {mesh.size} devices x "
-            f"optimizer.accumulate={config.optimizer.accumulate}"
+            "batch_size",
+            f"must be a multiple of {mesh.size} devices x "
+            f"optimizer.accumulate={config.optimizer.accumulate}, got {config.batch_size}",
         )
     evaluate.check(config)
     source = open_source(config)
@@ -276,7 +278,7 @@ def start(system: System, mesh: Mesh, folder: Workdir) -> state.State | None:
     config, settings = system.config, system.config.init
     earlier, path = settings.pretrain, settings.path or str(folder.path / "pretrain")
     if earlier is None:
-        old = transfer.origin(path, config)
+        old = transfer.origin(path)
     else:
         old = create_system(earlier, create_vocabulary(earlier, open_source(earlier)))
     moves = transfer.plan(old, system)  # before days of training for nothing

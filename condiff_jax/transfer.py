@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from condiff_jax import config as config_lib
 from condiff_jax import system as system_lib
 from condiff_jax.checkpoint import Checkpoints
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import get
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.sharding import path_name
 from condiff_jax.system import System
 from condiff_jax.workdir import Workdir
@@ -71,23 +71,22 @@ def by_name(params) -> dict:
 def plan(old: System, new: System) -> dict[str, Move]:
     """The move of each of new's parameters, by name; ConfigError for all that does not match."""
     for field in SAME:
-        before, after = config_lib.get(old.config, field), config_lib.get(new.config, field)
+        before, after = get(old.config, field), get(new.config, field)
         if before != after:
-            raise ConfigError(
-                f"config: init: {field} is {after}, but that of the start is {before}"
-            )
+            raise ConfigError("init", f"{field} is {after}, but that of the start is {before}")
     before, after = old.config.conditioning.control, new.config.conditioning.control
     if before and after and set(before) != set(after):
         raise ConfigError(
-            f"config: init: the start has conditioning.control={before}, this config has {after}; "
-            "use the same conditioning.control"
+            "init",
+            f"the start has conditioning.control={before}, this config has {after}; use the "
+            "same conditioning.control",
         )
     source, target = shapes_of(old), shapes_of(new)
     same_semantics = (
         old.vocabulary == new.vocabulary
         and old.config.data.semantics == new.config.data.semantics
         and all(
-            config_lib.get(old.config, field) == config_lib.get(new.config, field)
+            get(old.config, field) == get(new.config, field)
             for field in ("text_encoder.name", "text_encoder.length", "text_encoder.width")
         )
     )
@@ -96,9 +95,7 @@ def plan(old: System, new: System) -> dict[str, Move]:
         moves[name] = _move(name, wanted, source, same_semantics, (old, new))
     for name in left(moves, source):
         if not SEMANTIC.fullmatch(name) and not CONTEXT.fullmatch(name):
-            raise ConfigError(
-                f"config: init: the start has {name}, this config does not{_hint(name)}"
-            )
+            raise ConfigError("init", f"the start has {name}, this config does not{_hint(name)}")
     return moves
 
 
@@ -112,9 +109,7 @@ def _move(name: str, wanted, source: Mapping, same_semantics: bool, systems: tup
         if context := CONTEXT.fullmatch(name):
             origin = context[1] + context[2]
         if origin not in source:
-            raise ConfigError(
-                f"config: init: this config has {name}, the start does not{_hint(name)}"
-            )
+            raise ConfigError("init", f"this config has {name}, the start does not{_hint(name)}")
     found = source[origin]
     if found.shape == wanted.shape:
         return Move("kept", origin)
@@ -123,7 +118,8 @@ def _move(name: str, wanted, source: Mapping, same_semantics: bool, systems: tup
     if RELATIVE.fullmatch(name):
         return Move("resized", origin, _resize_relative(*systems))
     raise ConfigError(
-        f"config: init: {name} is {wanted.shape}, but {found.shape} in the start{_hint(name)}"
+        "init",
+        f"{name} is {wanted.shape}, but {found.shape} in the start{_hint(name)}",
     )
 
 
@@ -234,13 +230,13 @@ def report(moves: Mapping[str, Move], source: Mapping, target: Mapping) -> str:
     return "\n".join([*lines, ", ".join([*numbers, f"{len(behind)} left"])])
 
 
-def origin(path: str, config: Config) -> System:
-    """The system of the run in a work directory, for a run of `config`; ConfigError if none."""
+def origin(path: str) -> System:
+    """The system of the run in a work directory; ConfigError if there is none."""
     folder = Workdir(path)
     try:
-        return system_lib.create(folder.load_config(config), folder.load_vocabulary())
+        return system_lib.create(folder.load_config(), folder.load_vocabulary())
     except ConfigError as error:
-        raise ConfigError(f"config: init.path: {error}") from error
+        raise ConfigError("init.path", str(error)) from error
 
 
 def load(path: str, old: System, mesh: Mesh, *, ema: bool, step: int | None = None) -> dict:
@@ -250,7 +246,7 @@ def load(path: str, old: System, mesh: Mesh, *, ema: bool, step: int | None = No
     checkpoints.close()
     if step is not None and found != step:
         raise ConfigError(
-            f"config: init.path={path}: trained for {found} steps, init.pretrain.steps={step} are "
-            "asked for"
+            "init.path",
+            f"{path} has trained for {found} steps, but init.pretrain.steps={step}",
         )
     return by_name(params)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import io
 import json
@@ -15,9 +14,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from condiff_jax import config as config_lib
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import get
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.identity import differences
+from condiff_jax.config.schema import Config
 from condiff_jax.convert import weights
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.system import Trainable, Vocabulary
 
 
@@ -53,8 +55,9 @@ class Workdir:
             self.check(config)
             if self.load_vocabulary() != vocabulary:
                 raise ConfigError(
-                    f"{self.vocabulary}: the data set's words or classes have changed since this "
-                    "run began; use another --workdir"
+                    str(self.vocabulary),
+                    "the data set's words or classes have changed since this run began; use "
+                    "another --workdir",
                 )
         if jax.process_index() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -63,31 +66,30 @@ class Workdir:
             write(self.vocabulary, vocabulary.to_json())
             write(self.config, config.to_json())
 
-    def load_config(self, like: Config | None = None) -> Config:
+    def load_config(self) -> Config:
         """The config of the run in this folder; ConfigError where there is none.
 
-        like: has those fields that are newer than the run, as far as they may differ.
+        A field that is newer than the run has its default.
         """
         if not self.config.exists():
-            raise ConfigError(f"{self.path}: no run here (no config.json); train one first")
+            raise ConfigError(str(self.path), "no run here (no config.json); train one first")
         try:
-            values = json.loads(self.config.read_text())
-            if like is not None:
-                values = config_lib.completed(values, dataclasses.asdict(like))
-            return config_lib.create(values)
+            return create_config(json.loads(self.config.read_text()))
         except ValueError as error:
             raise ConfigError(
-                f"{self.config}: damaged, or of another version of condiff_jax: {error}"
+                str(self.config),
+                f"damaged, or of another version of condiff_jax: {error}",
             ) from error
 
     def check(self, config: Config) -> None:
         """ConfigError when the run in this folder differs in more than how it is run or sampled."""
-        found = config_lib.differences(self.load_config(config), config)
+        found = differences(self.load_config(), config)
         if found:
             more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
             raise ConfigError(
-                f"{self.path}: its checkpoints belong to another config: {found[0]}{more}; "
-                "use another --workdir or restore the field"
+                str(self.path),
+                f"its checkpoints belong to another config: {found[0]}{more}; use another "
+                "--workdir or restore the field",
             )
 
     @contextlib.contextmanager
@@ -105,7 +107,8 @@ class Workdir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ConfigError(
-                    f"{self.path}: another process trains here; wait for it or use another folder"
+                    str(self.path),
+                    "another process trains here; wait for it or use another folder",
                 ) from None
             yield
 
@@ -134,9 +137,10 @@ class Workdir:
             if known.get(name, digest) != digest:
                 field = parts[name].field
                 raise ConfigError(
-                    f"{field}: the files in {config_lib.get(system.config, field)} "
-                    f"are others than this run began with (sha256 {digest[:12]}, but "
-                    f"{known[name][:12]} in {self.encoders}); name those, or use another --workdir"
+                    field,
+                    f"the files in {get(system.config, field)} are not those that this run "
+                    f"began with (sha256 {digest[:12]}, but {known[name][:12]} in "
+                    f"{self.encoders}); name those, or use another --workdir",
                 )
         loaded = {name: part.load() for name, part in parts.items()}
         if found.keys() - known.keys() and jax.process_index() == 0:

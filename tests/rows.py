@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from condiff_jax import config as config_lib
-from condiff_jax.config import Config
+from condiff_jax.config.identity import identity, stages
+from condiff_jax.config.schema import Config
+from condiff_jax.objectives.validate import create_config
 from configs.__main__ import tables
 from tests.compiling import QUICK, collect_rarely
 
@@ -31,12 +32,12 @@ ROOT = Path(__file__).parents[1]
 def build(module: dict, name: str, row: str, *arguments: str) -> Config:
     """The validated config of a row; emoji, where a row needs them, are in the folder `emoji`."""
     emoji = ("path=emoji",) if name == "beyond_domains" else ()
-    return config_lib.create(module["get_config"](",".join([row, *emoji, *arguments])))
+    return create_config(module["get_config"](",".join([row, *emoji, *arguments])))
 
 
 def key(config: Config) -> str:
     """Short and the same for configs with the same training, though not as long."""
-    fields = json.dumps(config_lib.identity(config), sort_keys=True)
+    fields = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
 
@@ -110,7 +111,7 @@ def steps() -> dict[str, Config]:
     stages = {
         (name, number): stage
         for name in [*trained(), *groups()]
-        for number, stage in enumerate(config_lib.stages(groups()[name][0]), 1)
+        for number, stage in enumerate(stages(groups()[name][0]), 1)
     }
     names = news({name: [of_step(stage)] for name, stage in stages.items()})
     return {
@@ -255,7 +256,7 @@ def main(folder: Path) -> None:
         for line in sys.stdin:
             error = ""
             try:
-                run([config_lib.create(values) for values in json.loads(line)], folder)
+                run([create_config(values) for values in json.loads(line)], folder)
             except Exception as problem:  # the row's, not this loop's
                 error = f"{type(problem).__name__}: {problem}"
             print(json.dumps(error), file=answers, flush=True)

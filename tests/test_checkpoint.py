@@ -8,7 +8,7 @@ import pytest
 
 from condiff_jax import sharding
 from condiff_jax.checkpoint import Checkpoints, newest
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.workdir import Workdir
 from tests import tiny
 

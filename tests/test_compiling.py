@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from condiff_jax import compiling, hlo, plan, topology
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from tests import tiny
 
 

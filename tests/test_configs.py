@@ -8,9 +8,12 @@ import runpy
 
 import pytest
 
-from condiff_jax import config as config_lib
 from condiff_jax import summary, transfer
+from condiff_jax.config.build import get
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.identity import identity, stages
 from condiff_jax.models import unet
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.sample import guidance_scale
 from condiff_jax.system import create
 from configs import recipes
@@ -28,7 +31,7 @@ def module_of(name):
 
 
 def config_of(name, args):
-    return config_lib.create(module_of(name)["get_config"](args))
+    return create_config(module_of(name)["get_config"](args))
 
 
 @functools.cache
@@ -98,7 +101,7 @@ def test_rows_are_valid_and_differ(name, scale):
 def test_smaller_scales_differ_where_the_paper_does(name, scale):
     def differing(scale):
         built = [build(name, row, f"scale={scale}") for row in TABLES[name]["ROWS"]]
-        flat = [config_lib.identity(config) | {"steps": config.steps} for config in built]
+        flat = [identity(config) | {"steps": config.steps} for config in built]
         fields = set().union(*flat)
         return {f for f in fields if len({repr(fields_of.get(f)) for fields_of in flat}) > 1}
 
@@ -111,7 +114,7 @@ def test_smaller_scales_differ_where_the_paper_does(name, scale):
 
 @pytest.mark.parametrize("name, row", ROWS)
 def test_smaller_scales_need_no_files(name, row):
-    for stage in config_lib.stages(build(name, row, "scale=small")):
+    for stage in stages(build(name, row, "scale=small")):
         assert stage.autoencoder.name == "pixels" and stage.text_encoder.name == "words"
         assert not stage.init.path
         if name != "beyond_domains":
@@ -166,7 +169,7 @@ def test_tableA2_keeps_the_ratios_of_rates_and_batches():
         for scale in ("paper", "small")
     }
     for field in names:
-        paper, small = ([config_lib.get(c, field) for c in configs[s]] for s in ("paper", "small"))
+        paper, small = ([get(c, field) for c in configs[s]] for s in ("paper", "small"))
         assert [v / paper[0] for v in paper] == pytest.approx([v / small[0] for v in small])
 
 
@@ -383,7 +386,7 @@ def test_rows_are_what_the_paper_says(row):
     assert row in TABLES[name]["ROWS"]
     config = build(name, row)
     wanted = PINNED[f"{name}:{row}"]
-    assert {field: config_lib.get(config, field) for field in wanted} == wanted
+    assert {field: get(config, field) for field in wanted} == wanted
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name.startswith(("table", "fig"))])
@@ -391,8 +394,8 @@ def test_all_rows_have_the_papers_recipe(name):
     about = ABOUT.get(name, set())
     wanted = {field: value for field, value in EVERYWHERE.items() if field not in about}
     for row in TABLES[name]["ROWS"]:
-        for stage in config_lib.stages(build(name, row)):
-            assert {field: config_lib.get(stage, field) for field in wanted} == wanted, row
+        for stage in stages(build(name, row)):
+            assert {field: get(stage, field) for field in wanted} == wanted, row
             resolution = stage.data.resolution
             assert "batch_size" in about or stage.batch_size == BATCH[resolution], row
             if name != "fig7":
@@ -418,7 +421,7 @@ def test_cifar10_benchmark_is_what_its_page_says(size, batch, published):
         "evaluation.samples": 50_000, "evaluation.reference": "train",
         "evaluation.resize": "clean", "autoencoder.name": "pixels",
     }  # fmt: skip
-    assert {field: config_lib.get(config, field) for field in wanted} == wanted
+    assert {field: get(config, field) for field in wanted} == wanted
 
 
 @pytest.mark.parametrize("data, steps", [("imagenet22k", 375_000), ("imagenet1k", 600_000)])
@@ -505,8 +508,8 @@ def test_readme_is_up_to_date():
 def test_summary_of_a_run_names_the_field_that_it_lacks(args, fields, message):
     values = TABLES["table1"]["get_config"](",".join(filter(None, ("arch=ours", args))))
     values.update_from_flattened_dict(fields)
-    with pytest.raises(config_lib.ConfigError, match=f"^{message}"):
-        summary.run(config_lib.create(values), "WORKDIR")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        summary.run(create_config(values), "WORKDIR")
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "classifier"])
@@ -520,6 +523,6 @@ def test_summary_of_other_objectives_counts_what_is_trained(name, capsys):
 def test_summary_goes_on_without_data_that_is_elsewhere(capsys):
     values = TABLES["table1"]["get_config"]("arch=ours")
     values.update_from_flattened_dict({"data.path": "DATA", "autoencoder.path": "VAE"})
-    summary.run(config_lib.create(values), "WORKDIR")
+    summary.run(create_config(values), "WORKDIR")
     first, *_ = capsys.readouterr().out.splitlines()
     assert first == "Without the data: data.path=DATA is not on this machine"

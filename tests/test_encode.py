@@ -16,7 +16,7 @@ from etils import epath
 
 from benchmarks.parity import jit, random_like
 from condiff_jax import encode, reconstruction, sample, train
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.data.encoded import Cache
 from condiff_jax.data.pipeline import Preprocess, batches, first_controls
 from condiff_jax.models import kl
@@ -347,15 +347,15 @@ def test_broken_pictures_are_left_out_and_counted(encoder, config_of, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"data.resolution": 32}, "config: data.resolution is 32, but .* encoded with 16"),
-        ({"data.crop": (0.4, 0.6)}, "config: data.crop is .*0.4, 0.6.* encoded with .*0.9, 1.0"),
-        ({"data.flip": False}, "config: data.flip is False"),
-        ({"autoencoder.path": "other"}, "config: autoencoder.path is sha256 .* with sha256"),
-        ({"autoencoder.name": "vq"}, "config: autoencoder.name is vq, but"),
+        ({"data.resolution": 32}, "data.resolution: is 32, but .* encoded with 16"),
+        ({"data.crop": (0.4, 0.6)}, "data.crop: is .*0.4, 0.6.* encoded with .*0.9, 1.0"),
+        ({"data.flip": False}, "data.flip: is False"),
+        ({"autoencoder.path": "other"}, "autoencoder.path: is sha256 .* with sha256"),
+        ({"autoencoder.name": "vq"}, "autoencoder.name: is vq, but"),
         ({"data.path": "/no/such"}, "data.path: /no/such does not exist; mode encode makes it"),
         ({"data.path": ""}, "data.path: empty, but data.name=latents"),
-        ({"autoencoder.name": "pixels"}, "data.name=latents needs autoencoder.name=kl or vq"),
-        ({"objective": "reconstruction"}, "needs pictures, not latents"),
+        ({"autoencoder.name": "pixels"}, "autoencoder.name: data.name=latents needs kl or vq"),
+        ({"objective": "reconstruction"}, "data.name: .* needs images, no latents"),
     ],
 )
 def test_a_cache_of_something_else_is_named_before_training(
@@ -423,14 +423,14 @@ def test_damaged_caches_are_refused(caches, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"encode.path": ""}, "encode.path is empty; mode encode needs it"),
-        ({"autoencoder.name": "pixels"}, "mode encode needs autoencoder.name=kl or vq"),
-        ({"encode.records": 0}, "encode.records=0 is all, but shapes has no end"),
-        ({"data.name": "latents", "data.path": "x"}, "data.name=latents is encoded already"),
-        ({"encode.text": True}, "encode.text needs .*text_encoder.name=clip"),
+        ({"encode.path": ""}, "encode.path: empty; mode encode needs it"),
+        ({"autoencoder.name": "pixels"}, "autoencoder.name: mode encode needs kl or vq"),
+        ({"encode.records": 0}, "encode.records: 0 is all, but shapes is endless"),
+        ({"data.name": "latents", "data.path": "x"}, "data.name: latents are encoded"),
+        ({"encode.text": True}, "encode.text: needs .*text_encoder.name=clip"),
         ({"autoencoder.path": "/no/such"}, "^autoencoder.path: /no/such does not exist"),
         ({"encode.path": "FULL"}, "encode.path: .* holds other files"),
-        ({"encode.views": 0}, "encode.views must be at least 1"),
+        ({"encode.views": 0}, "encode.views: must be at least 1"),
     ],
 )
 def test_bad_fields_of_mode_encode_are_named(fields, message, config_of, tmp_path):
@@ -444,7 +444,7 @@ def test_bad_fields_of_mode_encode_are_named(fields, message, config_of, tmp_pat
 def test_moments_beyond_float16_are_refused(encoder, config_of, tmp_path, monkeypatch):
     params = jax.tree.map(lambda a: np.asarray(a) * np.float32(1e5), encoder.params)
     monkeypatch.setattr(encoder, "params", jax.device_put(params))
-    with pytest.raises(ConfigError, match="autoencoder.path: it gives moments that are not fin"):
+    with pytest.raises(ConfigError, match="autoencoder.path: its moments are not finite"):
         encode.run(config_of(**{"encode.path": str(tmp_path / "c")}))
 
 
@@ -467,7 +467,7 @@ def test_text_features_take_the_place_of_captions(config_of, tmp_path):
     np.testing.assert_allclose(found.pooled, expected.pooled, rtol=2**-8, atol=2**-8)
     assert found.tokens.dtype == expected.tokens.dtype
     other = clips.write(tmp_path / "other", seed=1, num_hidden_layers=1)
-    with pytest.raises(ConfigError, match="config: text_encoder.path is sha256"):
+    with pytest.raises(ConfigError, match="text_encoder.path: is sha256"):
         train.run(
             config_of(**fields | latents | {"text_encoder.path": str(other)}), str(tmp_path / "run")
         )

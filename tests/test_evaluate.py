@@ -7,16 +7,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from condiff_jax.schema import ControlValues
 from PIL import Image
 
 from condiff_jax import evaluate, fidelity, sample, sharding
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Sampling
 from condiff_jax.data import augment, shapes
 from condiff_jax.logs import Reporter
 from condiff_jax.metrics import shapes_features
 from condiff_jax.metrics.prompt import sharpness
 from condiff_jax.reference import Reference
-from condiff_jax.schema import ControlValues, Sampling
 from condiff_jax.workdir import Workdir
 from tests import tiny
 
@@ -109,7 +110,7 @@ def test_another_setting_is_another_record(trained):
 
 def test_a_checkpoint_past_the_asked_step_is_an_error(trained):
     path, fields = trained
-    with pytest.raises(ConfigError, match="trained on past steps=1, to step 2"):
+    with pytest.raises(ConfigError, match="has trained to step 2, past 1"):
         evaluate.run(tiny.config(**fields | {"steps": 1}), str(path))
 
 
@@ -155,11 +156,11 @@ def test_reference_is_unseen_and_asked_alike(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"evaluation.reference": "coco"}, "evaluation.reference=coco"),
+        ({"evaluation.reference": "coco"}, "evaluation.path: evaluation.reference=coco"),
         ({"evaluation.reference": "validation", "evaluation.samples": 10_001}, "has 10000"),
         ({"evaluation.lpips": "/no/such.npz"}, "evaluation.lpips: .*does not exist"),
-        ({"evaluation.metrics": ()}, "evaluation.metrics is empty"),
-        ({"data.resolution": 8}, "data.resolution=16 or more"),
+        ({"evaluation.metrics": ()}, "evaluation.metrics: empty"),
+        ({"data.resolution": 8}, "data.resolution: must be at least 16"),
         ({}, "no run here"),
     ],
 )

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from condiff_jax import evaluations, report
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 
 
 def record(weight, guidance, value, seed=0, step=10):
@@ -92,12 +92,12 @@ def test_seeds_are_in_order():
 
 
 def test_what_holds_no_evaluations_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="none' is not a config file, a work directory or a"):
+    with pytest.raises(ConfigError, match="none: is not a config file, a work directory or a"):
         evaluations.read(str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="no evaluations here; --mode=evaluate makes them"):
         evaluations.read(str(tmp_path))
     (tmp_path / "x.json").write_text('{"a": 1}')
     with pytest.raises(ConfigError, match="x.json: not a file of results"):
         evaluations.read(str(tmp_path / "x.json"))
-    with pytest.raises(ConfigError, match="takes no --results"):
+    with pytest.raises(ConfigError, match="--results: .* takes none"):
         report.run([str(tmp_path), "--results=x"])

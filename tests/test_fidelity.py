@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 from condiff_jax import evaluate, fidelity, hosts, protocols, reference, sample, sharding
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.data import augment, shapes
 from condiff_jax.logs import Reporter
 from condiff_jax.metrics.clip_score import ClipScore
@@ -284,16 +284,19 @@ def test_a_recorded_measurement_leaves_no_parts(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"evaluation.reference": "train_200k"}, "train_200k is not there for data.name=shapes"),
-        ({"evaluation.samples": 10_001}, "has 10000 pictures"),
+        (
+            {"evaluation.reference": "train_200k"},
+            "evaluation.reference: data.name=shapes has no train_200k",
+        ),
+        ({"evaluation.samples": 10_001}, "has 10000 images"),
         (
             {"evaluation.metrics": ("frechet_shapes",), "data.name": "tfds"},
-            "frechet_shapes of evaluation.metrics need data.name=shapes",
+            "evaluation.metrics: frechet_shapes need",
         ),
         ({"evaluation.path": "/no/such"}, "evaluation.path: "),
         ({"evaluation.statistics": "/no/such.npz"}, "evaluation.statistics: .* does not exist"),
-        ({"evaluation.samples": 3}, "metrics need 4 pictures or more, got evaluation.samples=3"),
-        ({"data.semantics": "class", "model.name": "dit_ln"}, "clip_score of .* needs"),
+        ({"evaluation.samples": 3}, "evaluation.samples: the metrics need 4 images or more, got 3"),
+        ({"data.semantics": "class", "model.name": "dit_ln"}, "clip_score needs"),
     ],
 )
 def test_bad_configs(fields, message):
@@ -365,7 +368,7 @@ def test_protocols_are_the_papers(name, steps, metric, reference, guidance, size
 
 def test_mode_evaluate_follows_the_protocol_and_says_what_it_sets(tmp_path, capsys):
     config = tiny.config(**{"evaluation.protocol": "coco_clip"})
-    with pytest.raises(ConfigError, match="evaluation.reference=coco needs evaluation.path"):
+    with pytest.raises(ConfigError, match="evaluation.path: evaluation.reference=coco needs"):
         evaluate.run(config, str(tmp_path))
     assert "evaluation.protocol=coco_clip sets sampling.sampler=ddim" in capsys.readouterr().out
 

@@ -54,7 +54,7 @@ def test_summary_ends_with_one_json_line():
         (["--config.steps=abc"], "config.steps"),
         (["--mode=trian"], "train|sample|evaluate|reference|summary"),
         (["--confg=x"], "confg"),
-        (["--config.model.name=sit"], "model.name='sit' is unknown; choose from"),
+        (["--config.model.name=sit"], "model.name: unknown value 'sit'; choose from"),
     ],
 )
 def test_bad_flags_are_one_line_and_code_2(args, message):
@@ -66,9 +66,9 @@ def test_bad_flags_are_one_line_and_code_2(args, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "--workdir is missing"),
-        (["--mode=plan"], "--topology is missing"),
-        (["--mode=plan", "--topology=v5e"], "--topology='v5e' is unknown; examples: v5e:8x8"),
+        ([], "--workdir: missing"),
+        (["--mode=plan"], "--topology: missing"),
+        (["--mode=plan", "--topology=v5e"], "--topology: 'v5e' is unknown; examples: v5e:8x8"),
         (["--workdir=RUN", "--config.data.resolution=33"], "must be a multiple of 4"),
         (["--workdir=RUN", "--mode=sample"], "no run here"),
         (["--workdir=RUN", "--mode=evaluate"], "no run here"),

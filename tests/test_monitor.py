@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from condiff_jax import flops, monitor, train
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from tests import tiny
 
 GOOD = {"loss": np.float32(1), "grad_norm": np.float32(1), "broken": np.int32(0)}

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from condiff_jax import config as config_lib
 from condiff_jax import prepare
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.identity import stages
 from condiff_jax.data.builders import BUILDERS
 from condiff_jax.data.builders import prepare as driver
 from condiff_jax.data.pipeline import batches
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.system import create_vocabulary, open_source
 from configs import cc12m_512, imagenet1k_256, imagenet22k_256, pictures_64
 from configs.recipes import CLASSES, all_stages
@@ -53,7 +54,7 @@ def configured(name, out, args="scale=tiny"):
 
 def created(values, **fields):
     values.update_from_flattened_dict({name.replace("__", "."): v for name, v in fields.items()})
-    return config_lib.create(values)
+    return create_config(values)
 
 
 # By default batches are made of all, and one is trained.
@@ -77,7 +78,7 @@ def prepared(name, tmp_path):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_prepares_what_every_stage_makes_batches_of(name, tmp_path):
-    for config in config_lib.stages(prepared(name, tmp_path)):
+    for config in stages(prepared(name, tmp_path)):
         source, side = open_source(config), config.data.resolution
         vocabulary = create_vocabulary(config, source)
         encode_text = tiny.system(config).encode_text if vocabulary.words else None

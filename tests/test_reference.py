@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from condiff_jax import evaluate, fidelity, reference
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.data import augment
 from condiff_jax.data.builders.prepare import prepare
 from condiff_jax.data.shapes import FINE_CLASSES
@@ -56,16 +56,18 @@ def test_it_can_be_another_data_set(prepared, monkeypatch):
         Reference(of(prepared, **{"evaluation.reference": "coco"}))
     latents = {"data.name": "latents", "autoencoder.name": "kl", "data.resolution": 32}
     latents |= {"data.path": prepared, "evaluation.path": ""}
-    with pytest.raises(ConfigError, match="a cache of latents has no pictures"):
+    with pytest.raises(
+        ConfigError, match="evaluation.path: empty, and data.name=latents has no images"
+    ):
         Reference(of(prepared, **latents))
     monkeypatch.setattr(reference, "SUBSET", 1)
     one = {"evaluation.reference": "train_200k", "evaluation.metrics": ("fid",)}
     with pytest.raises(
-        ConfigError, match="need 2 pictures or more, got evaluation.samples=9 and 1"
+        ConfigError, match="evaluation.samples: the metrics need 2 images or more, got 9 and 1"
     ):
         evaluate.check(of(prepared, **one))
     classes = of(prepared, **{"data.semantics": "class", "model.name": "dit_ln"})
-    with pytest.raises(ConfigError, match="classes of evaluation.path are not those"):
+    with pytest.raises(ConfigError, match="evaluation.path: its classes are not those"):
         Reference(classes).asked(3, tiny.system(classes))
 
 
@@ -240,5 +242,5 @@ def test_mode_reference_writes_what_fid_compares_with(tmp_path, capsys, request)
     dataclasses.replace(statistics, resolution=(32, 32)).save(path)
     with pytest.raises(ConfigError, match="pictures of 32 x 32 pixels, not 16 x 16"):
         evaluate.check(given)
-    with pytest.raises(ConfigError, match="evaluation.statistics is empty"):
+    with pytest.raises(ConfigError, match="evaluation.statistics: empty"):
         fidelity.run_reference(tiny.config(**FIELDS))

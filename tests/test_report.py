@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import pytest
 from etils import epath
 
-from condiff_jax import config as config_lib
 from condiff_jax import page, report, results
+from condiff_jax.objectives.validate import create_config
 
 ROOT = Path(__file__).parents[1]
 TABLE = runpy.run_path(str(ROOT / "configs" / "tableA1.py"))
@@ -50,7 +50,7 @@ SLOW = [row for row in TABLE["ROWS"] if "unet" in row and "imagenet1k,resolution
     [pytest.param(row, marks=pytest.mark.slow) if row in SLOW else row for row in TABLE["ROWS"]],
 )
 def test_cells_are_as_recorded_and_sizes_the_papers(row):
-    ours = report.size_and_flop(config_lib.create(TABLE["get_config"](row)))
+    ours = report.size_and_flop(create_config(TABLE["get_config"](row)))
     paper = list(TABLE["PAPER"][row].values())
     for value, (_, cell, _) in zip(ours, recorded(row), strict=True):
         assert f"{value:.2f}" == cell

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from condiff_jax import flops, sample, sharding, state, train
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.diffusion.guidance import needed_branches
 from tests import tiny
 
@@ -233,7 +233,7 @@ def test_sizes_of_the_training_data_come_in_pairs():
     assert set(height) == {10, 30, 50}
     np.testing.assert_array_equal(width, 2 * height)
     assert (aspect == 2).all()
-    with pytest.raises(ConfigError, match="sampling.size=train"):
+    with pytest.raises(ConfigError, match="sampling.size: train needs"):
         sizes(**{"sampling.size": "train"})
     height, _, _ = sizes(**{"sampling.size": "train", "conditioning.control": ("crop",)})
     assert (height == 16).all()  # nobody hears it
@@ -280,7 +280,7 @@ def test_bad_prompt_files(tmp_path, content, error):
 
 
 def test_no_prompts_unknown_class_and_missing_run_are_errors(tmp_path, trained):
-    with pytest.raises(ConfigError, match="no prompts"):
+    with pytest.raises(ConfigError, match="sampling.prompts: empty"):
         sample.asked_for(tiny.config(), trained[0])
     config = tiny.config(**{"data.semantics": "class", "sampling.labels": (10,)})
     with pytest.raises(ConfigError, match="class 10; classes go from 0 to 9"):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from condiff_jax import config as config_lib
 from condiff_jax import sharding, system
 from condiff_jax.checkpoint import abstract_state
 from condiff_jax.models import MODELS, clip, conditioners, kl, transformer
 from condiff_jax.models.autoencoder import NETWORKS
+from condiff_jax.objectives.validate import create_config
 from configs import base
 
 VOCABULARY = system.Vocabulary(words=("a", "red", "circle"), classes=("circle", "square"))
@@ -39,7 +39,7 @@ def create(name="ours", streams="auto", semantics="text", **overrides):
         "conditioning.control": ("crop", "flip", "aspect", "size"),
     }
     values.update_from_flattened_dict(overrides)
-    return system.create(config_lib.create(values), VOCABULARY)
+    return system.create(create_config(values), VOCABULARY)
 
 
 def names(tree):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from condiff_jax import config as config_lib
 from condiff_jax import evaluate, kinship, results, sweep, train
-from condiff_jax.config import ConfigError
+from condiff_jax.config.build import get
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
@@ -344,7 +344,7 @@ def test_dry_run_shows_what_is_shared_and_done_and_writes_nothing(stub, table, t
 )
 def test_overrides_have_the_type_of_the_field(table, field, text, value):
     config, found = sweep.create(results.load_table(table), "kind=fine", "", None, {field: text})
-    assert config_lib.get(config, field) == value
+    assert get(config, field) == value
     assert type(found[field]) is type(value)
 
 
@@ -454,4 +454,4 @@ def test_command_line(tmp_path):
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: configs/quickstart.py is not a table: it has no ROWS\n"
+    assert done.stderr == "error: configs/quickstart.py: is not a table: it has no ROWS\n"

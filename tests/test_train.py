@@ -13,7 +13,7 @@ import pytest
 from benchmarks.parity import jit, random_like
 from condiff_jax import hosts, optim, sharding, state, train
 from condiff_jax.checkpoint import Checkpoints
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.data.pipeline import batches, create_source
 from condiff_jax.models import MODELS
 from condiff_jax.workdir import Workdir
@@ -167,7 +167,7 @@ def test_the_denoiser_gets_the_flags_that_are_drawn():
 
 @pytest.mark.parametrize("semantics, control", [(0.0, 1.0), (1.0, 0.0)])
 def test_conditions_are_dropped_as_often_as_the_config_says(semantics, control):
-    fields = {"drop_semantics": semantics, "drop_control": control, "dropping": "independent"}
+    fields = {"drop_semantics": semantics, "drop_control": control, "drop_mode": "independent"}
     system, _ = linear(**{f"conditioning.{name}": value for name, value in fields.items()})
     noise = train.draw_noise(jax.random.key(0), system, 16)
     assert noise["drop_semantics"].mean() == semantics and noise["drop_control"].mean() == control
@@ -290,14 +290,17 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
 
 
 def test_batch_must_divide_over_devices(tmp_path):
-    with pytest.raises(ConfigError, match="batch_size=12 must be a multiple of 8 devices"):
+    with pytest.raises(ConfigError, match="batch_size: must be a multiple of 8 devices"):
         train.run(tiny.config(batch_size=12), str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data.semantics": "class", "sampling.labels": (10,)}, "class 10"),
+        (
+            {"data.semantics": "class", "sampling.labels": (10,)},
+            "sampling.labels: must be between 0 and 9, got 10",
+        ),
         ({"sampling.prompt_file": "/no/such/prompts.txt"}, "does not exist"),
     ],
 )

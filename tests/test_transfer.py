@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.parity import jit
-from condiff_jax import config as config_lib
 from condiff_jax import sharding, train, transfer
 from condiff_jax.checkpoint import Checkpoints
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.models import MODELS
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.workdir import Workdir
 from tests import tiny
 
@@ -69,7 +69,7 @@ def test_control_may_be_added_to_a_model_that_knew_none():
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ({}, {"model.size": "S/4"}, "model.size is S/4, but that of the start is tiny/4"),
+        ({}, {"model.size": "S/4"}, "init: model.size is S/4, but that of the start is tiny/4"),
         ({}, {"autoencoder.scale": 2.0}, "autoencoder.scale is 2.0"),
         ({}, {"diffusion.prediction": "v"}, "diffusion.prediction is v"),
         ({}, {"conditioning.control": ()}, "same conditioning.control"),
@@ -109,7 +109,7 @@ def test_each_field_that_must_agree_is_compared(field):
     old = system(**CLASS, **{"data.resolution": 32})
     new = system(**CLASS, **{"data.resolution": 32, field: SAME[field]})
     for start, goal in ((old, new), (new, old)):
-        with pytest.raises(ConfigError, match=f"config: init: {field} is .*of the start is"):
+        with pytest.raises(ConfigError, match=f"init: {field} is .*of the start is"):
             transfer.plan(start, goal)
 
 
@@ -274,10 +274,10 @@ def test_a_path_alone_starts_from_what_is_there(tmp_path):
     raw = parameters(tmp_path / "first", config.init.pretrain)
     name = "model/blocks/attention/query/linear/kernel"
     np.testing.assert_array_equal(parameters(tmp_path / "second", second)[name], raw[name])
-    with pytest.raises(ConfigError, match=r"trained for 3 steps, init.pretrain.steps=2"):
+    with pytest.raises(ConfigError, match=r"has trained for 3 steps, but init.pretrain.steps=2"):
         values = json.loads(two_stages(**there).to_json())
         values["init"]["pretrain"]["steps"] = 2
-        train.run(config_lib.create(values), str(tmp_path / "third"))
+        train.run(create_config(values), str(tmp_path / "third"))
     with pytest.raises(ConfigError, match="init.path: .*no run here"):
         nowhere = {"init.pretrain": None, "init.path": str(tmp_path / "nowhere")}
         train.run(two_stages(**nowhere), str(tmp_path / "fourth"))

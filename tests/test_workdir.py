@@ -6,10 +6,11 @@ import json
 import pytest
 from etils import epath
 
-from condiff_jax import config as config_lib
 from condiff_jax import workdir
-from condiff_jax.config import ConfigError
+from condiff_jax.config.build import with_fields
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.logs import Log
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.system import Vocabulary
 from condiff_jax.workdir import Workdir, append_json, read_json_lines
 from tests import tiny
@@ -73,7 +74,7 @@ def test_a_torn_last_line_is_left_out_and_dropped(tmp_path, torn):
     assert path.read_text() == '{"step": 0}\n{"step": 5}\n'
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
+@pytest.mark.parametrize("text", ["{", '{"model": 1}', '{"modle": {}}'])
 def test_a_damaged_config_is_named(tmp_path, text):
     folder = Workdir(tmp_path)
     folder.config.write_text(text)
@@ -81,19 +82,16 @@ def test_a_damaged_config_is_named(tmp_path, text):
         folder.load_config()
 
 
-def test_a_run_goes_on_though_there_are_new_fields_of_how_it_is_run(tmp_path):
+def test_fields_that_are_newer_than_a_run_have_their_defaults(tmp_path):
     config, folder = tiny.config(**{"log.stall": 7}), Workdir(tmp_path)
     values = dataclasses.asdict(config)
     del values["log"]["stall"], values["parallel"], values["profile"], values["data"]["workers"]
+    del values["data"]["crop"]
     folder.config.write_text(json.dumps(values))
     folder.check(config)
-    assert folder.load_config(config) == config
-    with pytest.raises(ConfigError, match="missing field profile"):
-        folder.load_config()
-    del values["data"]["crop"]  # what the examples depend on is no such field
-    folder.config.write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="missing field data.crop"):
-        folder.check(config)
+    assert folder.load_config() == with_fields(config, {"log.stall": 600})
+    with pytest.raises(ConfigError, match=r"data.crop: \(0.9, 1.0\) -> \(0.5, 1.0\)"):
+        folder.check(with_fields(config, {"data.crop": (0.5, 1.0)}))
 
 
 def test_a_run_goes_on_from_before_there_were_ways_to_tell_the_class(tmp_path):
@@ -101,14 +99,14 @@ def test_a_run_goes_on_from_before_there_were_ways_to_tell_the_class(tmp_path):
     earlier = tiny.values(**fields)
     values = tiny.values(**fields)
     values.init.pretrain = earlier
-    folder, film = Workdir(tmp_path), config_lib.create(values)
+    folder, film = Workdir(tmp_path), create_config(values)
     values.model.conditioner = "adanorm"
     old = dataclasses.asdict(film)
     del old["model"]["conditioner"], old["init"]["pretrain"]["model"]["conditioner"]
     folder.config.write_text(json.dumps(old))
     folder.check(film)
     with pytest.raises(ConfigError, match="model.conditioner: film -> adanorm"):
-        folder.check(config_lib.create(values))
+        folder.check(create_config(values))
 
 
 def test_a_run_that_begins_anew_may_have_other_encoders(tmp_path):

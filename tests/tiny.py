@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from condiff_jax import config as config_lib
 from condiff_jax import optim, state, train
 from condiff_jax import system as system_lib
 from condiff_jax.checkpoint import Checkpoints, abstract_state
+from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.models import transformer
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.workdir import Workdir
 from configs import base
 
@@ -41,12 +42,12 @@ def values(**overrides):
     return config
 
 
-def config(**overrides) -> config_lib.Config:
+def config(**overrides) -> Config:
     """The validated configuration."""
-    return config_lib.create(values(**overrides))
+    return create_config(values(**overrides))
 
 
-def system(config: config_lib.Config) -> system_lib.System:
+def system(config: Config) -> system_lib.System:
     """Its modules, on the vocabulary of its data."""
     return system_lib.create(config, system_lib.create_vocabulary(config, create_source(config)))
 
@@ -90,7 +91,7 @@ def random_params(shapes, seed: int = 0):
     return jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(a.dtype), shapes)
 
 
-def finished(config: config_lib.Config, path: Path) -> dict:
+def finished(config: Config, path: Path) -> dict:
     """Makes `path` the folder of a finished training with random parameters; these."""
     own, folder = system(config), Workdir(str(path))
     folder.open(config, own.vocabulary)

@@ -22,7 +22,8 @@ from safetensors.numpy import save
 from condiff_jax import sharding
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.conditioning.control import DEFAULT_SCALE, SCALE
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config
 from condiff_jax.convert import published
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.data.augment import SCALARS
@@ -277,7 +278,7 @@ def export(system: System, params: dict, frozen: dict, out: epath.Path) -> list[
 def run(config: Config, workdir: str) -> epath.Path:
     """Mode `export`: the newest checkpoint as export/STEP (export/STEP-raw); returns the folder."""
     if config.model.name == "unet2d":  # whose methods of conditioning are anyone's
-        raise ConfigError("config: model.name=unet2d has no twin in PyTorch to export to")
+        raise ConfigError("model.name", "unet2d has no PyTorch model to export to")
     folder = Workdir(workdir)
     folder.check(config)
     system = create_system(config, folder.load_vocabulary())
@@ -287,7 +288,7 @@ def run(config: Config, workdir: str) -> epath.Path:
     )
     out = folder.path / "export" / f"{step}{'-raw' if config.convert.raw else ''}"
     if jax.process_count() > 1:
-        raise ConfigError("mode export runs in one process")
+        raise ConfigError("--processes", "mode export runs in one process")
     left_out = ""
     if isinstance(system.autoencoder, Latents):
         if not config.autoencoder.path:

@@ -15,7 +15,9 @@ from etils import epath
 
 from condiff_jax import optim, state, summary
 from condiff_jax.checkpoint import Checkpoints
-from condiff_jax.config import Config, ConfigError
+from condiff_jax.config.build import with_fields
+from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.schema import Config, Diffusion
 from condiff_jax.convert import published, weights
 from condiff_jax.convert.exporting import scheduler_config
 from condiff_jax.convert.layout import from_torch
@@ -40,15 +42,7 @@ class Layout:
     diffusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# Of configs/base.py: what a config has where nobody chose.
-UNSET = {
-    "timesteps": 1000,
-    "schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "base_resolution": 0,
-    "prediction": "epsilon",
-}
+UNSET = dataclasses.asdict(Diffusion())  # what a config has where nobody chose
 # arXiv:2006.11239, Sec. 4, which DiT, MDT and PixArt took over.
 DDPM = UNSET | {"schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
@@ -153,14 +147,15 @@ def with_schedule(
         if found != value and (found != UNSET[field] or f"diffusion.{field}" in chosen):
             raise ValueError(
                 f"{name} was trained with diffusion.{field}={value}, not {found}; leave "
-                f"diffusion.* as it is in configs/base.py, or set {flags}"
+                f"diffusion.* at its defaults, or set {flags}"
             )
-    diffusion = dataclasses.replace(config.diffusion, **trained)
+    config = with_fields(config, {f"diffusion.{name}": value for name, value in trained.items()})
+    diffusion = config.diffusion
     message = (
         f"noise levels as it was trained with: {diffusion.schedule}, beta {diffusion.beta_start} "
         f"to {diffusion.beta_end}, in config.json; commands with --config then need {flags}"
     )
-    return dataclasses.replace(config, diffusion=diffusion), [message]
+    return config, [message]
 
 
 def check_schedule(system: System, source: str) -> None:
@@ -240,10 +235,10 @@ def run(config: Config, workdir: str, chosen: Container[str] = ()) -> None:
     """
     source = config.convert.source
     if not source:
-        raise ConfigError("config: convert.source is empty; name a file, a folder or a hub id")
+        raise ConfigError("convert.source", "empty; name a file, a folder or a hub id")
     folder = Workdir(workdir)
     if folder.config.exists():
-        raise ConfigError(f"{workdir}: there is a run here already; use another --workdir")
+        raise ConfigError("--workdir", f"{workdir} has a run already; use another folder")
     vocabulary = summary.vocabulary(config)
     try:
         tensors = weights.read(source)
@@ -253,7 +248,7 @@ def run(config: Config, workdir: str, chosen: Container[str] = ()) -> None:
             check_schedule(system, source)
         params, messages = convert(system, tensors)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"convert.source: {' '.join(str(error).split())}") from error
+        raise ConfigError("convert.source", one_line(error)) from error
     params = jax.tree.map(jnp.asarray, params)
     folder.open(config, vocabulary)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)

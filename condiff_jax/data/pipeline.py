@@ -21,7 +21,7 @@ from condiff_jax.data.webdataset import Webdataset
 from condiff_jax.data.workers import leave_signals_to_parent
 
 if TYPE_CHECKING:
-    from condiff_jax.config import Config
+    from condiff_jax.config.schema import Config
 
 BLOCK = 4096  # examples whose views are drawn at once; another number is another stream
 

@@ -28,7 +28,7 @@ from condiff_jax.models import (
 )
 
 if TYPE_CHECKING:
-    from condiff_jax.config import Config
+    from condiff_jax.config.schema import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from condiff_jax.models.kl import AutoencoderKL
 from condiff_jax.models.vq import AutoencoderVQ
 
 if TYPE_CHECKING:
-    from condiff_jax.schema import Config
+    from condiff_jax.config.schema import Config
 
 NETWORKS = {"kl": AutoencoderKL, "vq": AutoencoderVQ}
 

@@ -20,7 +20,7 @@ from benchmarks import parity
 from condiff_jax import optim, state
 from condiff_jax.checkpoint import Checkpoints
 from condiff_jax.conditioning.cond import Cond, Text
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.convert import exporting, importing
 from condiff_jax.diffusion.guidance import dual_guidance
 from condiff_jax.diffusion.sampler import ddim, initial_noise
@@ -239,7 +239,7 @@ def test_what_diffusers_cannot_hold_is_said(name, overrides, reason):
 
 def test_unet2d_has_no_twin(tmp_path):
     fields = {"model.name": "unet2d", "model.size": "tiny", "data.semantics": "class"}
-    with pytest.raises(ConfigError, match="model.name=unet2d has no twin in PyTorch"):
+    with pytest.raises(ConfigError, match="model.name: unet2d has no PyTorch model"):
         exporting.run(tiny.config(**fields), str(tmp_path))
 
 

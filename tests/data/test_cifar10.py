@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.data import cifar10
 from condiff_jax.data.cifar10 import CLASSES, FORMS, ROW, Cifar10
 from condiff_jax.data.pipeline import batches, create_source

@@ -14,12 +14,12 @@ import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from condiff_jax import config as config_lib
 from condiff_jax.data.augment import SCALARS, augment
 from condiff_jax.data.builders.prepare import prepare
 from condiff_jax.data.images import decode
 from condiff_jax.data.pipeline import batches, create_source
 from condiff_jax.data.prepared import TFDS
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.system import create_vocabulary
 from configs import cifar10_conditioning
 from tests import tiny
@@ -159,7 +159,7 @@ def test_the_benchmark_of_conditioning_takes_cifar10_of_tfds(cifar10):
     values = cifar10_conditioning.get_config()
     values.batch_size = 10
     values.data.update(name="tfds", path=str(cifar10), classes=3, resolution=8)
-    config = config_lib.create(values)
+    config = create_config(values)
     source = create_source(config)
     batch = next(batches(config, source))
     known = {source[i]["image"].tobytes(): source[i]["label"] for i in range(10)}

@@ -14,11 +14,11 @@ import torch
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.parity import jit
-from condiff_jax import config as config_lib
 from condiff_jax import sharding
 from condiff_jax.models import attention as lib
 from condiff_jax.models.attention import attention
 from condiff_jax.models.mdt import hide
+from condiff_jax.objectives.validate import create_config
 from condiff_jax.system import Vocabulary
 from condiff_jax.system import create as create_system
 from configs import table1
@@ -185,7 +185,7 @@ def create(row):
     values.model.attention, values.init.pretrain = "cudnn", None
     values.autoencoder.path = values.text_encoder.path = "not read"
     classes = tuple(map(str, range(values.data.classes)))
-    return create_system(config_lib.create(values), Vocabulary((), classes))
+    return create_system(create_config(values), Vocabulary((), classes))
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.parity import jit, random_like
 from condiff_jax import sample, train
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.convert import published
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.models.autoencoder import Latents, Pixels

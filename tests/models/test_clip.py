@@ -14,12 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.parity import jit
 from condiff_jax import encoders
-from condiff_jax.config import ConfigError
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import TextEncoder
 from condiff_jax.convert import published
 from condiff_jax.convert.layout import to_torch
 from condiff_jax.encoders import Clip
 from condiff_jax.models import clip
-from condiff_jax.schema import TextEncoder
 from tests import clips
 
 IDS = np.array([[2, 5, 9, 1, 1, 1, 1, 1], [2, 8, 4, 7, 6, 3, 9, 1], [2, 1, 1, 1, 1, 1, 1, 1]])
@@ -211,7 +211,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_a_line(tmp_path, edit, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("path, message", [("", "is empty; .* openai/"), ("/no/such", "not exist")])
+@pytest.mark.parametrize("path, message", [("", "empty; .* openai/"), ("/no/such", "not exist")])
 def test_missing_folders_are_named(path, message):
     with pytest.raises(ConfigError, match=f"text_encoder.path.*{message}"):
         encoder(path).load()

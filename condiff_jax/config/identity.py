@@ -1,0 +1,92 @@
+"""Which fields make two trainings the same one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from condiff_jax.config.schema import Config
+
+# What may differ between the runs that share a work directory: it changes neither the parameters'
+# meaning nor the sequence of training steps.
+FREE_SECTIONS = {
+    "sampling",
+    "evaluation",
+    "checkpoint",
+    "log",
+    "parallel",
+    "convert",
+    "prepare",
+    "encode",
+}
+FREE_FIELDS = {
+    "profile",
+    "init.path",
+    "data.path",
+    "data.workers",
+    "autoencoder.path",
+    "text_encoder.path",
+    "model.attention",
+    "model.remat",
+    "model.unroll",
+}
+
+
+def stages(config: Config) -> list[Config]:
+    """The stages of an experiment in the order in which they run; the last one is `config`."""
+    earlier = config.init.pretrain
+    return [*(stages(earlier) if earlier else ()), config]
+
+
+def stage_prefixes(config: Config) -> list[tuple[str, Config]]:
+    """The stages, the last one first, with what precedes their fields' names: "init.pretrain."."""
+    return [("init.pretrain." * i, stage) for i, stage in enumerate(stages(config)[::-1])]
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The fields by dotted name that must agree within one work directory."""
+    fields = flatten(dataclasses.asdict(config))
+    return {field: value for field, value in fields.items() if not _is_free(field, config)}
+
+
+def _is_free(field: str, config: Config) -> bool:
+    if field == "steps":
+        return config.optimizer.schedule != "cosine"  # whose decay ends at the last step
+    while field.startswith("init.pretrain."):
+        field = field.removeprefix("init.pretrain.")
+    return field in FREE_FIELDS or field.split(".")[0] in FREE_SECTIONS
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines "field: old -> new" for the fields that must agree within one work directory."""
+    before, after = identity(old), identity(new)
+    return [
+        f"{field}: {before.get(field)} -> {after.get(field)}"
+        for field in {**before, **after}
+        if before.get(field) != after.get(field)
+    ]
+
+
+def digest(config: Config) -> str:
+    """8 hex digits that two configs share if their trainings differ in the number of steps only."""
+    # It names the folders of sweeps, so a field counts by the name that it had first.
+    renamed = ("conditioning.drop_mode", "conditioning.dropping")
+    fields = {field.replace(*renamed): value for field, value in identity(config).items()}
+    # Of a training that starts from a folder outside of the experiment, that folder matters.
+    fields["init.path"] = stages(config)[0].init.path
+    text = json.dumps(fields, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted names."""
+    out = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

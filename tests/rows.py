@@ -108,14 +108,14 @@ def trained() -> list[str]:
 @functools.cache
 def steps() -> dict[str, Config]:
     """Stages to lower: those whose train step is none of what `trained` or an earlier one has."""
-    stages = {
+    by_number = {
         (name, number): stage
         for name in [*trained(), *groups()]
         for number, stage in enumerate(stages(groups()[name][0]), 1)
     }
-    names = news({name: [of_step(stage)] for name, stage in stages.items()})
+    names = news({name: [of_step(stage)] for name, stage in by_number.items()})
     return {
-        f"{name}, stage {number}": stages[name, number]
+        f"{name}, stage {number}": by_number[name, number]
         for name, number in names
         if name not in trained()
     }

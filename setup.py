@@ -13,8 +13,8 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["condiff_jax", "condiff_jax.*"]),
     package_data={
-        "condiff_jax": ["gpu_targets/*.txtpb"],
-        "condiff_jax.metrics": ["*.safetensors"],
+        "condiff_jax.planning": ["gpu_targets/*.txtpb"],
+        "condiff_jax.evaluation.metrics": ["*.safetensors"],
     },
     python_requires=">=3.11",
     install_requires=[

@@ -18,12 +18,12 @@ import torch
 
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import TextEncoder
-from condiff_jax.convert import weights
 from condiff_jax.data.augment import center
 from condiff_jax.data.shapes import Shapes
-from condiff_jax.encoders import Autoencoder, Clip
 from condiff_jax.models import clip, kl
 from condiff_jax.models.autoencoder import to_float
+from condiff_jax.pretrained import weights
+from condiff_jax.pretrained.encoders import Autoencoder, Clip
 
 LIMIT = 1e-4
 COUNT = 4  # captions and pictures

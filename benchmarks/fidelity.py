@@ -26,14 +26,14 @@ import torch
 from PIL import Image
 
 from benchmarks import torch_inception
-from condiff_jax.convert.layout import to_torch
 from condiff_jax.data.shapes import make_scene, render
-from condiff_jax.feature_networks import load_inception
-from condiff_jax.metrics import fid
-from condiff_jax.metrics.features import FeatureNetwork, read_folder
-from condiff_jax.metrics.kid import kid
-from condiff_jax.metrics.precision_recall import precision_recall
+from condiff_jax.evaluation.feature_networks import load_inception
+from condiff_jax.evaluation.metrics import fid
+from condiff_jax.evaluation.metrics.features import FeatureNetwork, read_folder
+from condiff_jax.evaluation.metrics.kid import kid
+from condiff_jax.evaluation.metrics.precision_recall import precision_recall
 from condiff_jax.models import inception
+from condiff_jax.pretrained.layout import to_torch
 
 LIMIT = 1e-3
 COUNT, SIDE = 40, 64  # pictures in a folder, and their sides in pixels

@@ -31,9 +31,9 @@ from PIL import Image
 from condiff_jax.data.augment import CROPS, SCALARS
 from condiff_jax.data.builders.prepare import prepare
 from condiff_jax.data.builders.shards import write_json, write_shard
-from condiff_jax.data.encoded import FORMAT, MANIFEST, Cache, pack
+from condiff_jax.data.latent_cache import FORMAT, MANIFEST, Cache, pack
 from condiff_jax.data.pipeline import Preprocess, batches
-from condiff_jax.data.prepared import TFDS
+from condiff_jax.data.tfds_source import TFDS
 from condiff_jax.objectives.validate import create_config
 from configs import base
 

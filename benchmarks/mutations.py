@@ -27,8 +27,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from condiff_jax.runtime.process import compile_only
+
 from benchmarks.faults import FAULTS, Fault
-from condiff_jax import startup
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/mutations.json"
@@ -136,5 +137,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    startup.compile_only()  # for `timing`: it looks for a device, and the tests run on CPUs
+    compile_only()  # for `timing`: it looks for a device, and the tests run on CPUs
     sys.exit(main())

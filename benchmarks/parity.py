@@ -22,9 +22,9 @@ import torch
 
 from benchmarks import references
 from condiff_jax.conditioning.cond import Cond, Text
-from condiff_jax.convert import published
-from condiff_jax.convert.layout import to_torch
 from condiff_jax.models import dit, kl, mdt, mmdit, pixart, unet, unet2d
+from condiff_jax.pretrained import key_maps
+from condiff_jax.pretrained.layout import to_torch
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 SIDES = (4, 8)  # of the latents
@@ -95,7 +95,7 @@ def compare(case: Case, side: int) -> tuple[float, float]:
         return ((eps - target) ** 2).mean(), eps
 
     grads, eps = jit(jax.grad(loss, has_aux=True))(params)
-    state = published.to_published(to_torch(params), case.rules)
+    state = key_maps.to_published(to_torch(params), case.rules)
     theirs = load(case.reference(side), state, tables=("pos_embed.pos_embed",))
     t = torch.tensor(T).long()
     out = case.call(theirs, torch.tensor(x).permute(0, 3, 1, 2), t, case.cond, **inputs)
@@ -107,7 +107,7 @@ def compare(case: Case, side: int) -> tuple[float, float]:
 
 def gradient_error(case: Case, grads, theirs: torch.nn.Module) -> float:
     """Largest relative error of a parameter's gradient."""
-    ours = published.to_published(to_torch(grads), case.rules)
+    ours = key_maps.to_published(to_torch(grads), case.rules)
     theirs = {name: p.grad for name, p in theirs.named_parameters()}
     assert not any(ours[name].any() for name, grad in theirs.items() if grad is None)  # unused
     expected = {name: grad.numpy() for name, grad in theirs.items() if grad is not None}
@@ -274,8 +274,8 @@ class ClassUNet(torch.nn.Module):
 
 
 CLASS_UNET = (
-    *(dataclasses.replace(rule, theirs=f"unet.{rule.theirs}") for rule in published.UNET),
-    published.Rule("class_embed", "class_embed"),
+    *(dataclasses.replace(rule, theirs=f"unet.{rule.theirs}") for rule in key_maps.UNET),
+    key_maps.Rule("class_embed", "class_embed"),
 )
 
 
@@ -330,7 +330,7 @@ MDTV2 = Case(
     "sail-sg/MDT layout",
     class_mdt,
     CLASS,
-    published.mdtv2(PATCH),
+    key_maps.mdtv2(PATCH),
     mdtv2,
     call_mdtv2,
 )
@@ -340,7 +340,7 @@ CASES = (
         "diffusers UNet2DConditionModel",
         lambda side: unet.UNet(UNETS["text"], qk_norm=False),
         TEXT_COND,
-        published.UNET,
+        key_maps.UNET,
         partial(diffusers_unet, size=UNETS["text"]),
         call_unet,
     ),
@@ -358,7 +358,7 @@ CASES = (
         "diffusers UNet2DModel",
         lambda side: unet2d.UNet2D(UNET2D, classes=CLASSES, conditioner="film"),
         CLASS,
-        published.UNET2D,
+        key_maps.UNET2D,
         diffusers_unet2d,
         call_class,
     ),
@@ -367,7 +367,7 @@ CASES = (
         "diffusers AutoencoderKL",
         lambda side: kl.AutoencoderKL(KL),
         None,
-        published.AUTOENCODER,
+        key_maps.AUTOENCODER,
         diffusers_kl,
         lambda module, x, t, cond: module(x, sample_posterior=False).sample,
     ),
@@ -376,7 +376,7 @@ CASES = (
         "facebookresearch/DiT layout",
         class_dit,
         CLASS,
-        published.facebook_dit(PATCH),
+        key_maps.facebook_dit(PATCH),
         facebook_dit,
         call_class,
     ),
@@ -385,7 +385,7 @@ CASES = (
         "diffusers DiTTransformer2DModel",
         class_dit,
         CLASS,
-        published.diffusers_dit(PATCH, DEPTH),
+        key_maps.diffusers_dit(PATCH, DEPTH),
         diffusers_dit,
         call_class,
     ),
@@ -394,7 +394,7 @@ CASES = (
         "diffusers PixArtTransformer2DModel",
         partial(transformer, pixart.PixArt, qk_norm=False),
         TEXT_COND,
-        published.pixart(PATCH),
+        key_maps.pixart(PATCH),
         diffusers_pixart,
         call_pixart,
     ),
@@ -403,7 +403,7 @@ CASES = (
         "diffusers SD3Transformer2DModel",
         partial(mmdit_full, qk_norm=False),
         TEXT_COND,
-        published.sd3(PATCH, DEPTH),
+        key_maps.sd3(PATCH, DEPTH),
         partial(sd3, qk_norm=None),
         call_sd3,
     ),
@@ -412,7 +412,7 @@ CASES = (
         "diffusers SD3Transformer2DModel",
         mmdit_full,
         TEXT_COND,
-        published.sd3(PATCH, DEPTH),
+        key_maps.sd3(PATCH, DEPTH),
         partial(sd3, qk_norm="rms_norm"),
         call_sd3,
     ),

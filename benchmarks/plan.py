@@ -15,7 +15,8 @@ import os
 import re
 from pathlib import Path
 
-from condiff_jax import startup
+from condiff_jax.runtime.process import compile_only
+
 from condiff_jax.config.build import with_fields
 
 SLICES = ("v5e-64", "v5p-32", "v6e-32", "v4-32")
@@ -39,8 +40,8 @@ CHOICES = (
 
 def measure(recipe: str, changes: dict, name: str, *, times: bool) -> dict:
     """One cell: the figures of the train step, with its time or not."""
-    from condiff_jax import plan, topology
     from condiff_jax.objectives.validate import create_config
+    from condiff_jax.planning import plan, topology
     from configs import recipes
 
     data, side, arch = re.fullmatch(r"(\w+)_(\d+):arch=(\w+)", recipe).groups()
@@ -92,7 +93,7 @@ def main() -> None:
     if arguments.table:
         print(table(list(cells.values())))
         return
-    startup.compile_only()
+    compile_only()
     for changes, recipe, place in itertools.product(CHOICES, RECIPES, SLICES):
         # UNets know no `dots`; scanned blocks fit nowhere without a policy.
         if changes["model.remat"] == ("dots" if recipe.endswith("unet") else "none"):

@@ -26,20 +26,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from condiff_jax.objectives.diffusion import System, Vocabulary, create
+from condiff_jax.pytorch import exporting
+from condiff_jax.runtime.process import fail
+from condiff_jax.sampling.sample import Sampler, noise_keys, requests
 
 from benchmarks import parity, timing
 from benchmarks.timing import COMPILED, OURS, THEIRS
-from condiff_jax import startup
 from condiff_jax.config.errors import ConfigError
-from condiff_jax.convert import exporting, published
-from condiff_jax.convert.layout import to_torch
 from condiff_jax.diffusion.guidance import dual_guidance
 from condiff_jax.diffusion.sampler import initial_noise, timesteps
 from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import Pixels
 from condiff_jax.objectives.validate import create_config
-from condiff_jax.sample import Sampler, noise_keys, requests
-from condiff_jax.system import System, Vocabulary, create
+from condiff_jax.pretrained import key_maps
+from condiff_jax.pretrained.layout import to_torch
 from configs import base
 
 RESULTS = Path(__file__).parent / "results" / "sampling.json"
@@ -106,8 +107,8 @@ def create_transformer(system: System, params: dict) -> diffusers.DiTTransformer
     )
     for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
-    rules = published.diffusers_dit(model.patch, model.depth)
-    state = published.to_published(to_torch(params["model"]), rules)
+    rules = key_maps.diffusers_dit(model.patch, model.depth)
+    state = key_maps.to_published(to_torch(params["model"]), rules)
     return parity.load(transformer, state, tables=("pos_embed.pos_embed",))
 
 
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         gpu = timing.start(asked.cores)
     except ConfigError as error:
-        return startup.fail(error)
+        return fail(error)
     vae = create_autoencoder()
     with tempfile.TemporaryDirectory() as folder:
         vae.save_pretrained(folder)

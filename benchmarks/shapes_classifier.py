@@ -21,8 +21,8 @@ import optax
 from tqdm import tqdm
 
 from condiff_jax.data import augment, shapes
-from condiff_jax.metrics import shapes_features
-from condiff_jax.metrics.shapes_features import HEADS, SIDE, WEIGHTS, ShapesClassifier
+from condiff_jax.evaluation.metrics import shapes_features
+from condiff_jax.evaluation.metrics.shapes_features import HEADS, SIDE, WEIGHTS, ShapesClassifier
 
 RESULTS = Path(__file__).parent / "results" / "shapes_classifier.json"
 RESOLUTIONS = (16, 24, 32, 48, 64)  # one a batch, in turn

@@ -16,9 +16,10 @@ import diffusers
 import jax
 import numpy as np
 import torch
+from condiff_jax.runtime.process import use_huge_pages
 
-from condiff_jax import sharding, startup
 from condiff_jax.config.errors import ConfigError
+from condiff_jax.runtime import sharding
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "numpy")
 # Of glibc: freed memory is kept. Else whoever comes after another must ask the system for it anew,
@@ -41,7 +42,7 @@ def restart() -> None:
     parser.add_argument("--cores", default="")
     with contextlib.suppress(ConfigError):  # `start` tells
         _take(parser.parse_known_args()[0].cores)
-    startup.use_huge_pages(*KEEP_MEMORY)
+    use_huge_pages(*KEEP_MEMORY)
 
 
 def _take(cores: str) -> None:

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from condiff_jax.objectives.diffusion import System, Vocabulary, create
 
 from benchmarks import parity, sampling, timing
 from benchmarks.timing import COMPILED, OURS, THEIRS
-from condiff_jax import optim, sharding, state, train
-from condiff_jax.convert import published
-from condiff_jax.convert.layout import to_torch
 from condiff_jax.models import unet
 from condiff_jax.objectives.validate import create_config
-from condiff_jax.system import System, Vocabulary, create
+from condiff_jax.pretrained import key_maps
+from condiff_jax.pretrained.layout import to_torch
+from condiff_jax.runs import optimizer, state
+from condiff_jax.runtime import sharding
+from condiff_jax.training import loop
 from configs import base
 
 CLASSES = sampling.CLASSES
@@ -65,7 +67,7 @@ def create_reference(system: System, params: dict) -> torch.nn.Module:
     if is_unet(system):
         side, _, channels = system.latent_shape
         network = parity.ClassUNet(side, system.model.size, channels, CLASSES)
-        weights = published.to_published(to_torch(params["model"]), parity.CLASS_UNET)
+        weights = key_maps.to_published(to_torch(params["model"]), parity.CLASS_UNET)
         return parity.load(network, weights)
     network = sampling.create_transformer(system, params)
     embedders = network.transformer_blocks[0].norm1.emb
@@ -89,10 +91,10 @@ class Ours:
 
     def __init__(self, system: System, params: dict, batch: dict, steps: int):
         self.steps, mesh = steps, timing.one_device()
-        _, self.step = train.compile_step(system, mesh)
+        _, self.step = loop.compile_step(system, mesh)
         self.batch = sharding.put_batch(mesh, batch)
         # Copies, for the step is given the state's memory.
-        begun = state.create(jax.tree.map(jnp.array, params), optim.create(system.config))
+        begun = state.create(jax.tree.map(jnp.array, params), optimizer.create(system.config))
         self.state = jax.device_put(begun, sharding.tree_shardings(mesh, begun))
 
     def first(self) -> dict[str, float]:
@@ -172,7 +174,7 @@ class Theirs:
     def first(self) -> dict[str, float]:
         """Loss and norm of the gradient with the noise of our first step; nothing is updated."""
         key = jax.random.fold_in(jax.random.key(self.system.config.seed), 0)
-        drawn = jax.jit(partial(train.draw_noise, system=self.system, batch=len(self.labels)))(key)
+        drawn = jax.jit(partial(loop.draw_noise, system=self.system, batch=len(self.labels)))(key)
         noise = {name: self.put(a) for name, a in drawn.items()}
         noise |= {name: noise[name].permute(0, 3, 1, 2) for name in ("latent", "eps")}
         loss, norm = self.backward(noise | {"t": noise["t"].long()})

@@ -31,6 +31,8 @@ import jax
 import numpy as np
 import optax
 import torch
+from condiff_jax.objectives.diffusion import System
+from condiff_jax.runtime.process import fail
 
 from benchmarks import timing
 from benchmarks.timing import COMPILED, OURS, THEIRS
@@ -42,11 +44,11 @@ from benchmarks.train_methods import (
     create_params,
     create_system,
 )
-from condiff_jax import flops, startup, train
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.models.attention import BACKENDS
 from condiff_jax.models.transformer import REMAT
-from condiff_jax.system import System
+from condiff_jax.runtime import flops
+from condiff_jax.training import loop
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 # Largest relative differences of the loss and of the norm of the gradient.
@@ -89,10 +91,10 @@ def with_backend(system: System, backend: str) -> System:
 
 def compare_attention(system: System, size: int) -> dict[str, dict[str, float]]:
     """Our first loss and norm of the gradient by the backend of attention: plain XLA, and ours."""
-    batch, noise = create_batch(system, size), train.draw_noise(jax.random.key(0), system, size)
+    batch, noise = create_batch(system, size), loop.draw_noise(jax.random.key(0), system, size)
     params, made = jax.device_put(create_params(system), jax.devices()[0]), {}
     for backend in ("xla", system.model.backend):
-        loss_fn = partial(train.loss_fn, system=with_backend(system, backend))
+        loss_fn = partial(loop.loss_fn, system=with_backend(system, backend))
         loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params, batch, noise)
         made[backend] = {"loss": float(loss), "grad_norm": float(optax.global_norm(grads))}
     return agreement(made, "xla")
@@ -135,7 +137,7 @@ def run(asked: argparse.Namespace) -> dict:
     gpu = timing.start(asked.cores) or (alone and torch.cuda.is_available())
     with timing.precision(asked.dtype):
         system = create_system(asked)
-        gflop = train.forward_flops(system) / 1e9
+        gflop = loop.forward_flops(system) / 1e9
         record = timing.surroundings() | {"settings": vars(asked), "gflop_forward": gflop}
         record |= {"peak_tflops": flops.peak_tflops(), "attention": {}, "rows": []}
         if not asked.only and system.model.backend != "xla":
@@ -299,18 +301,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         record = run_largest(asked) if asked.largest else run(asked)
     except ConfigError as error:
-        return startup.fail(error)
+        return fail(error)
     except Failed as error:
-        startup.fail(error)
+        fail(error)
         return error.code
     except Exception as error:
         if not out_of_memory(error):
             raise
-        startup.fail(f"out of memory at --batch={asked.batch}: {str(error)[:200]}")
+        fail(f"out of memory at --batch={asked.batch}: {str(error)[:200]}")
         return NO_MEMORY
     report(record)
     if not agree(record, asked.dtype):
-        startup.fail(f"the methods disagree; the limits are {LIMITS[asked.dtype]}")
+        fail(f"the methods disagree; the limits are {LIMITS[asked.dtype]}")
         return 1
     if asked.save:
         Path(asked.save).write_text(json.dumps(record, indent=1) + "\n")

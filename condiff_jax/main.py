@@ -7,7 +7,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from condiff_jax import startup
+from condiff_jax.runtime.process import compile_only, fail, stoppable, use_huge_pages
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
@@ -23,36 +23,44 @@ PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0."
 def main(_) -> None:
     """Meet other processes, then the mode; bad input ends with one line and exit code 2."""
     if MODE.value == "plan":
-        startup.compile_only()
+        compile_only()
     # Imported here so that bad flags are reported at once, not after loading JAX.
-    from condiff_jax import hosts
     from condiff_jax.config.errors import ConfigError
     from condiff_jax.objectives.validate import create_config
+    from condiff_jax.runtime.distributed import ending, join, several
 
     if MODE.value not in ("plan", "summary"):  # which use no device
-        hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    with startup.stoppable(agreed=MODE.value == "train" and hosts.several()), hosts.ending():
+        join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    with stoppable(agreed=MODE.value == "train" and several()), ending():
         try:
             dispatch(create_config(CONFIG.value), MODE.value, WORKDIR.value)
         except (ConfigError, FloatingPointError) as error:
-            sys.exit(startup.fail(error))
+            sys.exit(fail(error))
 
 
 def dispatch(config, mode: str, workdir: str | None) -> None:
     """Run a mode; ConfigError for bad input."""
-    from condiff_jax import encode, evaluate, fidelity, plan, prepare, sample, summary, train
     from condiff_jax.config.errors import ConfigError
-    from condiff_jax.convert import exporting, importing
+    from condiff_jax.data.builders import prepare
+    from condiff_jax.evaluation import evaluate, image_quality
+    from condiff_jax.objectives import summary
+    from condiff_jax.planning import plan
+    from condiff_jax.pytorch import exporting, importing
+    from condiff_jax.sampling import sample
+    from condiff_jax.training import encode, loop
 
     without = {"prepare": prepare.run, "encode": encode.run}  # a workdir
-    without |= {"reference": fidelity.run_reference, "summary": lambda c: summary.run(c, workdir)}
+    without |= {
+        "reference": image_quality.run_reference,
+        "summary": lambda c: summary.run(c, workdir),
+    }
     without |= {"plan": lambda c: plan.run(c, TOPOLOGY.value, times=TIMES.value)}
     if mode in without:
         return without[mode](config)
     if not workdir:
         raise ConfigError("--workdir", f"missing; mode {mode} needs it")
     chosen = config_flags.get_override_values(flags.FLAGS["config"])
-    modes = {"train": train.run, "sample": sample.run, "evaluate": evaluate.run}
+    modes = {"train": loop.run, "sample": sample.run, "evaluate": evaluate.run}
     modes |= {"export": exporting.run, "import": lambda *args: importing.run(*args, chosen)}
     modes[mode](config, workdir)
 
@@ -72,10 +80,10 @@ def parse(argv: list[str]) -> list[str]:
     except (flags.Error, TypeError, ValueError, OSError) as error:
         # ml_collections appends the traceback of a failing config file; its last line says why.
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-    sys.exit(startup.fail(ValueError(message)))
+    sys.exit(fail(ValueError(message)))
 
 
 if __name__ == "__main__":
-    startup.use_huge_pages()
+    use_huge_pages()
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=parse)

@@ -20,12 +20,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from condiff_jax import evaluations, page, results, startup, summary
+from condiff_jax import evaluations, page, results
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
+from condiff_jax.objectives import summary
+from condiff_jax.objectives.diffusion import create as create_system
 from condiff_jax.objectives.validate import create_config
 from condiff_jax.results import Line, Table
-from condiff_jax.system import create as create_system
+from condiff_jax.runtime.process import fail
 
 NONE = "-"  # a cell without a value
 
@@ -362,7 +364,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(argv)
     except ConfigError as error:
-        return startup.fail(error)
+        return fail(error)
     return 0
 
 

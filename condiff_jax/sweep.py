@@ -24,13 +24,18 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from condiff_jax import evaluate, hosts, kinship, results, startup, summary, train
+from condiff_jax import kinship, results
 from condiff_jax.config.build import build, from_text, with_fields
 from condiff_jax.config.errors import ConfigError, one_line
 from condiff_jax.config.identity import digest, stage_prefixes, stages
 from condiff_jax.config.schema import Config
+from condiff_jax.evaluation import evaluate
+from condiff_jax.objectives import summary
 from condiff_jax.objectives.validate import validate
-from condiff_jax.workdir import append_json
+from condiff_jax.runs.workdir import append_json
+from condiff_jax.runtime.distributed import ending, join, several
+from condiff_jax.runtime.process import fail, stoppable, use_huge_pages
+from condiff_jax.training import loop
 
 DATA_PATH = re.compile(r"(init\.pretrain\.)*(data|autoencoder|text_encoder)\.path")
 FILE = re.compile(
@@ -131,7 +136,7 @@ def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
         for stage in stages(run.config):
             if source := kinship.start_from_shorter(stage, workdir):
                 print(f"{kinship.folder_name(stage)} goes on from {source}")
-    if not train.run(run.config, str(path)):
+    if not loop.run(run.config, str(path)):
         return None
     names = ("metrics", "sampling", "evaluation", "features", "pictures")
     if run.config.evaluation.metrics:
@@ -317,17 +322,17 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """`run` with bad arguments as one line and exit code 2, and SIGTERM as an end in order."""
-    hosts.join(None, None, None)
-    with startup.stoppable(agreed=hosts.several()), hosts.ending():
+    join(None, None, None)
+    with stoppable(agreed=several()), ending():
         try:
             return run(argv)
         except ConfigError as error:
-            return startup.fail(error)
+            return fail(error)
     return 0
 
 
 if __name__ == "__main__":
-    startup.use_huge_pages()
+    use_huge_pages()
     logging.set_verbosity(logging.WARNING)
     flags.FLAGS.mark_as_parsed()  # grain's worker processes read flags
     sys.exit(main(sys.argv[1:]))

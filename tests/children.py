@@ -34,7 +34,8 @@ def _main(arguments: Sequence[str], log: str, devices: int, environment: dict[st
     sys.argv = ["condiff_jax", *arguments]
     from absl import app, logging
 
-    from condiff_jax import encode, main
+    from condiff_jax import main
+    from condiff_jax.training import encode
     from tests import tiny
 
     logging.set_verbosity(logging.WARNING)

@@ -5,11 +5,11 @@ import tempfile
 
 import pytest
 from absl import flags
+from condiff_jax.runtime.process import compile_only
 
-from condiff_jax import startup
 from tests.compiling import QUICK, collect_rarely
 
-startup.compile_only()
+compile_only()
 # Tests, and the processes that they start, have programs in common. pytest's workers inherit this.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     programs = tempfile.TemporaryDirectory()

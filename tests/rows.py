@@ -155,9 +155,11 @@ def small_models() -> Iterator[None]:
 
 def lower(stage: Config) -> None:
     """Trace and lower a train step; compile nothing."""
-    from condiff_jax import plan, sharding, summary, system
+    from condiff_jax.objectives import diffusion, summary
+    from condiff_jax.planning import plan
+    from condiff_jax.runtime import sharding
 
-    plan.lower_step(system.create(stage, summary.vocabulary(stage)), sharding.local_mesh())
+    plan.lower_step(diffusion.create(stage, summary.vocabulary(stage)), sharding.local_mesh())
 
 
 class Trainer:
@@ -198,8 +200,10 @@ def run(configs: list[Config], folder: Path) -> None:
 
     Of those that differ in scales alone, one: `test_other_guidance_scales_need_no_other_program`.
     """
-    from condiff_jax import sample, train
-    from condiff_jax.workdir import Workdir
+    from condiff_jax.runs.workdir import Workdir
+
+    from condiff_jax.sampling import sample
+    from condiff_jax.training import loop
 
     longest = max(configs, key=lambda config: config.steps)
     earlier = longest.init.pretrain
@@ -208,7 +212,7 @@ def run(configs: list[Config], folder: Path) -> None:
         init = dataclasses.replace(longest.init, path=path)
         longest = dataclasses.replace(longest, init=init)
     workdir = folder / f"{key(longest)}-{longest.steps}"
-    assert train.run(longest, str(workdir))  # its sampling included
+    assert loop.run(longest, str(workdir))  # its sampling included
     seen = {sampling_program(longest)}
     for number, config in enumerate(configs):
         if (program := sampling_program(config)) not in seen:

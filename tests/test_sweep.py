@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from condiff_jax.runs.workdir import Workdir
 from etils import epath
 
-from condiff_jax import evaluate, kinship, results, sweep, train
+from condiff_jax import kinship, results, sweep
 from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError
-from condiff_jax.workdir import Workdir
+from condiff_jax.evaluation import evaluate
+from condiff_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
 TABLE = '''
@@ -56,7 +58,7 @@ class Stub:
 
     def __init__(self, monkeypatch):
         self.trained, self.evaluated, self.stop, self.errors = [], [], None, {}
-        monkeypatch.setattr(train, "run", self.train)
+        monkeypatch.setattr(loop, "run", self.train)
         monkeypatch.setattr(evaluate, "run", self.evaluate, raising=False)
 
     def train(self, config, workdir):

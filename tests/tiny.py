@@ -9,15 +9,16 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from condiff_jax.runs.checkpoint import Checkpoints, abstract_state
+from condiff_jax.runs.workdir import Workdir
 
-from condiff_jax import optim, state, train
-from condiff_jax import system as system_lib
-from condiff_jax.checkpoint import Checkpoints, abstract_state
 from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.models import transformer
+from condiff_jax.objectives import diffusion as system_lib
 from condiff_jax.objectives.validate import create_config
-from condiff_jax.workdir import Workdir
+from condiff_jax.runs import optimizer, state
+from condiff_jax.training import loop
 from configs import base
 
 
@@ -76,11 +77,11 @@ def random_start() -> Iterator[None]:
         values = zeros.replace(params=params, ema=params)
         return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), values, shapes)
 
-    compiled = train.compile_step
-    few = partial(train.first_controls, n=16)
+    compiled = loop.compile_step
+    few = partial(loop.first_controls, n=16)
     with (
-        mock.patch.object(train, "compile_step", compile_step),
-        mock.patch.object(train, "first_controls", few),
+        mock.patch.object(loop, "compile_step", compile_step),
+        mock.patch.object(loop, "first_controls", few),
     ):
         yield
 
@@ -96,7 +97,7 @@ def finished(config: Config, path: Path) -> dict:
     own, folder = system(config), Workdir(str(path))
     folder.open(config, own.vocabulary)
     params = random_params(own.shapes)
-    train_state = state.create(params, optim.create(config))
+    train_state = state.create(params, optimizer.create(config))
     train_state = train_state.replace(step=jnp.array(config.steps))
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
     checkpoints.save(config.steps, train_state, 0.0)

@@ -117,7 +117,7 @@ FAULTS = [
          "-30, 20) / 2)", "-30, 20))"),
     ),
     *of(
-        "models/__init__.py", "test_system.py",
+        "models/__init__.py", "objectives/test_diffusion.py",
         ("model.base_resolution ignored",
          "test_positions_span_the_grid_of_the_models_base_resolution",
          "model.base_resolution or config.data.resolution", "config.data.resolution"),

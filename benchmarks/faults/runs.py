@@ -10,7 +10,7 @@ CLIP = "optax.clip_by_global_norm(settings.clip_norm)"
 
 FAULTS = [
     *of(
-        "optim.py", "test_optim.py",
+        "runs/optimizer.py", "runs/test_optimizer.py",
         ("no clipping", CLIPPING, "if settings.clip_norm:", "if False:"),
         ("clipping after Adam", CLIPPING, f"({CLIP}, tx)", f"(tx, {CLIP})"),
         ("clipping by entry", CLIPPING, CLIP, "optax.clip(settings.clip_norm)"),
@@ -23,7 +23,7 @@ FAULTS = [
          "jnp.maximum(count + warmup, start)", "jnp.maximum(count, start)"),
     ),
     *of(
-        "state.py", "test_state.py",
+        "runs/state.py", "runs/test_state.py",
         ("EMA: the decay weights what is new", "test_ema_follows_its_recursion",
          "decay * a + (1 - decay) * p", "(1 - decay) * a + decay * p"),
         ("EMA: of the parameters before the update", "test_ema_follows_its_recursion",
@@ -34,7 +34,7 @@ FAULTS = [
          "state.ema if ema else state.params", "state.params if ema else state.ema"),
     ),
     *of(
-        "train.py", "test_train.py",
+        "training/loop.py", "training/test_loop.py",
         ("dropped flags swapped", "test_the_denoiser_gets_the_flags_that_are_drawn",
          'drop_semantics=noise["drop_semantics"], drop_control=noise["drop_control"]',
          'drop_semantics=noise["drop_control"], drop_control=noise["drop_semantics"]'),
@@ -51,12 +51,12 @@ FAULTS = [
          "lambda a: a / parts, total", "lambda a: a, total"),
     ),
     *of(
-        "train.py", "models/test_mdt.py",
+        "training/loop.py", "models/test_mdt.py",
         ("no masked loss", "test_training_adds_the_masked_loss",
          'if "hidden" in noise:', "if False:"),
     ),
     *of(
-        "system.py", "test_system.py",
+        "objectives/diffusion.py", "objectives/test_diffusion.py",
         ("beta_txt fixed", "test_text_is_padded_with_noise_of_the_variance_beta_txt",
          "beta=settings.beta_txt", "beta=0.02"),
         ("alpha fixed", "test_the_power_of_the_cosine_is_alpha", "alpha=settings.alpha",
@@ -69,14 +69,14 @@ FAULTS = [
          "config.data.resolution, diffusion.base_resolution)"),
     ),
     *of(
-        "checkpoint.py", "test_checkpoint.py",
+        "runs/checkpoint.py", "runs/test_checkpoint.py",
         ("the worst are kept", "test_the_newest_and_the_ones_of_lowest_loss_are_kept",
          "reverse=True", "reverse=False"),
         ("9 is newer than 10", "test_the_newest_checkpoint_is_the_one_of_the_largest_number",
          "max(steps, default=None)", "max(steps, default=None, key=str)"),
     ),
     *of(
-        "classification.py", "test_classification.py",
+        "objectives/classification.py", "objectives/test_classification.py",
         ("quarters of T - 1", "test_every_timestep_belongs_to_a_quarter",
          "// system.schedule.timesteps", "// (system.schedule.timesteps - 1)"),
         ("quarters measured at their starts",
@@ -84,19 +84,19 @@ FAULTS = [
          "(2 * quarter + 1) * total", "2 * quarter * total"),
     ),
     *of(
-        "classifier.py", "test_classifier.py",
+        "sampling/classifier_guide.py", "sampling/test_classifier_guide.py",
         ("the classifier is always averaged",
          "test_the_classifier_that_is_named_guides_averaged_or_as_trained",
          "ema=settings.ema", "ema=True"),
     ),
     *of(
-        "sample.py", "test_classifier.py",
+        "sampling/sample.py", "sampling/test_classifier_guide.py",
         ("a grid keeps its first classifier",
          "test_the_classifier_that_is_named_guides_averaged_or_as_trained",
          "if other.settings.classifier != self.settings.classifier:", "if False:"),
     ),
     *of(
-        "sample.py", "test_sample.py",
+        "sampling/sample.py", "sampling/test_sample.py",
         ("Eq. 4: s upside down", "test_guidance_grows_with_the_resolution_it_is_not_for",
          "resolution / settings.base_resolution", "settings.base_resolution / resolution"),
         ("drawn sizes do not depend on the sample",
@@ -115,7 +115,7 @@ FAULTS = [
          'scalars | {"flip": np.float32(1)}', "scalars"),
     ),
     *of(
-        "metrics/frechet.py", "metrics/test_frechet.py",
+        "evaluation/metrics/frechet.py", "evaluation/metrics/test_frechet.py",
         ("FID: the root counted once", "test_closed_form_of_diagonal_gaussians",
          "- 2 * trace_of_root", "- trace_of_root"),
         ("FID: the distance of means not squared", "test_closed_form_of_diagonal_gaussians",
@@ -124,7 +124,7 @@ FAULTS = [
          "/ (self.count - 1)", "/ self.count"),
     ),
     *of(
-        "metrics/kid.py", "metrics/test_kid.py",
+        "evaluation/metrics/kid.py", "evaluation/metrics/test_kid.py",
         ("KID: biased", "test_equals_sums_over_pairs_of_the_same_subsets", "(n * (n - 1))", "n**2"),
         ("KID: kernel of degree 2", "test_equals_sums_over_pairs_of_the_same_subsets",
          "+ 1) ** 3", "+ 1) ** 2"),
@@ -132,7 +132,7 @@ FAULTS = [
          "x @ y.T / x.shape[1] + 1", "x @ y.T + 1"),
     ),
     *of(
-        "metrics/precision_recall.py", "metrics/test_precision_recall.py",
+        "evaluation/metrics/precision_recall.py", "evaluation/metrics/test_precision_recall.py",
         ("precision: a feature is its own neighbor", "test_equals_the_definition",
          "neighbours + 1)[0]", "neighbours)[0]"),
         ("precision is recall", "test_equals_the_definition",
@@ -141,7 +141,7 @@ FAULTS = [
          "<= radii", "< radii"),
     ),
     *of(
-        "metrics/clip_score.py", "metrics/test_clip_score.py",
+        "evaluation/metrics/clip_score.py", "evaluation/metrics/test_clip_score.py",
         ("CLIP score: captions of any length", "test_is_a_hundred_times_the_cosine",
          "_unit(self.texts(captions))", "self.texts(captions)"),
         ("CLIP score: the top of tall images",
@@ -149,12 +149,12 @@ FAULTS = [
          "(height - side) // 2, (width - side) // 2", "0, (width - side) // 2"),
     ),
     *of(
-        "metrics/lpips.py", "metrics/test_lpips.py",
+        "pretrained/lpips.py", "pretrained/test_lpips.py",
         ("LPIPS: features not normalized", "test_equals_pytorch",
          "jnp.split(stage / (norm + EPSILON), 2)", "jnp.split(stage, 2)"),
     ),
     *of(
-        "metrics/response.py", "metrics/test_response.py",
+        "evaluation/metrics/response.py", "evaluation/metrics/test_response.py",
         ("LPIPS/HR without the resolution itself", "test_closed_form_of_grey_pictures",
          "if size >= resolution", "if size > resolution"),
         ("distance not rooted", "test_pixel_distance_is_the_root_of_the_mean_square",

@@ -13,10 +13,10 @@ import numpy as np
 
 from condiff_jax.data.augment import SCALARS, augment
 from condiff_jax.data.cifar10 import Cifar10
-from condiff_jax.data.encoded import Cache
-from condiff_jax.data.prepared import TFDS
+from condiff_jax.data.latent_cache import Cache
 from condiff_jax.data.records import read_record
 from condiff_jax.data.shapes import Shapes
+from condiff_jax.data.tfds_source import TFDS
 from condiff_jax.data.webdataset import Webdataset
 from condiff_jax.data.workers import leave_signals_to_parent
 

@@ -10,12 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.parity import jit, random_like
-from condiff_jax import sample, train
 from condiff_jax.config.errors import ConfigError
-from condiff_jax.convert import published
-from condiff_jax.convert.layout import to_torch
 from condiff_jax.models.autoencoder import Latents, Pixels
 from condiff_jax.models.kl import SIZES, AutoencoderKL, Size, mean_and_std
+from condiff_jax.pretrained import key_maps
+from condiff_jax.pretrained.layout import to_torch
+from condiff_jax.sampling import sample
+from condiff_jax.training import loop
 from tests import tiny
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
@@ -64,7 +65,7 @@ def test_latents_are_sampled_scaled_and_decoded():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A folder with an autoencoder as diffusers saves it."""
-    state = published.to_published(to_torch(parameters()), published.AUTOENCODER)
+    state = key_maps.to_published(to_torch(parameters()), key_maps.AUTOENCODER)
     folder = tmp_path_factory.mktemp("vae")
     save_file(
         {name: np.ascontiguousarray(a) for name, a in state.items()},
@@ -88,7 +89,7 @@ def test_training_and_sampling_on_latents(weights, tmp_path):
     fields = {**LATENT, "autoencoder.path": str(weights), "model.size": "tiny/2"}
     config = tiny.config(steps=2, **fields, **{"log.every": 1})
     with tiny.few_layers():
-        train.run(config, str(tmp_path))
+        loop.run(config, str(tmp_path))
         drawn = sample.run(
             tiny.config(steps=2, **fields, **{"sampling.prompts": "a ring"}),
             str(tmp_path),
@@ -113,7 +114,7 @@ def test_old_names_of_the_attention_are_known(weights, tmp_path):
 def test_loss_sees_the_latents(weights):
     config = tiny.config(**LATENT, **{"autoencoder.path": str(weights), "data.resolution": 16})
     system = tiny.system(config)
-    noise = train.draw_noise(jax.random.key(0), system, 2)
+    noise = loop.draw_noise(jax.random.key(0), system, 2)
     assert noise["latent"].shape == (2, 8, 8, 4)
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from benchmarks import parity
-from condiff_jax import sharding
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.conditioning.control import Weighting
 from condiff_jax.models.classifier import AttentionPool, Classifier
 from condiff_jax.models.unet import ResNetBlock, Size, UNet
+from condiff_jax.runtime import sharding
 
 SMALL = Size((8, 16), (False, True), 12, heads=2, resnets=1)
 X = np.random.default_rng(0).normal(size=(2, 4, 8, 3)).astype(np.float32)

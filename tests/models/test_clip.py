@@ -13,13 +13,12 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.parity import jit
-from condiff_jax import encoders
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import TextEncoder
-from condiff_jax.convert import published
-from condiff_jax.convert.layout import to_torch
-from condiff_jax.encoders import Clip
 from condiff_jax.models import clip
+from condiff_jax.pretrained import encoders, key_maps
+from condiff_jax.pretrained.encoders import Clip
+from condiff_jax.pretrained.layout import to_torch
 from tests import clips
 
 IDS = np.array([[2, 5, 9, 1, 1, 1, 1, 1], [2, 8, 4, 7, 6, 3, 9, 1], [2, 1, 1, 1, 1, 1, 1, 1]])
@@ -93,7 +92,7 @@ def test_default_size_is_vit_l_14():
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 def test_old_and_new_names_of_weights(folder, tmp_path, prefix):
     ours = to_torch(encoder(folder).load())
-    state = published.to_published(ours, published.CLIP_TEXT)
+    state = key_maps.to_published(ours, key_maps.CLIP_TEXT)
     state = {prefix + name.removeprefix("text_model."): a for name, a in state.items()}
     state["logit_scale"] = np.ones(1, np.float32)
     state[f"{prefix}embeddings.position_ids"] = np.arange(8)[None]

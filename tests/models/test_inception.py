@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import torch_inception
-from condiff_jax.convert.layout import to_torch
 from condiff_jax.models import inception
+from condiff_jax.pretrained.layout import to_torch
 
 
 def pictures(height, width, n=1):

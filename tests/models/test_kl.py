@@ -10,9 +10,9 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from benchmarks import parity
-from condiff_jax.convert import published
-from condiff_jax.convert.layout import to_torch
 from condiff_jax.models.kl import SIZES, AutoencoderKL, mean_and_std
+from condiff_jax.pretrained import key_maps
+from condiff_jax.pretrained.layout import to_torch
 
 SMALL = parity.KL
 
@@ -64,7 +64,7 @@ def test_agrees_with_diffusers(height, width):
     # Small features show the epsilons of the norms that read them.
     params = jax.tree.map(lambda a: 0.05 * a if a.ndim == 4 else a, params)
     theirs = parity.diffusers_kl(8)
-    parity.load(theirs, published.to_published(to_torch(params), published.AUTOENCODER))
+    parity.load(theirs, key_maps.to_published(to_torch(params), key_maps.AUTOENCODER))
     x = pictures(height, width)
     moments = run(model, "encode", params, x)
     assert moments.shape == (2, height // 2, width // 2, 6)

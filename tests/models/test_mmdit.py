@@ -10,11 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks.parity import jit, random_like
-from condiff_jax import flops
 from condiff_jax.conditioning.cond import Cond, Control, Text
 from condiff_jax.conditioning.control import Weighting
 from condiff_jax.models.mmdit import Block, MMDiT, TwoStreamBlock
 from condiff_jax.models.transformer import SIZES
+from condiff_jax.runtime import flops
 
 DEPTH, WIDTH, HEADS, CHANNELS, CLASSES = 3, 32, 2, 4, 5
 TOKENS, TEXT, POOLED = 5, 12, 10

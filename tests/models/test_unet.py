@@ -10,12 +10,12 @@ import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks import parity
-from condiff_jax import flops
 from condiff_jax.conditioning.cond import Cond, Control, Text
 from condiff_jax.conditioning.control import Weighting
-from condiff_jax.convert import published
-from condiff_jax.convert.layout import to_torch
 from condiff_jax.models.unet import SIZES, Size, UNet
+from condiff_jax.pretrained import key_maps
+from condiff_jax.pretrained.layout import to_torch
+from condiff_jax.runtime import flops
 
 CHANNELS, TOKENS, CONTEXT, CLASSES = 3, 5, 12, 5
 T = np.array([3, 700], np.int32)
@@ -115,7 +115,7 @@ def test_small_features_show_the_epsilons_of_the_norms_that_read_them():
         params = scaled(params, pattern, 0.05)
     x, cond = noise(8, 8), condition(controlled=False)
     theirs = parity.diffusers_unet(8, model.size)
-    parity.load(theirs, published.to_published(to_torch(params), published.UNET))
+    parity.load(theirs, key_maps.to_published(to_torch(params), key_maps.UNET))
     args = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(T).long(), cond
     expected = parity.call_unet(theirs, *args).permute(0, 2, 3, 1).detach().numpy()
     error = np.abs(forward(model, params, x, T, cond) - expected).max()

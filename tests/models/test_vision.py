@@ -1,4 +1,4 @@
-"""Stages have the shapes of the originals; tests/metrics/test_lpips.py has their numbers."""
+"""Stages have the shapes of the originals; tests/pretrained/test_lpips.py has their numbers."""
 
 import jax
 import jax.numpy as jnp

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import parity
-from condiff_jax.convert import published
-from condiff_jax.convert.layout import to_torch
 from condiff_jax.models.kl import Size
 from condiff_jax.models.vq import AutoencoderVQ
+from condiff_jax.pretrained import key_maps
+from condiff_jax.pretrained.layout import to_torch
 
 SMALL = Size((8, 16), latent=3, codes=12)
 MODEL = AutoencoderVQ(SMALL)
@@ -48,7 +48,7 @@ def test_agrees_with_diffusers(params):
         num_vq_embeddings=SMALL.codes,
         norm_num_groups=SMALL.groups,
     ).eval()
-    parity.load(theirs, published.to_published(to_torch(params), published.AUTOENCODER))
+    parity.load(theirs, key_maps.to_published(to_torch(params), key_maps.AUTOENCODER))
     images, latents = draw(2, 8, 12, 3), draw(2, 4, 6, 3, seed=1)
     with torch.no_grad():
         encoded = theirs.encode(nchw(images)).latents.permute(0, 2, 3, 1).numpy()

@@ -17,8 +17,8 @@ import numpy as np
 from condiff_jax import __version__
 from condiff_jax.data.builders.shards import EXAMPLES, Job, add_skip, features, write_json
 from condiff_jax.data.builders.units import OutputError, Plan, SourceError
-from condiff_jax.data.prepared import BEGUN, INFO, words_file
 from condiff_jax.data.records import by_frequency
+from condiff_jax.data.tfds_source import BEGUN, INFO, words_file
 
 MANIFEST = "manifest.json"
 MAX_WORDS = 65_536  # kept of a split

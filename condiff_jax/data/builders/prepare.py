@@ -20,11 +20,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.schema import Config
 from condiff_jax.data.builders import BUILDERS, finish
 from condiff_jax.data.builders.faces import load_boxes
-from condiff_jax.data.builders.shards import Job, Settings, jobs_of, run, write_json
-from condiff_jax.data.builders.units import OutputError, SourceError, Unit, short_hash
-from condiff_jax.data.prepared import BEGUN, INFO
+from condiff_jax.data.builders.shards import Job, Settings, jobs_of, run_job, write_json
+from condiff_jax.data.builders.units import BoxesError, OutputError, SourceError, Unit, short_hash
+from condiff_jax.data.tfds_source import BEGUN, INFO
 from condiff_jax.data.workers import follow_parent
 
 MB = 10**6
@@ -188,12 +190,12 @@ def finished(left: list[Job], settings: Settings, processes: int) -> Iterator[Jo
     try:
         if processes <= 1:
             for job in left:
-                run(job, settings)
+                run_job(job, settings)
                 yield job
             return
         context = multiprocessing.get_context("spawn")  # threads and locks do not survive a fork
         with ProcessPoolExecutor(processes, context, initializer=follow_parent) as pool:
-            futures = {pool.submit(run, job, settings): job for job in left}
+            futures = {pool.submit(run_job, job, settings): job for job in left}
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -227,3 +229,35 @@ def report(manifest: dict | None, builder: str, out: Path) -> None:
         where = sys.stderr if reason == "truncated tar" else sys.stdout
         some = ", ".join(row["examples"][:3]) + (", ..." if row["count"] > 3 else "")
         print(f"Skipped {row['count']:,} ({reason}): {some}", file=where)
+
+
+def run(config: Config) -> None:
+    """Mode `prepare`: data.path from the archives in prepare.source; resumes, or finds it done."""
+    settings = config.prepare
+    needed = {
+        "prepare.builder": settings.builder,
+        "prepare.source": settings.source,
+        "data.path": config.data.path,
+    }
+    for field, value in needed.items():
+        if not value:
+            raise ConfigError(field, "empty; mode prepare needs it")
+    out = Path(config.data.path).expanduser()
+    try:
+        manifest = prepare(
+            settings.builder,
+            Path(settings.source).expanduser(),
+            out,
+            boxes=settings.boxes,
+            shard_mb=settings.shard_mb,
+            processes=settings.processes,
+        )
+    except BoxesError as error:
+        raise ConfigError("prepare.boxes", one_line(error)) from error
+    except SourceError as error:
+        raise ConfigError("prepare.source", one_line(error)) from error
+    except (OutputError, OSError) as error:
+        raise ConfigError("data.path", one_line(error)) from error
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on from there.")
+    report(manifest, settings.builder, out)

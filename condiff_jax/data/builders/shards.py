@@ -170,7 +170,7 @@ def once(found: Iterator[Sample | Skip]) -> Iterator[Sample | Skip]:
         yield sample
 
 
-def run(job: Job, settings: Settings) -> None:
+def run_job(job: Job, settings: Settings) -> None:
     """Write the job's shards, then its ledger: whatever ends it before leaves no trace to a reader.
 
     Shards of a job of more than shard_bytes are about equally long.

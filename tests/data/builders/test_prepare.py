@@ -20,7 +20,7 @@ from condiff_jax.data.builders import shards
 from condiff_jax.data.builders.prepare import prepare, report
 from condiff_jax.data.builders.units import BoxesError, OutputError, SourceError
 from condiff_jax.data.images import decode
-from condiff_jax.data.prepared import TFDS
+from condiff_jax.data.tfds_source import TFDS
 from tests.data.builders import archives
 from tests.data.builders.archives import captioned, encode, jpeg, pixels
 

@@ -1,0 +1,273 @@
+"""How the distribution of pictures compares with a data set's: FID and its relatives, CLIP score.
+
+One generation of evaluation.samples pictures serves them all. It is made in parts; of each part a
+file keeps what the metrics need, so that a killed evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zipfile
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from PIL import Image
+from tqdm import tqdm
+
+from condiff_jax.config.errors import ConfigError, config_errors
+from condiff_jax.config.schema import Config
+from condiff_jax.evaluation import feature_networks
+from condiff_jax.evaluation.metrics import fid, kid, precision_recall, shapes_features
+from condiff_jax.evaluation.metrics.clip_score import ClipScore
+from condiff_jax.evaluation.metrics.features import FeatureNetwork
+from condiff_jax.evaluation.metrics.frechet import Moments, frechet_distance
+from condiff_jax.evaluation.reference import (
+    Reference,
+    describe,
+    kept,
+    read_arrays,
+    reference_statistics,
+    statistics_of,
+    write_arrays,
+)
+from condiff_jax.runs.workdir import Workdir, write
+from condiff_jax.runtime import sharding
+from condiff_jax.sampling import sample
+
+# What each metric looks at pictures with.
+NETWORK = {
+    "fid": "inception",
+    "kid": "inception",
+    "precision_recall": "inception",
+    "frechet_shapes": "shapes",
+    "clip_score": "clip",
+}
+PAIRED = {"kid", "precision_recall"}  # need the reference's features, not only their moments
+PART = 512  # pictures whose features are kept in one file
+FIRST_INDEX = 10**7  # number of the first sample: its noise is shared with no other metric
+RANDOM = "random"  # evaluation.inception: weights that nobody trained, to try the protocol
+
+
+def create_networks(
+    config: Config, mesh: Mesh | None = None
+) -> dict[str, FeatureNetwork | ClipScore]:
+    """What evaluation.metrics look at pictures with, by name; ConfigError where it is missing."""
+    settings = config.evaluation
+    names = {NETWORK[metric] for metric in settings.metrics if metric in NETWORK}
+    found = {name: _network(name, getattr(settings, name, "")) for name in sorted(names)}
+    if "inception" in found:
+        found["inception"] = feature_networks.resized(found["inception"], settings.resize)
+    return {name: _placed(network, mesh) for name, network in found.items()} if mesh else found
+
+
+@functools.lru_cache(maxsize=8)  # what is compiled is kept
+def _placed(network: FeatureNetwork | ClipScore, mesh: Mesh) -> FeatureNetwork | ClipScore:
+    if isinstance(network, ClipScore):
+        return dataclasses.replace(network, images=network.images.on(mesh))
+    return network.on(mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _network(name: str, path: str) -> FeatureNetwork | ClipScore:
+    if name == "shapes":
+        return shapes_features.network()
+    with config_errors(f"evaluation.{name}"):
+        if name == "clip":
+            return feature_networks.load_clip(path)
+        if path == RANDOM:
+            return feature_networks.random_inception()
+        return feature_networks.load_inception(path)
+
+
+def least(metrics: Collection[str]) -> int:
+    """Pictures of each side that metrics need to be defined."""
+    return precision_recall.NEIGHBOURS + 1 if "precision_recall" in metrics else 2
+
+
+def describe_networks(
+    networks: dict[str, FeatureNetwork | ClipScore],
+) -> dict[str, dict[str, str]] | None:
+    """Name, weights' sha256 and, if it is not its own, resizing of each: what numbers are bound to.
+
+    None without any.
+    """
+    pictures = {
+        key: network.images if isinstance(network, ClipScore) else network
+        for key, network in networks.items()
+    }
+    found = {k: {"name": network.name, "sha256": network.sha256} for k, network in pictures.items()}
+    for key, network in pictures.items():
+        found[key] |= {"resize": network.resize} if network.resize else {}
+    return found or None
+
+
+def measure(
+    sampler: sample.Sampler, params: dict, folder: Workdir, parts: epath.Path
+) -> dict[str, float | bool | None]:
+    """Those of evaluation.metrics that are in NETWORK.
+
+    parts: a folder of this measurement alone, for what `generate` keeps.
+    """
+    config = sampler.system.config
+    settings, networks = config.evaluation, create_networks(config, sampler.mesh)
+    own = create_networks(config, sharding.local_mesh())  # of this host, for its share of the data
+    reference = Reference(config)
+    asked = reference.asked(settings.samples, sampler.system)
+    made = generate(sampler, params, asked, networks, parts, folder.load_control())
+    values: dict[str, float | bool | None] = {}
+    if "clip" in made:
+        values["clip_score"] = float(made["clip"].mean())
+    side = (config.data.resolution,) * 2
+    for name in made.keys() - {"clip"}:
+        network, wanted = networks[name], {m for m in settings.metrics if NETWORK.get(m) == name}
+        moments = Moments()
+        moments.add(made[name])
+        ours = statistics_of(moments, network, side)
+        keep = settings.samples if wanted & PAIRED else 0
+        given = settings.statistics if name == "inception" else ""
+        if keep or not given:
+            theirs, features = reference_statistics(
+                own[name], reference, folder.path / "references", keep=keep
+            )
+        if given:
+            with config_errors("evaluation.statistics"):
+                theirs = fid.load(given)
+        if "frechet_shapes" in wanted:
+            both = ours.mean, ours.covariance, theirs.mean, theirs.covariance
+            values["frechet_shapes"] = frechet_distance(*both)
+        if "fid" in wanted:
+            with config_errors("evaluation.statistics"):
+                values |= fid.fid(ours, theirs)
+        with config_errors("evaluation.samples"):
+            if "kid" in wanted:
+                size = min(kid.SIZE, len(made[name]), len(features))
+                values |= kid.kid(made[name], features, size=size)
+            if "precision_recall" in wanted:
+                values |= precision_recall.precision_recall(made[name], features)
+    return values
+
+
+def generate(
+    sampler: sample.Sampler,
+    params: dict,
+    asked: Sequence[Any],
+    networks: dict[str, FeatureNetwork | ClipScore],
+    folder: epath.Path,
+    seen: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """What each network finds in the pictures that are asked for: features (N, D), scores (N,).
+
+    A part that a file in `folder` holds is not made again. seen: see `sample.control_values`. With
+    evaluation.save=png the pictures are in folder/pictures, with npz in folder/pictures.npz, as
+    arr_0 uint8 (N, R, R, 3), which ADM's evaluator reads.
+    """
+    save, found = sampler.system.config.evaluation.save, []
+    chief = jax.process_index() == 0
+    with tqdm(total=len(asked), desc="pictures", unit="img", disable=not chief) as bar:
+        for low in range(0, len(asked), PART):
+            some = asked[low : low + PART]
+            file = folder / f"{low:08d}-{len(some)}{save and '-' + save}.npz"
+            values = kept(file, read_arrays)
+            if values is None or set(values) != set(networks):
+                batch = sample.requests(sampler.system, some, first=FIRST_INDEX + low, seen=seen)
+                pictures = sampler(params, batch, first=FIRST_INDEX + low)
+                values = {name: _look(networks, name, pictures, some) for name in networks}
+                if chief:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    _save_pictures(folder, pictures, low, save)
+                    write_arrays(file, values)
+            found.append(values)
+            bar.update(len(some))
+    if save == "npz" and chief:
+        side = sampler.system.config.data.resolution
+        _join(folder, (len(asked), side, side, 3))
+    return {name: np.concatenate([values[name] for values in found]) for name in networks}
+
+
+def _look(networks: dict, name: str, pictures: np.ndarray, asked: Sequence[Any]) -> np.ndarray:
+    with config_errors(f"evaluation.{name}"):
+        return networks[name](pictures, asked) if name == "clip" else networks[name](pictures)
+
+
+def _save_pictures(folder: epath.Path, pictures: np.ndarray, low: int, save: str) -> None:
+    """Of one part, as evaluation.save says."""
+    if save == "png":
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(pictures, low):
+            sample.save_png(folder / "pictures" / f"{i:06d}.png", Image.fromarray(picture))
+    elif save:
+        (folder / "raw").mkdir(parents=True, exist_ok=True)
+        write(folder / "raw" / f"{low:08d}.raw", pictures.tobytes())
+
+
+def _join(folder: epath.Path, shape: tuple[int, ...]) -> None:
+    """raw/*.raw -> pictures.npz with arr_0 of that shape, a part in memory at a time."""
+    whole = folder / "pictures.npz"
+    if not whole.exists():  # else killed while the parts were removed
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        temporary = folder / "pictures.npz.tmp"
+        with (
+            temporary.open("wb") as file,
+            zipfile.ZipFile(file, "w") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as array,
+        ):
+            np.lib.format.write_array_header_1_0(array, header)
+            for part in sorted((folder / "raw").glob("*.raw")):
+                array.write(part.read_bytes())
+        temporary.replace(whole)
+    if (folder / "raw").exists():
+        (folder / "raw").rmtree()
+
+
+def saved(folder: epath.Path, config: Config) -> bool:
+    """Whether all pictures of a finished measurement are there that evaluation.save asks for."""
+    settings = config.evaluation
+    if not settings.save or not NETWORK.keys() & set(settings.metrics):
+        return True
+    if settings.save == "npz":
+        return (folder / "pictures.npz").exists()
+    return len(list((folder / "pictures").glob("*.png"))) == settings.samples
+
+
+def forget(folder: epath.Path) -> None:
+    """Drop the parts of a measurement that is recorded; pictures that were asked for stay."""
+    if jax.process_index() == 0 and folder.exists():
+        for file in [*folder.glob("*.npz"), *folder.glob("*.json"), *folder.glob("*.tmp")]:
+            if file.name != "pictures.npz":
+                file.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def run_reference(config: Config) -> None:
+    """Mode `reference`: statistics of evaluation.reference for FID, in evaluation.statistics."""
+    path = config.evaluation.statistics
+    if not path:
+        raise ConfigError("evaluation.statistics", "empty; name the .npz file to write")
+    network = feature_networks.resized(
+        _network("inception", config.evaluation.inception), config.evaluation.resize
+    )
+    network, reference = _placed(network, sharding.local_mesh()), Reference(config)
+    with config_errors("evaluation.statistics"):
+        if epath.Path(path).exists():
+            if fid.load(path).reference != reference.digest(*network.identity):
+                raise ValueError(
+                    f"{path} is there, but not of these pictures and this network; name another "
+                    "file, or remove it"
+                )
+            print(f"Nothing to do: {path} is there.")
+            return
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    statistics, _ = describe(network, reference)
+    if statistics.rank_deficient:
+        logging.warning("fewer pictures than features: FID against them is too large")
+    if jax.process_index() == 0:
+        with config_errors("evaluation.statistics"):
+            statistics.save(path)
+        print(f"Mean and covariance of {network.name} over {statistics.count} pictures in {path}")

@@ -1,0 +1,88 @@
+"""Mode `summary`: the parameter table, the parameter count and the forward FLOP of a config.
+
+With --workdir, of a run that would be trained there: a field that it needs and that is empty is an
+error, as it would be for mode train. What the fields name may be on another machine.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+from clu import parameter_overview
+
+from condiff_jax.config.build import get
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.identity import stage_prefixes
+from condiff_jax.config.schema import Config
+from condiff_jax.evaluation import image_quality
+from condiff_jax.objectives.diffusion import Trainable, Vocabulary, create_vocabulary, open_source
+from condiff_jax.training.loop import forward_flops, trainable
+
+
+def is_absent(path: str) -> bool:
+    """Whether a local path is not on this machine."""
+    return "://" not in path and not Path(path).exists()
+
+
+def vocabulary(config: Config) -> Vocabulary:
+    """That of the data; without data here, as many classes as `data.classes` says."""
+    path = config.data.path
+    if (path and not is_absent(path)) or config.data.name == "shapes":
+        return create_vocabulary(config, open_source(config))
+    return Vocabulary((), tuple(map(str, range(config.data.classes))))
+
+
+def count_parameters(params) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def summarize(system: Trainable) -> dict[str, float]:
+    """{"parameters": of the denoiser, "gflop_forward": one image, multiply-add = 2}.
+
+    Of other objectives than diffusion, the parameters of all that is trained.
+    """
+    params = system.shapes
+    return {
+        "parameters": count_parameters(params.get("model", params)),
+        "gflop_forward": round(forward_flops(system) / 1e9, 3),
+    }
+
+
+def check(config: Config) -> None:
+    """ConfigError for a field that a training needs and that is empty; no file is read."""
+    for prefix, stage in stage_prefixes(config):
+        try:
+            if not stage.data.path:
+                open_source(stage)
+            for encoder in trainable(stage, Vocabulary((), ())).frozen.values():
+                if not get(stage, encoder.field):
+                    encoder.files()
+            networks = {image_quality.NETWORK.get(metric) for metric in stage.evaluation.metrics}
+            for name in networks & {"inception", "clip"}:
+                if not getattr(stage.evaluation, name):
+                    raise ConfigError(
+                        f"evaluation.{name}",
+                        "empty, but evaluation.metrics need it",
+                    )
+        except ConfigError as error:
+            raise ConfigError(prefix + error.field, error.reason) from error
+
+
+def run(config: Config, workdir: str | None = None) -> None:
+    """Print the table, and as the last line one JSON object; nothing is allocated."""
+    if workdir:
+        check(config)
+    if config.data.path and is_absent(config.data.path):
+        print(f"Without the data: data.path={config.data.path} is not on this machine")
+    system = trainable(config, vocabulary(config))
+    params = system.shapes
+    print(parameter_overview.get_parameter_overview(params, include_stats=False))
+    for name, encoder in system.frozen.items():
+        try:
+            print(f"Frozen besides: {name}, {count_parameters(encoder.shapes()):,} parameters")
+        except (ConfigError, ImportError) as error:  # such as a bucket without the extra gcs
+            print(f"Frozen besides: {name}, of unknown size ({error})")
+    print(json.dumps(summarize(system)))

@@ -1,0 +1,305 @@
+"""Mode `export`: a trained work directory as a folder for PyTorch, and where it fits for diffusers.
+
+export/STEP/                  a diffusers pipeline: DiffusionPipeline.from_pretrained(...)
+  pipeline.py  model_index.json  scheduler/
+  network/                    needs torch and safetensors only: `twin.load`
+    twin.py  config.json  model.safetensors
+  diffusers/                  the denoiser as a diffusers model, if it has the architecture
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from safetensors.numpy import save
+
+from condiff_jax.conditioning.control import DEFAULT_SCALE, SCALE
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config
+from condiff_jax.data.augment import SCALARS
+from condiff_jax.models.autoencoder import Latents
+from condiff_jax.models.mdt import MDT
+from condiff_jax.models.mmdit import MMDiT
+from condiff_jax.models.text_encoder import WordEmbedding
+from condiff_jax.models.transformer import Transformer
+from condiff_jax.models.unet import UNet
+from condiff_jax.objectives.diffusion import System
+from condiff_jax.objectives.diffusion import create as create_system
+from condiff_jax.pretrained import key_maps
+from condiff_jax.pretrained.layout import to_torch
+from condiff_jax.runs.checkpoint import Checkpoints
+from condiff_jax.runs.workdir import Workdir
+from condiff_jax.runtime import sharding
+from condiff_jax.sampling.sample import asked_control, guidance_scale
+
+HERE = epath.Path(__file__).parent
+
+
+def denoiser_config(system: System) -> dict[str, Any]:
+    """What `twin.create` needs to build the denoiser."""
+    config, model = system.config, system.model
+    out = {
+        "architecture": config.model.name,
+        "channels": system.latent_shape[-1],
+        "classes": model.classes,
+        "qk_norm": model.qk_norm,
+        "high": len(system.control.high),
+        "low": len(system.control.low),
+        "weighting": dataclasses.asdict(model.weighting),
+    }
+    if system.text_encoder is not None:
+        out["text_width"] = config.text_encoder.width
+    if isinstance(model, UNet):
+        return {**out, "size": dataclasses.asdict(model.size)}
+    for field in ("depth", "width", "heads", "patch", "base_grid", "position"):
+        out[field] = getattr(model, field)
+    if isinstance(model, MMDiT):
+        out["streams"] = model.streams
+        if model.pooled and system.text_encoder is not None:
+            out["pooled_width"] = config.text_encoder.width
+    if isinstance(model, MDT):
+        out["grid"] = system.latent_shape[0] // model.patch
+    return out
+
+
+def network_config(system: System, frozen: dict) -> dict[str, Any]:
+    """network/config.json: every module for `twin.create`, and what sampling needs to know."""
+    config, space = system.config, system.autoencoder
+    height, width, channels = system.latent_shape
+    out = {"model": denoiser_config(system)}
+    if isinstance(system.text_encoder, WordEmbedding):
+        out["text_encoder"] = {
+            "architecture": "words",
+            "vocabulary": system.text_encoder.vocabulary,
+            "width": config.text_encoder.width,
+            "length": config.text_encoder.length,
+        }
+    if "autoencoder" in frozen:
+        size = dataclasses.asdict(space.network.size)
+        out["autoencoder"] = {"architecture": "kl", "size": size}
+    out["settings"] = {
+        "shape": [channels, height, width],
+        "scale": space.scale,
+        "shift": space.shift,
+        "classes": list(system.vocabulary.classes),
+        "steps": config.sampling.steps,
+        "guidance": guidance_scale(config.sampling, config.data.resolution),
+        "control_guidance": config.sampling.control_guidance,
+        "high": list(system.control.high),
+        "low": list(system.control.low),
+        "control_scale": {name: SCALE.get(name, DEFAULT_SCALE) for name in SCALARS},
+        "control": asked_control(config),
+    }
+    if isinstance(system.text_encoder, WordEmbedding):
+        words = system.vocabulary.tokenizer.get_vocab()
+        out["settings"]["words"] = sorted(words, key=words.get)
+    elif system.text_encoder is not None:
+        out["settings"]["clip"] = system.text_encoder.name
+    if system.text_encoder is not None:
+        out["settings"] |= {
+            "text_shape": [config.text_encoder.length, config.text_encoder.width],
+            "padding": config.conditioning.padding,
+            "beta_txt": config.conditioning.beta_txt,
+        }
+    return out
+
+
+def scheduler_config(system: System) -> dict[str, Any]:
+    """scheduler_config.json of diffusers' DDIMScheduler; the betas are those of Eq. 3."""
+    alpha_bar = np.asarray(system.schedule.alpha_bar, np.float64)
+    betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
+    settings, bound = system.config.sampling, system.autoencoder.bound
+    clip = settings.clip and bound is not None
+    kinds = {"epsilon": "epsilon", "v": "v_prediction"}
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": system.schedule.timesteps,
+        "trained_betas": betas.tolist(),
+        "prediction_type": kinds[system.config.diffusion.prediction],
+        "timestep_spacing": settings.spacing,
+        "clip_sample": clip,
+        "clip_sample_range": float(bound) if clip else 1.0,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusers:
+    """A denoiser as a diffusers model: its class, config.json, and the rules of its layout."""
+
+    name: str
+    config: dict[str, Any]
+    rules: tuple[key_maps.Rule, ...]
+    extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def for_diffusers(system: System) -> Diffusers:
+    """The denoiser for diffusers; ValueError says why there is none."""
+    config, model = system.config, system.model
+    if config.conditioning.control:
+        raise ValueError("diffusers' models know no control metadata")
+    make: dict[str, Callable] = {"pixart": _pixart, "mmdit": _sd3, "unet": _unet}
+    if config.model.name == "dit_ln":
+        raise ValueError(
+            "diffusers' DiT spaces the frequencies of the timestep as i/127, DiT and ours as i/128"
+        )
+    if config.model.name not in make:
+        raise ValueError(f"diffusers has no {config.model.name}")
+    if model.classes is not None:
+        raise ValueError(f"diffusers' {config.model.name} knows no classes")
+    return make[config.model.name](system)
+
+
+def _transformer(system: System) -> dict[str, Any]:
+    side, _, channels = system.latent_shape
+    model: Transformer = system.model
+    return {
+        "sample_size": side,
+        "patch_size": model.patch,
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_layers": model.depth,
+        "num_attention_heads": model.heads,
+        "attention_head_dim": model.width // model.heads,
+    }
+
+
+def _pixart(system: System) -> Diffusers:
+    model: Transformer = system.model
+    if model.qk_norm:
+        raise ValueError("diffusers' PixArt does not normalise queries and keys (model.qk_norm)")
+    grid = system.latent_shape[0] // model.patch
+    resample = model.position == "resample"  # linspace(0, base, grid) as a multiple of arange
+    config = {
+        **_transformer(system),
+        "cross_attention_dim": model.width,
+        "caption_channels": system.config.text_encoder.width,
+        "norm_eps": 1e-6,
+        "use_additional_conditions": False,
+        "interpolation_scale": (grid - 1) / model.base_grid if resample else 1,
+    }
+    return Diffusers("PixArtTransformer2DModel", config, key_maps.pixart(model.patch))
+
+
+def _sd3(system: System) -> Diffusers:
+    model: MMDiT = system.model
+    if model.streams != "full":
+        raise ValueError("diffusers' mmDiT has two full streams (model.streams=full)")
+    width = system.config.text_encoder.width
+    config = {
+        **_transformer(system),
+        "joint_attention_dim": width,
+        "caption_projection_dim": model.width,
+        "pooled_projection_dim": width,
+        "pos_embed_max_size": system.latent_shape[0] // model.patch,
+        "qk_norm": "rms_norm" if model.qk_norm else None,
+    }
+    positions = model.positions(np.zeros((1, *system.latent_shape)))
+    rules = key_maps.sd3(model.patch, model.depth)
+    extra = {"pos_embed.pos_embed": positions[None]}
+    return Diffusers("SD3Transformer2DModel", config, rules, extra)
+
+
+def _unet(system: System) -> Diffusers:
+    model: UNet = system.model
+    if model.qk_norm:
+        raise ValueError("diffusers' UNet does not normalise queries and keys (model.qk_norm)")
+    size = model.size
+    side, _, channels = system.latent_shape
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in size.attention]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in size.attention[::-1]]
+    config = {
+        "sample_size": side,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": list(size.channels),
+        "layers_per_block": size.resnets,
+        "norm_num_groups": size.groups,
+        "cross_attention_dim": system.config.text_encoder.width,
+        "attention_head_dim": [size.heads_at(width) for width in size.channels],  # their number
+        "down_block_types": down,
+        "up_block_types": up,
+    }
+    return Diffusers("UNet2DConditionModel", config, key_maps.UNET)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """A JSON file, readable by people."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
+    """A .safetensors file, which diffusers and transformers recognise as PyTorch's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(a, np.float32) for name, a in tensors.items()}
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def export(system: System, params: dict, frozen: dict, out: epath.Path) -> list[str]:
+    """Write the folder; returns what to tell.
+
+    params: all that is trained. frozen: {"autoencoder": its parameters}, {} for pixels or to leave
+    it out. CLIP's tower is not written but named: the pipeline loads it by transformers.
+    """
+    tree = {**params, **frozen}
+    network = out / "network"
+    write_json(network / "config.json", network_config(system, frozen))
+    write_tensors(network / "model.safetensors", to_torch(tree))
+    (HERE / "twin.py").copy(network / "twin.py", overwrite=True)
+    (HERE / "pipeline.py").copy(out / "pipeline.py", overwrite=True)
+    scheduler = scheduler_config(system)
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": ["pipeline", "ConditionedPipeline"],
+        "network": ["twin", "Network"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    write_json(out / "model_index.json", index)
+    try:
+        theirs = for_diffusers(system)
+    except ValueError as error:
+        return [f"no folder of a diffusers model: {error}"]
+    folder = out / "diffusers"
+    tensors = key_maps.to_published(to_torch(params["model"]), theirs.rules) | theirs.extra
+    write_json(folder / "config.json", {"_class_name": theirs.name, **theirs.config})
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    return [f"diffusers: {theirs.name} in {folder}"]
+
+
+def run(config: Config, workdir: str) -> epath.Path:
+    """Mode `export`: the newest checkpoint as export/STEP (export/STEP-raw); returns the folder."""
+    if config.model.name == "unet2d":  # whose methods of conditioning are anyone's
+        raise ConfigError("model.name", "unet2d has no PyTorch model to export to")
+    folder = Workdir(workdir)
+    folder.check(config)
+    system = create_system(config, folder.load_vocabulary())
+    checkpoints = Checkpoints(folder.checkpoints, config)
+    step, params = checkpoints.restore_params(
+        system, sharding.create_mesh(), ema=not config.convert.raw
+    )
+    out = folder.path / "export" / f"{step}{'-raw' if config.convert.raw else ''}"
+    if jax.process_count() > 1:
+        raise ConfigError("--processes", "mode export runs in one process")
+    left_out = ""
+    if isinstance(system.autoencoder, Latents):
+        if not config.autoencoder.path:
+            left_out = "autoencoder.path is empty"
+        elif config.autoencoder.name == "vq":
+            left_out = "network/ has no VQModel; diffusers reads the one in autoencoder.path"
+    frozen = folder.load_frozen(system, {"text_encoder", *(("autoencoder",) if left_out else ())})
+    messages = export(system, jax.device_get(params), frozen, out)
+    if left_out:
+        messages.append(f"no autoencoder, as {left_out}: samples end as latents")
+    if "text_encoder" in system.frozen:
+        messages.append(f"CLIP is not in it: the pipeline loads {system.text_encoder.name}")
+    print(f"Step {step} for PyTorch in {out}\n" + "\n".join(f"  {line}" for line in messages))
+    return out

@@ -1,0 +1,192 @@
+"""Names and text files of a work directory; local or remote (gs://) through etils.epath."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+from collections.abc import Container, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from condiff_jax.config.build import get
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.identity import differences
+from condiff_jax.config.schema import Config
+from condiff_jax.objectives.diffusion import Trainable, Vocabulary
+from condiff_jax.objectives.validate import create_config
+from condiff_jax.pretrained import weights
+
+
+class Workdir:
+    """A run's folder: config.json, vocabulary.json, checkpoints/, metrics.jsonl, samples/.
+
+    encoders.json: of each frozen encoder the sha256 of the files it comes from.
+    control.npy (M, 8) f32: the control metadata of the first training images, in the order of
+    `SCALARS`, from which sampling.size=train draws.
+    """
+
+    def __init__(self, path: str):
+        self.path = epath.Path(path)
+        self.config = self.path / "config.json"
+        self.vocabulary = self.path / "vocabulary.json"
+        self.encoders = self.path / "encoders.json"
+        self.control = self.path / "control.npy"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.evaluation = self.path / "evaluation.jsonl"
+        self.samples = self.path / "samples"
+
+    def grid(self, step: int) -> epath.Path:
+        """The sample grid of a step."""
+        return self.samples / f"{step}.png"
+
+    def open(self, config: Config, vocabulary: Vocabulary, *, begun: bool = False) -> None:
+        """Create the folder, or check that it belongs to this config and data; ConfigError else.
+
+        begun: whether there is a checkpoint; without one nothing is lost by starting anew.
+        """
+        if begun:
+            self.check(config)
+            if self.load_vocabulary() != vocabulary:
+                raise ConfigError(
+                    str(self.vocabulary),
+                    "the data set's words or classes have changed since this run began; use "
+                    "another --workdir",
+                )
+        if jax.process_index() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not begun:
+                self.encoders.unlink(missing_ok=True)
+            write(self.vocabulary, vocabulary.to_json())
+            write(self.config, config.to_json())
+
+    def load_config(self) -> Config:
+        """The config of the run in this folder; ConfigError where there is none.
+
+        A field that is newer than the run has its default.
+        """
+        if not self.config.exists():
+            raise ConfigError(str(self.path), "no run here (no config.json); train one first")
+        try:
+            return create_config(json.loads(self.config.read_text()))
+        except ValueError as error:
+            raise ConfigError(
+                str(self.config),
+                f"damaged, or of another version of condiff_jax: {error}",
+            ) from error
+
+    def check(self, config: Config) -> None:
+        """ConfigError when the run in this folder differs in more than how it is run or sampled."""
+        found = differences(self.load_config(), config)
+        if found:
+            more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
+            raise ConfigError(
+                str(self.path),
+                f"its checkpoints belong to another config: {found[0]}{more}; use another "
+                "--workdir or restore the field",
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training here; ConfigError where one does.
+
+        The lock ends with the process, however that ends. Remote folders have none.
+        """
+        if jax.process_index() or "://" in os.fspath(self.path):
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    str(self.path),
+                    "another process trains here; wait for it or use another folder",
+                ) from None
+            yield
+
+    def save_control(self, control: np.ndarray) -> None:
+        """Keep the control metadata (M, 8) of training images."""
+        if jax.process_index() == 0:
+            with io.BytesIO() as buffer:
+                np.save(buffer, control, allow_pickle=False)
+                write(self.control, buffer.getvalue())
+
+    def load_control(self) -> np.ndarray | None:
+        """What `save_control` kept, None if it did not (an import)."""
+        if not self.control.exists():
+            return None
+        return np.load(io.BytesIO(self.control.read_bytes()), allow_pickle=False)
+
+    def load_frozen(self, system: Trainable, without: Container[str] = ()) -> dict:
+        """`System.load_frozen`; ConfigError unless from the files that this run began with.
+
+        without: networks to leave out.
+        """
+        parts = {name: part for name, part in system.frozen.items() if name not in without}
+        known = json.loads(self.encoders.read_text()) if self.encoders.exists() else {}
+        found = {name: weights.sha256(part.files()) for name, part in parts.items()}
+        for name, digest in found.items():
+            if known.get(name, digest) != digest:
+                field = parts[name].field
+                raise ConfigError(
+                    field,
+                    f"the files in {get(system.config, field)} are not those that this run "
+                    f"began with (sha256 {digest[:12]}, but {known[name][:12]} in "
+                    f"{self.encoders}); name those, or use another --workdir",
+                )
+        loaded = {name: part.load() for name, part in parts.items()}
+        if found.keys() - known.keys() and jax.process_index() == 0:
+            write(self.encoders, json.dumps(known | found, indent=2) + "\n")
+        return loaded
+
+    def load_vocabulary(self) -> Vocabulary:
+        """The words and classes of the run in this folder."""
+        return Vocabulary.from_json(self.vocabulary.read_text())
+
+
+def write(path: epath.Path, content: str | bytes) -> None:
+    """Replace a file in one step: readers see the old or the new one, never a part."""
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)
+
+
+def append_json(path: epath.Path, value: dict[str, Any]) -> None:
+    """Add one line of JSON to a file; what a killed process left of a line is dropped first.
+
+    Remote stores cannot append, there the file is rewritten.
+    """
+    line = json.dumps(value) + "\n"
+    if "://" in os.fspath(path):
+        text = path.read_text() if path.exists() else ""
+        path.write_text(text[: text.rfind("\n") + 1] + line)
+        return
+    with open(path, "ab+") as file:  # writes go to the end, wherever one has read
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        if end and file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+
+
+def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, if there is one; a torn last line is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()[: text.count("\n")]]
+
+
+def forget_after(path: epath.Path, step: int) -> None:
+    """Drop the lines of a JSON-lines file beyond `step`: a resumed run writes them again."""
+    values = read_json_lines(path)
+    kept = [value for value in values if value["step"] <= step]
+    if len(kept) != len(values):
+        write(path, "".join(json.dumps(value) + "\n" for value in kept))

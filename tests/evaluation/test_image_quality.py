@@ -1,0 +1,449 @@
+"""Distributions: one generation for all metrics, resumed, kept, compared with the right data."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.data import augment, shapes
+from condiff_jax.evaluation import evaluate, image_quality, protocols, reference
+from condiff_jax.evaluation.metrics.clip_score import ClipScore
+from condiff_jax.evaluation.metrics.features import FeatureNetwork
+from condiff_jax.runs.workdir import Workdir
+from condiff_jax.runtime import distributed, sharding
+from condiff_jax.sampling import sample
+from condiff_jax.training.reporters.diffusion import Reporter
+from tests import tiny
+
+METRICS = ("fid", "kid", "precision_recall", "clip_score")
+FIELDS = {
+    "evaluation.metrics": METRICS,
+    "evaluation.samples": 9,
+    "evaluation.reference": "validation",
+    "sampling.batch_size": 8,
+}
+
+
+def means(params, images):
+    """Features (B, 6): the mean colours of a picture's upper and lower half."""
+    halves = images.astype(jnp.float32).reshape(len(images), 2, -1, 3) / 255
+    return params * halves.mean(2).reshape(len(images), 6)
+
+
+def network(scale=1.0):
+    return FeatureNetwork("means", f"sha of {scale}", 6, np.float32(scale), means)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Small networks in place of Inception and CLIP, and small parts."""
+    texts = lambda captions: np.eye(6, dtype=np.float32)[[len(c) % 6 for c in captions]]  # noqa: E731
+    found = {"inception": network(), "clip": ClipScore(network(), texts)}
+    monkeypatch.setattr(image_quality, "_network", lambda name, path: found[name])
+    monkeypatch.setattr(image_quality, "PART", 4)
+    return found
+
+
+class Fake:
+    """A sampler that draws a picture from the number of each sample; it may be killed."""
+
+    def __init__(self, config, dies_at=None):
+        self.system, self.calls, self.dies_at = tiny.system(config), [], dies_at
+        self.mesh = sharding.create_mesh()
+
+    def __call__(self, params, batch, *, first=0, label=""):
+        if self.dies_at is not None and first >= image_quality.FIRST_INDEX + self.dies_at:
+            raise KeyboardInterrupt
+        self.calls.append((first - image_quality.FIRST_INDEX, batch["ids"]))
+        return np.stack([picture(first + i) for i in range(len(batch["ids"]))])
+
+
+def picture(i):
+    return np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+
+
+def measure(path, fake):
+    return image_quality.measure(fake, {}, Workdir(str(path)), epath.Path(path) / "parts")
+
+
+def test_a_killed_generation_goes_on_where_it_was(tmp_path):
+    config = tiny.config(**FIELDS)
+    whole = Fake(config)
+    expected = measure(tmp_path / "whole", whole)
+    assert [call[0] for call in whole.calls] == [0, 4, 8]
+    assert set(expected) == {
+        "fid", "fid_rank_deficient", "kid", "kid_std", "precision", "recall", "clip_score",
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path, Fake(config, dies_at=8))
+    again = Fake(config)
+    assert measure(tmp_path, again) == expected
+    assert [call[0] for call in again.calls] == [8]
+    np.testing.assert_array_equal(again.calls[0][1], whole.calls[2][1])
+
+
+def test_each_metric_alone_is_what_it_is_among_others(tmp_path):
+    expected = measure(tmp_path, Fake(tiny.config(**FIELDS)))
+    for metric in METRICS:
+        fake = Fake(tiny.config(**FIELDS | {"evaluation.metrics": (metric,)}))
+        values = image_quality.measure(
+            fake, {}, Workdir(str(tmp_path)), epath.Path(tmp_path) / metric
+        )
+        assert values == {name: expected[name] for name in values} and values
+
+
+@pytest.mark.parametrize("metric", ["kid", "precision_recall"])
+def test_what_was_made_is_compared_with_the_reference_not_the_reverse(tmp_path, metric):
+    fake = Fake(tiny.config(**FIELDS | {"evaluation.metrics": (metric,)}))
+    with mock.patch.object(getattr(image_quality, metric), metric, return_value={}) as compared:
+        measure(tmp_path, fake)
+    made = network()(np.stack([picture(image_quality.FIRST_INDEX + i) for i in range(9)]))
+    np.testing.assert_allclose(compared.call_args.args[0], made, rtol=1e-6)
+
+
+def test_kid_draws_subsets_where_there_are_enough(tmp_path, monkeypatch):
+    config = tiny.config(**FIELDS | {"evaluation.metrics": ("kid",)})
+    assert measure(tmp_path / "all", Fake(config))["kid_std"] < 1e-9  # always the same nine
+    monkeypatch.setattr(image_quality.kid, "SIZE", 5)
+    assert measure(tmp_path / "five", Fake(config))["kid_std"] > 1e-6
+
+
+def test_sizes_are_drawn_from_those_of_training(tmp_path):
+    fake, folder = Fake(tiny.config(**FIELDS | {"sampling.size": "train"})), Workdir(str(tmp_path))
+    seen = np.arange(64, dtype=np.float32).reshape(8, 8) + 1
+    folder.save_control(seen)
+    with mock.patch.object(Fake, "__call__", side_effect=Fake.__call__, autospec=True) as call:
+        measure(tmp_path, fake)
+    heights = np.concatenate([one.args[2]["control"]["height"] for one in call.call_args_list])
+    asked = sample.control_values(fake.system.config, 9, first=image_quality.FIRST_INDEX, seen=seen)
+    np.testing.assert_array_equal(heights, asked["height"])
+
+
+def test_only_the_first_host_writes(tmp_path, monkeypatch):
+    fields = {"evaluation.metrics": ("kid", "size_response"), "evaluation.save": "npz"}
+    fields |= {"evaluation.size_prompts": 5}
+    monkeypatch.setattr(evaluate, "SIZE_PART", 2)
+    fake = Fake(tiny.config(**FIELDS | fields))
+    monkeypatch.setattr(reference, "PART", 4)
+    with monkeypatch.context() as other:
+        other.setattr(jax, "process_index", lambda: 1)
+        other.setattr(jax, "process_count", lambda: 2)
+        gather = SimpleNamespace(process_allgather=lambda found: [np.stack([a, a]) for a in found])
+        other.setattr(reference, "multihost_utils", gather)
+        other.setattr(distributed, "meet", lambda name: None)
+        meshes = mock.patch.object(
+            image_quality, "create_networks", wraps=image_quality.create_networks
+        )
+        with meshes as asked:
+            measure(tmp_path, fake)
+        # All devices look at what all have made, each host's own at its share of the data.
+        assert [call.args[1] for call in asked.call_args_list] == [fake.mesh, sharding.local_mesh()]
+        assert not list(tmp_path.iterdir())
+        measure_all = evaluate.measure(fake, {}, 2, Workdir(str(tmp_path)), ema=True)
+        assert measure_all["metrics"] and not list(tmp_path.iterdir())
+    measure(tmp_path, fake)
+    parts = epath.Path(tmp_path / "parts")
+    before = {file.name for file in parts.iterdir()}
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    image_quality.forget(parts)
+    assert {file.name for file in parts.iterdir()} == before
+
+
+def test_parts_of_other_networks_are_made_again(tmp_path):
+    measure(tmp_path, Fake(tiny.config(**FIELDS | {"evaluation.metrics": ("fid",)})))
+    again = Fake(tiny.config(**FIELDS))
+    measure(tmp_path, again)
+    assert len(again.calls) == 3
+
+
+def test_the_references_own_pictures_are_at_no_distance(tmp_path):
+    config = tiny.config(**FIELDS)
+    source = shapes.Shapes("validation", config.data.sizes)
+    rows = [source[i] for i in range(9)]
+    pictures = np.stack([augment.center(row["image"], 16)[0] for row in rows])
+    fake = Fake(config)
+    asked = [fake.system.encode_text(row["caption"])[0] for row in rows]
+
+    def own(params, batch, *, first=0, label=""):
+        low = first - image_quality.FIRST_INDEX
+        np.testing.assert_array_equal(batch["ids"], asked[low : low + len(batch["ids"])])
+        return pictures[low : low + len(batch["ids"])]
+
+    values = measure(tmp_path, mock.Mock(side_effect=own, system=fake.system, mesh=None))
+    assert values["fid"] == pytest.approx(0, abs=1e-6) and values["fid_rank_deficient"] is False
+    assert values["precision"] == values["recall"] == 1
+    features = np.asarray(means(1.0, pictures))
+    cosines = [f[len(row["caption"]) % 6] for f, row in zip(features, rows, strict=True)]
+    cosines = np.array(cosines) / np.linalg.norm(features, axis=1)
+    assert values["clip_score"] == pytest.approx(100 * cosines.mean(), rel=1e-4)
+
+
+def test_features_of_the_reference_are_kept_and_used_again(tmp_path, small):
+    config = tiny.config(**FIELDS)
+    first = measure(tmp_path, Fake(config))
+    with mock.patch.object(reference, "describe", side_effect=AssertionError):
+        assert measure(tmp_path, Fake(config)) == first
+    small["inception"] = network(2.0)  # other weights
+    other = Fake(tiny.config(**FIELDS | {"evaluation.metrics": ("fid",)}))
+    values = image_quality.measure(other, {}, Workdir(str(tmp_path)), tmp_path / "others")
+    assert values["fid"] == pytest.approx(4 * first["fid"], rel=1e-3)
+
+
+def colours(params, images):
+    """Features (B, 6): means and spreads of a picture's colours, at any size."""
+    x = images.astype(jnp.float32) / 255
+    return params * jnp.concatenate([x.mean((1, 2)), x.std((1, 2))], -1)
+
+
+def test_another_resizing_is_another_network(tmp_path, small):
+    """Its reference is made anew, its records say so, and it does not compare with the other's."""
+    small["inception"] = FeatureNetwork("colours", "sha", 6, np.float32(1), colours)
+    fields = FIELDS | {"evaluation.metrics": ("fid",)}
+    tf, clean = (tiny.config(**fields | {"evaluation.resize": how}) for how in ("tf", "clean"))
+    values = [
+        evaluate.measure(Fake(c), {}, 2, Workdir(str(tmp_path)), ema=True) for c in (tf, clean)
+    ]
+    assert len(list((tmp_path / "references").iterdir())) == 2
+    plain = {"name": "colours", "sha256": "sha"}
+    assert [v["features"]["inception"] for v in values] == [plain, plain | {"resize": "clean"}]
+    first, second = (v["metrics"]["fid"] for v in values)
+    assert abs(first - second) > 0.01 * first  # the spread of noise is another when it is smoothed
+    statistics = {"evaluation.statistics": str(tmp_path / "clean.npz")}
+    image_quality.run_reference(tiny.config(**fields | statistics | {"evaluation.resize": "clean"}))
+    evaluate.check(tiny.config(**fields | statistics | {"evaluation.resize": "clean"}))
+    with pytest.raises(ConfigError, match="evaluation.statistics: .*resize=clean, not tf"):
+        evaluate.check(tiny.config(**fields | statistics))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b[:-30]])
+def test_what_a_damaged_file_held_is_made_again(tmp_path, damage):
+    config = tiny.config(**FIELDS)
+    expected = measure(tmp_path, Fake(config))
+    kept = [tmp_path / "parts/00000004-4.npz", *(tmp_path / "references").iterdir()]
+    assert len(kept) == 3  # a part; moments and features of the reference
+    for file in kept:
+        file.write_bytes(damage(file.read_bytes()))
+    again = Fake(config)
+    assert measure(tmp_path, again) == expected
+    assert [call[0] for call in again.calls] == [4]
+
+
+@pytest.mark.parametrize("name", ["inception", "clip"])
+def test_features_that_are_no_numbers_are_blamed_on_their_network(tmp_path, small, name):
+    fields = {"evaluation.metrics": ("fid",) if name == "inception" else ("clip_score",)}
+    nothing = {"inception": network(np.nan), "clip": ClipScore(network(0.0), small["clip"].texts)}
+    with mock.patch.dict(small, nothing), pytest.raises(ConfigError, match=f"evaluation.{name}: "):
+        measure(tmp_path, Fake(tiny.config(**FIELDS | fields)))
+
+
+@pytest.mark.parametrize("save", ["png", "npz"])
+def test_pictures_are_kept_in_order_of_their_numbers(tmp_path, save):
+    fields = FIELDS | {"evaluation.metrics": ("fid",), "evaluation.save": save}
+    config = tiny.config(**fields)
+    parts, other = epath.Path(tmp_path / "parts"), {"png": "npz", "npz": "png"}[save]
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path, Fake(config, dies_at=4))
+    assert not image_quality.saved(parts, config)
+    measure(tmp_path, Fake(tiny.config(**fields | {"evaluation.save": other})))
+    measure(tmp_path, Fake(config))
+    image_quality.forget(parts)
+    for one in (save, other):
+        assert image_quality.saved(parts, tiny.config(**fields | {"evaluation.save": one}))
+    expected = np.stack([picture(image_quality.FIRST_INDEX + i) for i in range(9)])
+    if save == "png":
+        files = sorted((parts / "pictures").iterdir())
+        assert [file.name for file in files] == [f"{i:06d}.png" for i in range(9)]
+        found = np.stack([np.asarray(Image.open(file)) for file in files])
+    else:
+        (parts / "raw").mkdir()  # as when killed before the last of them was removed
+        (parts / "raw/00000008.raw").write_bytes(b"last")
+        image_quality._join(parts, (9, 16, 16, 3))
+        assert {file.name for file in parts.iterdir()} == {"pictures", "pictures.npz"}
+        with np.load(parts / "pictures.npz") as arrays:
+            found = arrays["arr_0"]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_recorded_measurement_leaves_no_parts(tmp_path):
+    config = tiny.config(**FIELDS)
+    parts = evaluate.own_folder(Workdir(str(tmp_path)), evaluate.describe(config, 2, ema=True))
+    parts.mkdir(parents=True)
+    (parts / "00000000-4-png.npz.tmp").write_bytes(b"killed")
+    record = evaluate.measure(Fake(config), {}, 2, Workdir(str(tmp_path)), ema=True)
+    assert record["metrics"]["fid"] > 0
+    assert not list((tmp_path / "evaluations").iterdir())
+    assert record["features"] == {
+        name: {"name": "means", "sha256": "sha of 1.0"} for name in ("clip", "inception")
+    }
+    (line,) = evaluate.summary(record)[:1]
+    assert line.startswith("means, 9 pictures against validation: fid")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"evaluation.reference": "train_200k"},
+            "evaluation.reference: data.name=shapes has no train_200k",
+        ),
+        ({"evaluation.samples": 10_001}, "has 10000 images"),
+        (
+            {"evaluation.metrics": ("frechet_shapes",), "data.name": "tfds"},
+            "evaluation.metrics: frechet_shapes need",
+        ),
+        ({"evaluation.path": "/no/such"}, "evaluation.path: "),
+        ({"evaluation.statistics": "/no/such.npz"}, "evaluation.statistics: .* does not exist"),
+        ({"evaluation.samples": 3}, "evaluation.samples: the metrics need 4 images or more, got 3"),
+        ({"data.semantics": "class", "model.name": "dit_ln"}, "clip_score needs"),
+    ],
+)
+def test_bad_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate.check(tiny.config(**FIELDS | fields))
+
+
+def test_statistics_are_read_for_fids_network_alone():
+    fields = {"evaluation.metrics": ("clip_score",), "evaluation.statistics": "/no/such.npz"}
+    config = tiny.config(**FIELDS | fields)
+    evaluate.check(config)
+    assert "statistics" not in evaluate.describe(config, 2, ema=True)["evaluation"]
+
+
+def test_statistics_are_described_by_their_content(tmp_path):
+    found = []
+    for name, content in {"a": b"one", "b": b"one", "c": b"other"}.items():
+        (tmp_path / name).write_bytes(content)
+        given = {"evaluation.statistics": str(tmp_path / name)}
+        found.append(evaluate.describe(tiny.config(**FIELDS | given), 2, ema=True)["evaluation"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_networks_that_are_not_there_are_named(monkeypatch):
+    monkeypatch.undo()
+    for field in ("inception", "clip"):
+        metric = {"inception": "fid", "clip": "clip_score"}[field]
+        config = tiny.config(**{"evaluation.metrics": (metric,)})
+        with pytest.raises(ConfigError, match=f"evaluation.{field}: no path to .*; give "):
+            evaluate.check(config)
+
+
+def test_protocols_set_what_the_paper_says_and_keep_the_rest():
+    config = tiny.config(
+        **FIELDS | {"evaluation.protocol": "imagenet_fid50k", "data.resolution": 512}
+    )
+    found = protocols.apply(config)
+    assert found.sampling.steps == 250 and found.sampling.size == "train"
+    assert sample.guidance_scale(found.sampling, 512) == 2
+    assert found.evaluation.metrics == ("fid",) and found.evaluation.reference == "train"
+    assert found.evaluation.samples == 9
+    assert protocols.apply(tiny.config()) == tiny.config()
+    line = protocols.summary(config)
+    assert (
+        "sets sampling.sampler=ddim, sampling.guidance=1.5, sampling.base_resolution=256 (not 0)"
+        in line
+    )
+    assert "sampling.steps=250 (not 3)" in line and line.endswith("evaluation.samples stays 9")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "metric", "reference", "guidance", "size"),
+    [
+        ("imagenet_fid50k", 250, "fid", "train", 2, "train"),
+        ("val_fid", 50, "fid", "validation", 2, "train"),
+        ("coco_clip", 25, "clip_score", "coco", 5, "train"),
+        ("lpips_size", 7, "size_response", "train_200k", 7, "fixed"),
+    ],
+)
+def test_protocols_are_the_papers(name, steps, metric, reference, guidance, size):
+    others = {"sampling.sampler": "ddpm", "sampling.steps": 7, "sampling.guidance": 7.0}
+    others |= {"evaluation.reference": "train_200k", "evaluation.path": "somewhere"}
+    found = protocols.apply(tiny.config(**{"evaluation.protocol": name} | others))
+    assert found.sampling.sampler == "ddim" and found.sampling.steps == steps
+    assert sample.guidance_scale(found.sampling, 512) == guidance
+    assert found.evaluation.metrics == (metric,) and found.evaluation.reference == reference
+    assert found.sampling.size == size and found.evaluation.path == "somewhere"
+
+
+def test_mode_evaluate_follows_the_protocol_and_says_what_it_sets(tmp_path, capsys):
+    config = tiny.config(**{"evaluation.protocol": "coco_clip"})
+    with pytest.raises(ConfigError, match="evaluation.path: evaluation.reference=coco needs"):
+        evaluate.run(config, str(tmp_path))
+    assert "evaluation.protocol=coco_clip sets sampling.sampler=ddim" in capsys.readouterr().out
+
+
+def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
+    config = tiny.config(
+        **FIELDS | {"evaluation.metrics": ("fid",), "evaluation.grid": "guidance=1,2.5; steps=2"}
+    )
+    points = evaluate.grid(config)
+    assert list(points) == ["guidance 1.0, steps 2", "guidance 2.5, steps 2"]
+    asked = [(point.sampling.guidance, point.sampling.steps) for point in points.values()]
+    assert asked == [(1, 2), (2.5, 2)]
+    checkpoints = mock.Mock(latest=2)
+    checkpoints.restore_params.return_value = (2, {})
+    monkeypatch.setattr(evaluate, "Checkpoints", lambda *_: checkpoints)
+    monkeypatch.setattr(sample.Sampler, "__call__", Fake(config).__call__)
+    folder = Workdir(str(tmp_path))
+    folder.open(config, tiny.system(config).vocabulary)
+    found = evaluate.run(config, str(tmp_path))
+    assert [record["sampling"]["guidance"] for record in found] == [1, 2.5]
+    assert [json.loads(line) for line in folder.evaluation.open()] == found
+    assert checkpoints.restore_params.call_count == 1
+    assert "guidance 2.5, steps 2:" in capsys.readouterr().out
+    assert evaluate.run(config, str(tmp_path)) == found
+    assert checkpoints.restore_params.call_count == 1
+    settings = dataclasses.replace(config.evaluation, save="png")  # not there yet
+    for calls in (2, 2):
+        evaluate.run(dataclasses.replace(config, evaluation=settings), str(tmp_path))
+        assert checkpoints.restore_params.call_count == calls
+    pictures = sorted((tmp_path / "evaluations").glob("2-*/pictures/000008.png"))
+    assert len(pictures) == 2
+    pictures[0].unlink()  # as when killed before it was made: of that point, all are made again
+    evaluate.run(dataclasses.replace(config, evaluation=settings), str(tmp_path))
+    assert checkpoints.restore_params.call_count == 3 and pictures[0].exists()
+    assert len(list(folder.evaluation.open())) == 5
+    for bad in ("guidance", "speed=1", "steps=1.5", "prompts="):
+        with pytest.raises(ConfigError, match="evaluation.grid"):
+            evaluate.grid(dataclasses.replace(
+                config, evaluation=dataclasses.replace(config.evaluation, grid=bad)
+            ))  # fmt: skip
+
+
+def test_evaluations_in_training_are_of_fewer_pictures(tmp_path, monkeypatch):
+    fields = {"evaluation.metrics": ("fid",), "evaluation.every_samples": 5}
+    config = tiny.config(**FIELDS | fields)
+    monkeypatch.setattr(sample.Sampler, "__call__", Fake(config).__call__)
+    folder = Workdir(str(tmp_path))
+    reporter = Reporter(tiny.system(config), sharding.create_mesh(), folder, {})
+    reporter.early(3, {})
+    reporter.early(3, {})  # once is enough
+    reporter.finish(4, {})
+    lines = [json.loads(line) for line in folder.evaluation.open()]
+    assert [(line["step"], line["evaluation"]["samples"]) for line in lines] == [(3, 5), (4, 9)]
+
+
+def test_pictures_are_saved_of_distributions_alone(tmp_path):
+    """Other metrics leave none behind, and are not measured again for them."""
+    fields = FIELDS | {"evaluation.save": "png", "evaluation.metrics": ("prompt_accuracy",)}
+    assert image_quality.saved(tmp_path, tiny.config(**fields))
+    assert not image_quality.saved(
+        tmp_path, tiny.config(**fields | {"evaluation.metrics": METRICS})
+    )
+    assert image_quality.saved(tmp_path, tiny.config(**FIELDS))
+
+
+def test_a_run_that_goes_back_forgets_what_was_measured_beyond(tmp_path):
+    folder, config = Workdir(str(tmp_path)), tiny.config(**FIELDS)
+    for step in (2, 4, 10):
+        (tmp_path / f"evaluations/{step}-abc").mkdir(parents=True)
+        (tmp_path / f"evaluations/{step}-abc/00000000-4.npz").write_bytes(b"features")
+    Reporter(tiny.system(config), sharding.create_mesh(), folder, {}, first=4)
+    assert sorted(path.name for path in (tmp_path / "evaluations").iterdir()) == ["2-abc", "4-abc"]

@@ -1,0 +1,183 @@
+"""Runs with frozen encoders: what is trained, what is kept, and what is refused."""
+
+import json
+from unittest import mock
+
+import cloudpickle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.parity import jit
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.evaluation import evaluate
+from condiff_jax.models.text_encoder import WordEmbedding
+from condiff_jax.objectives import summary
+from condiff_jax.pretrained import weights
+from condiff_jax.pytorch import exporting
+from condiff_jax.runs.checkpoint import Checkpoints
+from condiff_jax.runs.workdir import Workdir
+from condiff_jax.runtime import sharding
+from condiff_jax.sampling import sample
+from condiff_jax.training import loop, transfer
+from tests import clips, tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_layers():
+    with tiny.few_layers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return clips.write(tmp_path_factory.mktemp("clip"), num_hidden_layers=1)
+
+
+def config(folder, **overrides):
+    fields = {"text_encoder.name": "clip", "text_encoder.path": str(folder), "steps": 2}
+    return tiny.config(**fields | {"sampling.n": 2, "log.every": 1} | overrides)
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """(a work directory after two steps, the frozen parameters then)."""
+    path = tmp_path_factory.mktemp("run")
+    with mock.patch.object(loop, "Reporter", wraps=loop.Reporter) as reporter:
+        assert loop.run(config(folder), str(path))
+    return path, jax.device_get(reporter.call_args.args[3])
+
+
+def test_training_leaves_the_tower_alone(run, folder):
+    path, frozen = run
+    asked = config(folder)
+    system, checkpoints = tiny.system(asked), Checkpoints(Workdir(path).checkpoints, asked)
+    assert system.vocabulary.words == system.vocabulary.classes == ()
+    jax.tree.map(np.testing.assert_array_equal, frozen, system.load_frozen())
+    _, params = checkpoints.restore_params(system, sharding.create_mesh())
+    assert params.keys() == {"model"}
+    stored = (path / "checkpoints" / "2" / "state" / "_METADATA").read_text()
+    assert "caption" in stored and "text_encoder" not in stored
+    losses = [json.loads(line)["loss"] for line in (path / "metrics.jsonl").open()]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+def test_conditions_are_the_towers_features(folder):
+    system = tiny.system(config(folder, **{"conditioning.padding": "zero"}))
+    batch = sample.requests(system, ["a red circle", "", "blue " * 50])
+    frozen = system.load_frozen()
+    assert frozen.keys() == {"text_encoder"} and batch["mask"].sum(1).tolist() == [5, 2, 8]
+    text = jit(system.condition)(frozen, batch, None).semantics
+    tower = system.text_encoder
+    variables = {"params": frozen["text_encoder"]}
+    expected = jit(tower.apply)(variables, batch["ids"], batch["mask"])
+    tokens = np.where(batch["mask"][..., None], expected.tokens, 0)
+    np.testing.assert_allclose(text.tokens, tokens, atol=1e-5)
+    np.testing.assert_allclose(text.pooled, expected.pooled, atol=1e-5)
+
+
+def test_sampling_and_evaluation_go_on_from_the_run(run, folder):
+    path, _ = run
+    out = sample.run(config(folder, **{"sampling.prompts": "a red circle"}), str(path))
+    assert len(list(out.glob("0*.png"))) == 2
+    asked = {"evaluation.metrics": ("prompt_accuracy",), "evaluation.prompts": 2}
+    (record,) = evaluate.run(config(folder, **asked, **{"data.sizes": (24, 96)}), str(path))
+    assert record["evaluation"]["prompts"] == 2
+
+
+def test_exports_name_the_tower(run, folder, capsys):
+    out = exporting.run(config(folder), str(run[0]))
+    assert f"the pipeline loads {folder}" in capsys.readouterr().out
+    names = weights.read(str(out)).keys()
+    assert names and all(name.startswith("model.") for name in names)
+
+
+def test_files_are_noted_once_and_others_refused(run, folder, tmp_path):
+    path, _ = run
+    noted = json.loads((path / "encoders.json").read_text())
+    assert noted.keys() == {"text_encoder"} and len(noted["text_encoder"]) == 64
+    same = clips.write(tmp_path / "same", num_hidden_layers=1)
+    other = clips.write(tmp_path / "other", seed=1, num_hidden_layers=1)
+    Workdir(path).load_frozen(tiny.system(config(same)))  # elsewhere, but the same files
+    for mode, fields in ((loop, {"steps": 4}), (sample, {"sampling.prompts": "a ring"})):
+        with pytest.raises(
+            ConfigError, match=r"^text_encoder\.path: .* are not those .* another --workdir$"
+        ):
+            mode.run(config(other, **fields), str(path))
+    (same / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ConfigError, match=r"^text_encoder\.path: .*same"):
+        loop.run(config(same, steps=4), str(path))
+    assert json.loads((path / "encoders.json").read_text()) == noted
+
+
+def test_broken_weights_are_not_noted(tmp_path):
+    folder = clips.write(tmp_path / "clip", num_hidden_layers=1)
+    good = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(b"no")
+    work = Workdir(tmp_path / "run")
+    work.path.mkdir()
+    system = tiny.system(config(folder))
+    with pytest.raises(ConfigError, match="text_encoder.path: .* cannot be read"):
+        work.load_frozen(system)
+    (folder / "model.safetensors").write_bytes(good)
+    assert work.load_frozen(system).keys() == {"text_encoder"}
+
+
+def test_encoding_of_captions_can_be_sent_to_worker_processes(folder):
+    encode = tiny.system(config(folder)).encode_text
+    for _ in range(2):  # before anything is read, and after
+        there = cloudpickle.loads(cloudpickle.dumps(encode))
+        np.testing.assert_array_equal(there("a red ring"), encode("a red ring"))
+
+
+def test_nothing_is_read_where_nothing_is_encoded():
+    """Summary, plans and transfers work without the files."""
+    system = tiny.system(config(""))
+    assert isinstance(tiny.system(tiny.config()).text_encoder, WordEmbedding)
+    words = summary.summarize(tiny.system(tiny.config()))
+    assert summary.summarize(system) == words  # the tower is not counted
+    with pytest.raises(ConfigError, match="text_encoder.path: empty"):
+        system.load_frozen()
+
+
+def test_summary_tells_what_is_frozen_besides(folder, capsys, monkeypatch):
+    latents = {"autoencoder.name": "kl", "autoencoder.size": "tiny"}
+    summary.run(config(folder, **latents))
+    lines = capsys.readouterr().out.splitlines()
+    network = tiny.system(config(folder, **latents)).frozen["autoencoder"].shapes()
+    count = summary.count_parameters(network)
+    assert f"Frozen besides: autoencoder, {count:,} parameters" in lines
+    count = sum(a.size for a in jax.tree.leaves(tiny.system(config(folder)).load_frozen()))
+    assert f"Frozen besides: text_encoder, {count:,} parameters" in lines
+    assert json.loads(lines[-1]).keys() == {"parameters", "gflop_forward"}
+    monkeypatch.setattr(summary, "summarize", lambda system: {})  # nothing new
+    for path, why in (("", "config: text_encoder.path is em"), ("/no/such", "text_encoder.path: ")):
+        summary.run(config(path))
+        told = capsys.readouterr().out
+        assert f"Frozen besides: text_encoder, of unknown size ({why}" in told
+    summary.run(config("", **{"text_encoder.length": 77, "text_encoder.width": 768}))
+    assert "Frozen besides: text_encoder, 123,060,480 parameters" in capsys.readouterr().out
+
+
+def test_bf16_runs_encode_in_bf16(folder):
+    system = tiny.system(config(folder, **{"model.dtype": "bfloat16"}))
+    batch, frozen = sample.requests(system, ["a ring"]), system.load_frozen()
+    text = jax.eval_shape(
+        lambda f: system.text_encoder.apply(
+            {"params": f["text_encoder"]}, batch["ids"], batch["mask"]
+        ),
+        frozen,
+    )
+    assert text.tokens.dtype == text.pooled.dtype == jnp.bfloat16
+    shapes = jax.eval_shape(lambda: system.example_cond()).semantics
+    assert shapes.tokens.dtype == jnp.bfloat16 and shapes.tokens.shape[1:] == text.tokens.shape[1:]
+
+
+@pytest.mark.parametrize("name", ["words", "clip"])
+def test_transfer_renews_what_hears_another_encoder(folder, name):
+    old = tiny.system(tiny.config(**{"text_encoder.name": name, "text_encoder.path": "elsewhere"}))
+    moves = transfer.plan(old, tiny.system(config(folder)))
+    hearing = {move.status for key, move in moves.items() if key.startswith("model/caption")}
+    assert hearing == {"kept" if name == "clip" else "new"}
+    assert not any(key.startswith("text_encoder") for key in moves)

@@ -26,10 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from condiff_jax.objectives.diffusion import System, Vocabulary, create
-from condiff_jax.pytorch import exporting
-from condiff_jax.runtime.process import fail
-from condiff_jax.sampling.sample import Sampler, noise_keys, requests
 
 from benchmarks import parity, timing
 from benchmarks.timing import COMPILED, OURS, THEIRS
@@ -38,9 +34,15 @@ from condiff_jax.diffusion.guidance import dual_guidance
 from condiff_jax.diffusion.sampler import initial_noise, timesteps
 from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import Pixels
+from condiff_jax.objectives.diffusion import DiffusionObjective, create
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.pretrained import key_maps
 from condiff_jax.pretrained.layout import to_torch
+from condiff_jax.pytorch import exporting
+from condiff_jax.runtime.process import fail
+from condiff_jax.sampling.requests import requests
+from condiff_jax.sampling.sampler import Sampler, noise_keys
 from configs import base
 
 RESULTS = Path(__file__).parent / "results" / "sampling.json"
@@ -67,7 +69,7 @@ def create_autoencoder() -> diffusers.AutoencoderKL:
     ).eval()
 
 
-def create_system(asked: argparse.Namespace, autoencoder: str) -> System:
+def create_system(asked: argparse.Namespace, autoencoder: str) -> DiffusionObjective:
     """Our system; autoencoder: the folder of its weights."""
     values = base.get_config()
     values.model.update(name="dit_ln", size=asked.size, position="extrapolate")
@@ -81,7 +83,7 @@ def create_system(asked: argparse.Namespace, autoencoder: str) -> System:
     return dataclasses.replace(system, model=system.model.clone(depth=depth))
 
 
-def create_params(system: System) -> dict:
+def create_params(system: DiffusionObjective) -> dict:
     """Random ones, of which the blocks' modulations are small.
 
     With larger ones the network is chaotic: 1% of its output in f32 is rounding error.
@@ -91,7 +93,7 @@ def create_params(system: System) -> dict:
     return params
 
 
-def create_transformer(system: System, params: dict) -> diffusers.DiTTransformer2DModel:
+def create_transformer(system: DiffusionObjective, params: dict) -> diffusers.DiTTransformer2DModel:
     """diffusers' DiT with our weights, and with DiT's frequencies (see `parity`)."""
     model, (side, _, channels) = system.model, system.latent_shape
     transformer = diffusers.DiTTransformer2DModel(
@@ -113,7 +115,7 @@ def create_transformer(system: System, params: dict) -> diffusers.DiTTransformer
 
 
 def create_pipeline(
-    system: System, params: dict, vae: diffusers.AutoencoderKL
+    system: DiffusionObjective, params: dict, vae: diffusers.AutoencoderKL
 ) -> diffusers.DiTPipeline:
     """diffusers' pipeline with our weights."""
     scheduler = diffusers.DDIMScheduler.from_config(exporting.scheduler_config(system))
@@ -122,7 +124,7 @@ def create_pipeline(
     return pipeline
 
 
-def undecoded(system: System) -> System:
+def undecoded(system: DiffusionObjective) -> DiffusionObjective:
     """The same system, whose pictures are the latents in uint8."""
     latents = Pixels(factor=VAE.factor, channels=VAE.latent)
     settings = dataclasses.replace(system.config.sampling, clip=False)
@@ -130,7 +132,7 @@ def undecoded(system: System) -> System:
     return dataclasses.replace(system, config=config, autoencoder=latents)
 
 
-def denoiser_calls(system: System, params: dict, x: jax.Array, batch: dict) -> Callable:
+def denoiser_calls(system: DiffusionObjective, params: dict, x: jax.Array, batch: dict) -> Callable:
     """A function that calls the denoiser as the sampler does, on the guidance's batch of branches.
 
     Each call takes the last one's output, or XLA could make them one.
@@ -153,7 +155,9 @@ def denoiser_calls(system: System, params: dict, x: jax.Array, batch: dict) -> C
     return lambda: np.asarray(run(params, x, cond))
 
 
-def our_methods(system: System, params: dict, frozen: dict, labels: np.ndarray, x: jax.Array):
+def our_methods(
+    system: DiffusionObjective, params: dict, frozen: dict, labels: np.ndarray, x: jax.Array
+):
     """{name: function that samples once}; the first two give pictures."""
     params = jax.device_put(params, jax.devices()[0])
     frozen = jax.device_put(frozen, jax.devices()[0])

@@ -10,17 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from condiff_jax.objectives.diffusion import System, Vocabulary, create
 
 from benchmarks import parity, sampling, timing
 from benchmarks.timing import COMPILED, OURS, THEIRS
 from condiff_jax.models import unet
+from condiff_jax.objectives.diffusion import DiffusionObjective, create
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.pretrained import key_maps
 from condiff_jax.pretrained.layout import to_torch
 from condiff_jax.runs import optimizer, state
 from condiff_jax.runtime import sharding
-from condiff_jax.training import loop
+from condiff_jax.training import step
 from configs import base
 
 CLASSES = sampling.CLASSES
@@ -28,7 +29,7 @@ NAMES = {"dit": "dit_ln", "unet": "unet"}
 METHODS = {"ours": OURS, "eager": THEIRS, "compile": COMPILED}
 
 
-def create_system(asked: argparse.Namespace) -> System:
+def create_system(asked: argparse.Namespace) -> DiffusionObjective:
     """Our system, whose autoencoder is never run; ConfigError for what it cannot be."""
     values = base.get_config()
     values.batch_size = asked.batch
@@ -41,7 +42,7 @@ def create_system(asked: argparse.Namespace) -> System:
     return create(create_config(values), Vocabulary((), tuple(map(str, range(CLASSES)))))
 
 
-def create_params(system: System) -> dict:
+def create_params(system: DiffusionObjective) -> dict:
     """Fresh ones and some noise, or most gradients would be zero; in the host's memory.
 
     Noise in biases opens the gates of AdaLN-zero; in kernels more of it would make rounding grow.
@@ -57,12 +58,12 @@ def create_params(system: System) -> dict:
     return jax.tree_util.tree_map_with_path(disturb, params)
 
 
-def is_unet(system: System) -> bool:
+def is_unet(system: DiffusionObjective) -> bool:
     """Whether the denoiser is a UNet."""
     return isinstance(system.model, unet.UNet)
 
 
-def create_reference(system: System, params: dict) -> torch.nn.Module:
+def create_reference(system: DiffusionObjective, params: dict) -> torch.nn.Module:
     """diffusers' network with our weights: of as many parameters, called with (x, t, labels)."""
     if is_unet(system):
         side, _, channels = system.latent_shape
@@ -76,7 +77,7 @@ def create_reference(system: System, params: dict) -> torch.nn.Module:
     return network
 
 
-def create_batch(system: System, size: int) -> dict:
+def create_batch(system: DiffusionObjective, size: int) -> dict:
     """What a cache of latents gives: moments f16 (B, h, w, 2 C) and labels."""
     rng, (side, _, channels) = np.random.default_rng(0), system.latent_shape
     moments = rng.normal(size=(size, side, side, 2 * channels)) / system.autoencoder.scale
@@ -89,9 +90,9 @@ def create_batch(system: System, size: int) -> dict:
 class Ours:
     """Our train step and its state on one device."""
 
-    def __init__(self, system: System, params: dict, batch: dict, steps: int):
+    def __init__(self, system: DiffusionObjective, params: dict, batch: dict, steps: int):
         self.steps, mesh = steps, timing.one_device()
-        _, self.step = loop.compile_step(system, mesh)
+        _, self.step = step.compile_step(system, mesh)
         self.batch = sharding.put_batch(mesh, batch)
         # Copies, for the step is given the state's memory.
         begun = state.create(jax.tree.map(jnp.array, params), optimizer.create(system.config))
@@ -117,7 +118,9 @@ class Ours:
 class Theirs:
     """The same train step in PyTorch, on a network that is called with (x, t, labels)."""
 
-    def __init__(self, network: torch.nn.Module, system: System, batch: dict, steps: int):
+    def __init__(
+        self, network: torch.nn.Module, system: DiffusionObjective, batch: dict, steps: int
+    ):
         self.call, self.params = network, list(network.parameters())
         self.device = self.params[0].device.type
         self.system, self.steps = system, steps
@@ -174,7 +177,7 @@ class Theirs:
     def first(self) -> dict[str, float]:
         """Loss and norm of the gradient with the noise of our first step; nothing is updated."""
         key = jax.random.fold_in(jax.random.key(self.system.config.seed), 0)
-        drawn = jax.jit(partial(loop.draw_noise, system=self.system, batch=len(self.labels)))(key)
+        drawn = jax.jit(partial(self.system.draw_noise, batch=len(self.labels)))(key)
         noise = {name: self.put(a) for name, a in drawn.items()}
         noise |= {name: noise[name].permute(0, 3, 1, 2) for name in ("latent", "eps")}
         loss, norm = self.backward(noise | {"t": noise["t"].long()})
@@ -199,7 +202,7 @@ class Theirs:
         return torch.cuda.max_memory_allocated()
 
 
-def create_methods(asked: argparse.Namespace, system: System, device: str) -> dict:
+def create_methods(asked: argparse.Namespace, system: DiffusionObjective, device: str) -> dict:
     """{name: Ours or Theirs}; device: PyTorch's. Both networks have as many parameters."""
     params, batch = create_params(system), create_batch(system, asked.batch)
     chosen, methods = [asked.only] if asked.only else list(METHODS), {}

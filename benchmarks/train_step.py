@@ -24,15 +24,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import torch
-from condiff_jax.objectives.diffusion import System
-from condiff_jax.runtime.process import fail
 
 from benchmarks import timing
 from benchmarks.timing import COMPILED, OURS, THEIRS
@@ -47,8 +44,9 @@ from benchmarks.train_methods import (
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.models.attention import BACKENDS
 from condiff_jax.models.transformer import REMAT
+from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.runtime import flops
-from condiff_jax.training import loop
+from condiff_jax.runtime.process import fail
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 # Largest relative differences of the loss and of the norm of the gradient.
@@ -84,18 +82,18 @@ def agree(record: dict, dtype: str) -> bool:
     )
 
 
-def with_backend(system: System, backend: str) -> System:
+def with_backend(system: DiffusionObjective, backend: str) -> DiffusionObjective:
     """The same system with attention by another backend."""
     return dataclasses.replace(system, model=system.model.clone(backend=backend))
 
 
-def compare_attention(system: System, size: int) -> dict[str, dict[str, float]]:
+def compare_attention(system: DiffusionObjective, size: int) -> dict[str, dict[str, float]]:
     """Our first loss and norm of the gradient by the backend of attention: plain XLA, and ours."""
-    batch, noise = create_batch(system, size), loop.draw_noise(jax.random.key(0), system, size)
+    batch, noise = create_batch(system, size), system.draw_noise(jax.random.key(0), size)
     params, made = jax.device_put(create_params(system), jax.devices()[0]), {}
     for backend in ("xla", system.model.backend):
-        loss_fn = partial(loop.loss_fn, system=with_backend(system, backend))
-        loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params, batch, noise)
+        loss_fn = with_backend(system, backend).loss
+        (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, noise)
         made[backend] = {"loss": float(loss), "grad_norm": float(optax.global_norm(grads))}
     return agreement(made, "xla")
 
@@ -137,7 +135,7 @@ def run(asked: argparse.Namespace) -> dict:
     gpu = timing.start(asked.cores) or (alone and torch.cuda.is_available())
     with timing.precision(asked.dtype):
         system = create_system(asked)
-        gflop = loop.forward_flops(system) / 1e9
+        gflop = system.forward_flops() / 1e9
         record = timing.surroundings() | {"settings": vars(asked), "gflop_forward": gflop}
         record |= {"peak_tflops": flops.peak_tflops(), "attention": {}, "rows": []}
         if not asked.only and system.model.backend != "xla":

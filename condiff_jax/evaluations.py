@@ -9,7 +9,8 @@ from etils import epath
 
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.results import Line, checked, load_json
-from condiff_jax.runs.workdir import Workdir, read_json_lines
+from condiff_jax.runs.workdir import Workdir
+from condiff_jax.runtime.files import read_json_lines
 
 
 def read(place: str) -> list[dict[str, Any]]:

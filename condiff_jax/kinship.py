@@ -11,7 +11,8 @@ from etils import epath
 from condiff_jax.config.build import with_fields
 from condiff_jax.config.identity import identity, stages
 from condiff_jax.config.schema import Config
-from condiff_jax.runs.workdir import Workdir, read_json_lines
+from condiff_jax.runs.workdir import Workdir
+from condiff_jax.runtime.files import read_json_lines
 
 
 def digest(config: Config) -> str:

@@ -27,11 +27,11 @@ def main(_) -> None:
     # Imported here so that bad flags are reported at once, not after loading JAX.
     from condiff_jax.config.errors import ConfigError
     from condiff_jax.objectives.validate import create_config
-    from condiff_jax.runtime.distributed import ending, join, several
+    from condiff_jax.runtime.distributed import abort_on_error, initialize, is_multiprocess
 
     if MODE.value not in ("plan", "summary"):  # which use no device
-        join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    with stoppable(agreed=MODE.value == "train" and several()), ending():
+        initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    with stoppable(agreed=MODE.value == "train" and is_multiprocess()), abort_on_error():
         try:
             dispatch(create_config(CONFIG.value), MODE.value, WORKDIR.value)
         except (ConfigError, FloatingPointError) as error:

@@ -26,6 +26,7 @@ from condiff_jax.config.schema import Config
 from condiff_jax.objectives import summary
 from condiff_jax.objectives.diffusion import create as create_system
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import load_vocabulary
 from condiff_jax.results import Line, Table
 from condiff_jax.runtime.process import fail
 
@@ -34,7 +35,7 @@ NONE = "-"  # a cell without a value
 
 def size_and_flop(config: Config) -> tuple[float, float]:
     """(parameters in millions, forward GFLOP) of a config's denoiser; nothing is allocated."""
-    found = summary.summarize(create_system(config, summary.vocabulary(config)))
+    found = summary.summarize(create_system(config, load_vocabulary(config)))
     return found["parameters"] / 1e6, found["gflop_forward"]
 
 

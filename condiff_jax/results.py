@@ -22,7 +22,7 @@ import jax
 from etils import epath
 
 from condiff_jax.config.errors import ConfigError, one_line
-from condiff_jax.runs.workdir import read_json_lines
+from condiff_jax.runtime.files import read_json_lines
 
 # A row that was finished; a diverged one is a result too (the paper marks such runs).
 FINISHED = ("done", "diverged")

@@ -32,8 +32,8 @@ from condiff_jax.config.schema import Config
 from condiff_jax.evaluation import evaluate
 from condiff_jax.objectives import summary
 from condiff_jax.objectives.validate import validate
-from condiff_jax.runs.workdir import append_json
-from condiff_jax.runtime.distributed import ending, join, several
+from condiff_jax.runtime.distributed import abort_on_error, initialize, is_multiprocess
+from condiff_jax.runtime.files import append_json
 from condiff_jax.runtime.process import fail, stoppable, use_huge_pages
 from condiff_jax.training import loop
 
@@ -322,8 +322,8 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """`run` with bad arguments as one line and exit code 2, and SIGTERM as an end in order."""
-    join(None, None, None)
-    with stoppable(agreed=several()), ending():
+    initialize(None, None, None)
+    with stoppable(agreed=is_multiprocess()), abort_on_error():
         try:
             return run(argv)
         except ConfigError as error:

@@ -155,11 +155,12 @@ def small_models() -> Iterator[None]:
 
 def lower(stage: Config) -> None:
     """Trace and lower a train step; compile nothing."""
-    from condiff_jax.objectives import diffusion, summary
+    from condiff_jax.objectives import diffusion
+    from condiff_jax.objectives.vocabulary import load_vocabulary
     from condiff_jax.planning import plan
     from condiff_jax.runtime import sharding
 
-    plan.lower_step(diffusion.create(stage, summary.vocabulary(stage)), sharding.local_mesh())
+    plan.lower_step(diffusion.create(stage, load_vocabulary(stage)), sharding.local_mesh())
 
 
 class Trainer:
@@ -201,7 +202,6 @@ def run(configs: list[Config], folder: Path) -> None:
     Of those that differ in scales alone, one: `test_other_guidance_scales_need_no_other_program`.
     """
     from condiff_jax.runs.workdir import Workdir
-
     from condiff_jax.sampling import sample
     from condiff_jax.training import loop
 

@@ -9,15 +9,16 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from condiff_jax.runs.checkpoint import Checkpoints, abstract_state
-from condiff_jax.runs.workdir import Workdir
 
 from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.models import transformer
 from condiff_jax.objectives import diffusion as system_lib
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import create_vocabulary
 from condiff_jax.runs import optimizer, state
+from condiff_jax.runs.checkpoint import Checkpoints, abstract_state
+from condiff_jax.runs.workdir import Workdir
 from condiff_jax.training import loop
 from configs import base
 
@@ -48,9 +49,9 @@ def config(**overrides) -> Config:
     return create_config(values(**overrides))
 
 
-def system(config: Config) -> system_lib.System:
+def system(config: Config) -> system_lib.DiffusionObjective:
     """Its modules, on the vocabulary of its data."""
-    return system_lib.create(config, system_lib.create_vocabulary(config, create_source(config)))
+    return system_lib.create(config, create_vocabulary(config, create_source(config)))
 
 
 @contextlib.contextmanager

@@ -265,6 +265,15 @@ class Sampling:
     size_range: tuple[int, ...] = (512, 1024)  # pixels
 
 
+# The fields that name the networks of metrics; other metrics need none.
+NETWORK_FIELDS = {
+    "fid": "evaluation.inception",
+    "kid": "evaluation.inception",
+    "precision_recall": "evaluation.inception",
+    "clip_score": "evaluation.clip",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What is measured, and against what."""

@@ -11,7 +11,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from condiff_jax.data.resize import resize
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that swap the sides
+ORIENTATION, TRANSPOSED = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that swap the sides
 # A JPEG may be decoded at a half, a quarter or an eighth of its size, which is faster, if a window
 # keeps this many times the pixels a side that it is resized to: the difference is that of one good
 # filter from another.
@@ -31,8 +31,8 @@ class Encoded:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
         orientation = image.getexif().get(ORIENTATION, 1)
         self._turned = orientation in range(2, 9)
-        self.lies = orientation in LYING  # its sides are swapped in the file
-        self.height, self.width = image.size if self.lies else image.size[::-1]
+        self.transposed = orientation in TRANSPOSED  # its sides are swapped in the file
+        self.height, self.width = image.size if self.transposed else image.size[::-1]
         # Turning would move the fractions of a pixel at a window's edges elsewhere.
         self._shrinks = isinstance(image, JpegImageFile) and not self._turned
 
@@ -86,7 +86,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def fault(error: Exception) -> str:
+def decode_error(error: Exception) -> str:
     """The kind of what `decode` raised, in a few words."""
     if isinstance(error, Image.DecompressionBombError):
         return "too large"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
+from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.schema import Config
 from condiff_jax.data.augment import SCALARS, augment
 from condiff_jax.data.cifar10 import Cifar10
 from condiff_jax.data.latent_cache import Cache
@@ -92,7 +94,7 @@ class Preprocess(grain.transforms.RandomMap):
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw(grain.transforms.MapWithIndex):
+class SampleView(grain.transforms.MapWithIndex):
     """Number of a picture in a cache -> one of its views, which `Cache.batch` makes an example."""
 
     source: Cache
@@ -123,7 +125,7 @@ def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
     data = config.data
     numbers = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     if isinstance(source, Cache):
-        return numbers.map_with_index(Draw(source, config.seed, encode_text))
+        return numbers.map_with_index(SampleView(source, config.seed, encode_text))
     process = Preprocess(source, data.resolution, data.crop, data.flip, encode_text)
     return numbers.random_map(process)
 
@@ -178,3 +180,17 @@ def batches(
         options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=4)
         dataset = dataset.mp_prefetch(options, leave_signals_to_parent)
     return iter(dataset)
+
+
+def open_source(config: Config):
+    """The training data; ConfigError where it cannot be read."""
+    if config.data.path and config.data.name == "shapes":
+        raise ConfigError(
+            "data.path",
+            f"is {config.data.path}, but data.name=shapes reads no files; set data.name to "
+            "tfds (what mode prepare writes), webdataset or latents",
+        )
+    try:
+        return create_source(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError("data.path", one_line(error)) from error

@@ -2,7 +2,9 @@
 
 import bisect
 import functools
+import hashlib
 import itertools
+import json
 import operator
 import re
 from collections import Counter
@@ -137,3 +139,9 @@ def count_words(captions: Iterable[str]) -> Counter:
 def by_frequency(counts: Counter) -> list[str]:
     """The words, most frequent first, ties in alphabetical order."""
     return sorted(counts, key=lambda word: (-counts[word], word))
+
+
+def fingerprint(source) -> str:
+    """A sha256 that differs between sources with other files, or of other length."""
+    files = source.files() if isinstance(source, Records) else []
+    return hashlib.sha256(json.dumps([len(source), files]).encode()).hexdigest()

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from condiff_jax.config.errors import ConfigError, config_errors
-from condiff_jax.config.schema import Config
+from condiff_jax.config.schema import NETWORK_FIELDS, Config
 from condiff_jax.evaluation import feature_networks
 from condiff_jax.evaluation.metrics import fid, kid, precision_recall, shapes_features
 from condiff_jax.evaluation.metrics.clip_score import ClipScore
@@ -30,23 +30,19 @@ from condiff_jax.evaluation.metrics.frechet import Moments, frechet_distance
 from condiff_jax.evaluation.reference import (
     Reference,
     describe,
-    kept,
-    read_arrays,
     reference_statistics,
     statistics_of,
-    write_arrays,
 )
-from condiff_jax.runs.workdir import Workdir, write
+from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
+from condiff_jax.runtime.files import load_cached, read_arrays, write, write_arrays
 from condiff_jax.sampling import sample
+from condiff_jax.sampling import sampler as sampler_lib
+from condiff_jax.sampling.requests import requests
 
-# What each metric looks at pictures with.
-NETWORK = {
-    "fid": "inception",
-    "kid": "inception",
-    "precision_recall": "inception",
-    "frechet_shapes": "shapes",
-    "clip_score": "clip",
+# The network that a metric sees images with.
+NETWORK = {"frechet_shapes": "shapes"} | {
+    metric: field.removeprefix("evaluation.") for metric, field in NETWORK_FIELDS.items()
 }
 PAIRED = {"kid", "precision_recall"}  # need the reference's features, not only their moments
 PART = 512  # pictures whose features are kept in one file
@@ -85,7 +81,7 @@ def _network(name: str, path: str) -> FeatureNetwork | ClipScore:
         return feature_networks.load_inception(path)
 
 
-def least(metrics: Collection[str]) -> int:
+def min_samples(metrics: Collection[str]) -> int:
     """Pictures of each side that metrics need to be defined."""
     return precision_recall.NEIGHBOURS + 1 if "precision_recall" in metrics else 2
 
@@ -108,7 +104,7 @@ def describe_networks(
 
 
 def measure(
-    sampler: sample.Sampler, params: dict, folder: Workdir, parts: epath.Path
+    sampler: sampler_lib.Sampler, params: dict, folder: Workdir, parts: epath.Path
 ) -> dict[str, float | bool | None]:
     """Those of evaluation.metrics that are in NETWORK.
 
@@ -154,7 +150,7 @@ def measure(
 
 
 def generate(
-    sampler: sample.Sampler,
+    sampler: sampler_lib.Sampler,
     params: dict,
     asked: Sequence[Any],
     networks: dict[str, FeatureNetwork | ClipScore],
@@ -173,9 +169,9 @@ def generate(
         for low in range(0, len(asked), PART):
             some = asked[low : low + PART]
             file = folder / f"{low:08d}-{len(some)}{save and '-' + save}.npz"
-            values = kept(file, read_arrays)
+            values = load_cached(file, read_arrays)
             if values is None or set(values) != set(networks):
-                batch = sample.requests(sampler.system, some, first=FIRST_INDEX + low, seen=seen)
+                batch = requests(sampler.system, some, first=FIRST_INDEX + low, seen=seen)
                 pictures = sampler(params, batch, first=FIRST_INDEX + low)
                 values = {name: _look(networks, name, pictures, some) for name in networks}
                 if chief:
@@ -235,7 +231,7 @@ def saved(folder: epath.Path, config: Config) -> bool:
     return len(list((folder / "pictures").glob("*.png"))) == settings.samples
 
 
-def forget(folder: epath.Path) -> None:
+def delete_parts(folder: epath.Path) -> None:
     """Drop the parts of a measurement that is recorded; pictures that were asked for stay."""
     if jax.process_index() == 0 and folder.exists():
         for file in [*folder.glob("*.npz"), *folder.glob("*.json"), *folder.glob("*.tmp")]:

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from condiff_jax.config.build import with_fields
-from condiff_jax.config.errors import ConfigError, config_errors, one_line
+from condiff_jax.config.errors import ConfigError, config_errors
 from condiff_jax.config.schema import Config
 from condiff_jax.data import augment
 from condiff_jax.data.pipeline import create_source, read_ahead
-from condiff_jax.data.records import read_record
+from condiff_jax.data.records import fingerprint, read_record
 from condiff_jax.evaluation.metrics import fid
 from condiff_jax.evaluation.metrics.features import FeatureNetwork
 from condiff_jax.evaluation.metrics.frechet import Moments
-from condiff_jax.objectives.diffusion import System
-from condiff_jax.runs.workdir import write
-from condiff_jax.runtime.distributed import meet
-from condiff_jax.training.encode import stamp
+from condiff_jax.objectives.diffusion import DiffusionObjective
+from condiff_jax.runtime.distributed import barrier
+from condiff_jax.runtime.files import load_cached, read_arrays, write_arrays
 
 # Where the reference in a split of `shapes` starts. Training draws from 2**31 pictures, so next to
 # none of these is among those that it has seen.
@@ -41,7 +38,7 @@ PART = 256  # pictures that a host reads and looks at before all hosts share wha
 
 
 @dataclasses.dataclass(frozen=True)
-class Square:
+class CenterCrop:
     """Place in `numbers` -> the picture's largest centred square at a side: uint8 (S, S, 3)."""
 
     source: Any
@@ -121,7 +118,7 @@ class Reference:
         with config_errors(self.field):
             pictures = [self.source[int(i)]["image"].tobytes() for i in some]
         seen = hashlib.sha256(b"".join(pictures)).hexdigest()
-        return fields | {"files": stamp(self.source), "pictures": seen}
+        return fields | {"files": fingerprint(self.source), "pictures": seen}
 
     def digest(self, *others: str) -> str:
         """A sha256 of `identity`, and of others."""
@@ -138,7 +135,7 @@ class Reference:
         parts = [places[low : low + PART] for low in range(0, len(places), PART)]
         rounds = range(0, len(parts), jax.process_count())
         own = [part for start in rounds for part in parts[start + process :][:1]]
-        squares = Square(self.source, self.numbers, self.config.data.resolution)
+        squares = CenterCrop(self.source, self.numbers, self.config.data.resolution)
         dataset = grain.MapDataset.source(np.concatenate([places[:0], *own])).map(squares)
         records = read_ahead(dataset, self.config.data.workers)
         quiet = len(rounds) < 2 or process != 0
@@ -151,7 +148,7 @@ class Reference:
                 whole = whole[: len(part)]
                 yield part[whole], features[: len(part)][whole]
 
-    def asked(self, n: int, system: System) -> list[Any]:
+    def asked(self, n: int, system: DiffusionObjective) -> list[Any]:
         """Captions or labels of n of them in a random order, those of `shapes` as they come.
 
         ConfigError where their classes are not the model's.
@@ -170,30 +167,6 @@ class Reference:
         return [read_record(self.source, int(i), read)[what] for i in numbers]
 
 
-def kept(file: epath.Path, read: Callable[[bytes], Any]) -> Any:
-    """What an evaluation has kept in a file; None where it has not, or the file is damaged."""
-    if not file.exists():
-        return None
-    try:
-        return read(file.read_bytes())
-    except Exception as error:  # what broken files raise is not documented
-        logging.warning("%s is damaged, and made again: %s", file, one_line(error))
-        return None
-
-
-def read_arrays(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file, by name."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def write_arrays(file: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a .npz file, whole or not at all."""
-    with io.BytesIO() as buffer:
-        np.savez(buffer, **arrays)
-        write(file, buffer.getvalue())
-
-
 def reference_statistics(
     network: FeatureNetwork, reference: Reference, folder: epath.Path, *, keep: int = 0
 ) -> tuple[fid.Statistics, np.ndarray | None]:
@@ -203,8 +176,8 @@ def reference_statistics(
     """
     name = reference.digest(*network.identity)[:12]
     moments, rows = folder / f"{name}.npz", folder / f"{name}-{keep}.npz"
-    found = kept(moments, lambda _: fid.load(str(moments)))
-    features = kept(rows, read_arrays) if keep else {"features": None}
+    found = load_cached(moments, lambda _: fid.load(str(moments)))
+    features = load_cached(rows, read_arrays) if keep else {"features": None}
     if found and features:
         return found, features["features"]
     found, features = describe(network, reference, keep)
@@ -213,7 +186,7 @@ def reference_statistics(
         found.save(str(moments))
         if keep:
             write_arrays(rows, {"features": features})
-    meet("reference")
+    barrier("reference")
     return found, features if keep else None
 
 

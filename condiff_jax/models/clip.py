@@ -129,7 +129,7 @@ class Block(nn.Module):
         size = self.size
         attention = Attention(size.heads, dtype=self.dtype, name="attention")
         mlp = Mlp(size.hidden, size.width, self.dtype, ACTIVATIONS[size.activation], name="mlp")
-        x = layers.by_example(x)
+        x = layers.constrain_batch(x)
         x = x + attention(norm(size, "norm1")(x).astype(self.dtype), bias=bias)
         return x + mlp(norm(size, "norm2")(x).astype(self.dtype)), None
 

@@ -30,7 +30,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, context: jax.Array | None):
-        x = layers.by_example(x)
+        x = layers.constrain_batch(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, self.dtype, name="modulation")(
             emb
         )

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
             if level < last:
                 name = f"up_{level}_upsample"
                 y = nn.Conv(width, (3, 3), dtype=self.dtype, name=name)(upsample(y))
-                y = layers.by_example(y)
+                y = layers.constrain_batch(y)
         return head(size, 3, y)
 
 

@@ -20,7 +20,7 @@ normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros
 
 
-def by_example(x: jax.Array) -> jax.Array:
+def constrain_batch(x: jax.Array) -> jax.Array:
     """x (B, ...), with each example on one device of the mesh that `sharding.traced_on` set.
 
     Without one nothing happens. XLA would else split activations like the parameters that they
@@ -155,7 +155,7 @@ class HeadMerge(nn.Module):
         merge = nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="linear"
         )
-        return by_example(merge(x))  # on TPUs that of cross-attention would be gathered
+        return constrain_batch(merge(x))  # on TPUs that of cross-attention would be gathered
 
 
 def rms_norm(enabled: bool, name: str):

@@ -66,7 +66,7 @@ class Block(nn.Module):
             width = x.shape[-1]
             join = nn.Dense(width, kernel_init=layers.xavier, dtype=self.dtype, name="skip")
             x = join(jnp.concatenate([x, skip], -1))
-        x = layers.by_example(x)
+        x = layers.constrain_batch(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, self.dtype, name="modulation")(
             emb
         )

@@ -37,7 +37,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, emb: jax.Array) -> tuple[jax.Array, None]:
-        z = layers.by_example(z)
+        z = layers.constrain_batch(z)
         shift1, scale1, gate1, shift2, scale2, gate2 = Modulation(6, self.dtype, name="modulation")(
             emb
         )
@@ -80,7 +80,7 @@ class TwoStreamBlock(nn.Module):
 
     @nn.compact
     def __call__(self, xc: tuple[jax.Array, jax.Array], emb: jax.Array):
-        x, c = map(layers.by_example, xc)
+        x, c = map(layers.constrain_batch, xc)
         mod_x = Modulation(6, self.dtype, name="modulation")(emb)
         mod_c = Modulation(2 if self.last else 6, self.dtype, name="context_modulation")(emb)
         qkv = [

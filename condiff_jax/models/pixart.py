@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, modulation: jax.Array, context: jax.Array):
-        x = layers.by_example(x)
+        x = layers.constrain_batch(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = Table(6, self.dtype, name="modulation")(
             modulation
         )

@@ -117,7 +117,7 @@ class Transformer(nn.Module):
 
 def kept_text(cond: Cond) -> Text:
     """The text features, all zero where semantics are dropped."""
-    text: Text = jax.tree.map(layers.by_example, cond.semantics)
+    text: Text = jax.tree.map(layers.constrain_batch, cond.semantics)
     return text.replace(
         tokens=jnp.where(cond.drop_semantics[:, None, None], 0, text.tokens),
         pooled=jnp.where(cond.drop_semantics[:, None], 0, text.pooled),

@@ -205,17 +205,17 @@ class UNet(nn.Module):
         """What transformers hear (B, T, C): text tokens or one class token, null where dropped."""
         drop = cond.drop_semantics
         if self.classes is None:
-            return layers.by_example(jnp.where(drop[:, None, None], 0, cond.semantics.tokens))
+            return layers.constrain_batch(jnp.where(drop[:, None, None], 0, cond.semantics.tokens))
         # No norm follows, so the token starts with the unit variance of text features.
         table = nn.Embed(
             self.classes + 1, self.size.context, embedding_init=nn.initializers.normal(1.0),
             dtype=self.dtype, name="class_embed",
         )  # fmt: skip
-        return layers.by_example(table(jnp.where(drop, self.classes, cond.semantics))[:, None])
+        return layers.constrain_batch(table(jnp.where(drop, self.classes, cond.semantics))[:, None])
 
     def stage(self, part: str, index: int, width: int, attend: bool, y: jax.Array, given: tuple):
         """A ResNet block and, to attend, a transformer block; given: (time embedding, context)."""
-        size, remat, y = self.size, REMAT[self.remat], layers.by_example(y)
+        size, remat, y = self.size, REMAT[self.remat], layers.constrain_batch(y)
         emb, context = given
         resnet = remat(ResNetBlock)(
             width, size.groups, dtype=self.dtype, adaptive=self.adaptive,
@@ -254,5 +254,5 @@ class UNet(nn.Module):
             if level < len(levels) - 1:
                 name = f"up_{level}_upsample"
                 y = nn.Conv(width, (3, 3), dtype=self.dtype, name=name)(upsample(y))
-                y = layers.by_example(y)
+                y = layers.constrain_batch(y)
         return y

@@ -72,7 +72,7 @@ class UNet2D(UNet):
         )  # fmt: skip
         # The last row is the null condition.
         class_emb = table(jnp.where(cond.drop_semantics, self.classes, cond.semantics))
-        class_emb = layers.by_example(class_emb)
+        class_emb = layers.constrain_batch(class_emb)
         prepare, _ = conditioners.load(self.conditioner)
         heard = Prepare(prepare, name="class_prepare")(time_emb, class_emb)
         return heard, (class_emb, time_emb, t)
@@ -84,7 +84,7 @@ class UNet2D(UNet):
 
     def stage(self, part: str, index: int, width: int, attend: bool, y: jax.Array, given: tuple):
         """A ResNet block, the conditioner and, to attend, self-attention; given: as of `given`."""
-        size, remat, y = self.size, REMAT[self.remat], layers.by_example(y)
+        size, remat, y = self.size, REMAT[self.remat], layers.constrain_batch(y)
         emb, others = given
         resnet = remat(ResNetBlock)
         name = f"{part}_resnet_{index}"

@@ -1,158 +1,84 @@
-"""Training of the classifiers that guide sampling: what `reconstruction.py` is to autoencoders.
+"""The objective of classifiers that guide sampling (arXiv:2105.05233, App. H).
 
-Cross-entropy on pictures noised as a denoiser's are (arXiv:2105.05233, App. H), with every t as
-often as any other.
+Cross-entropy on images noised as a denoiser's are, at uniform t.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from condiff_jax.data.augment import center
-from condiff_jax.data.pipeline import create_source
+from condiff_jax import models
+from condiff_jax.config.schema import Config
 from condiff_jax.diffusion.loss import add_noise, draw_timesteps
 from condiff_jax.models.autoencoder import Latents
-from condiff_jax.runs.workdir import append_json
+from condiff_jax.objectives.base import NoisedObjective, create_space_and_schedule
+from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.runtime import flops
-from condiff_jax.sampling.classifier_guide import NoisyClassifier
-from condiff_jax.sampling.image_grid import caption_grid
-from condiff_jax.training.reporters.diffusion import Log
 
-PICTURES, BATCH = 256, 64  # of the validation data that progress is measured on
-QUARTERS = 4  # parts of 0..T-1 that accuracies are told of
-COLUMNS = 8  # pictures that a grid shows at each noise level
+QUARTERS = 4  # parts of 0..T-1 that accuracy is reported for
 
 
-def draw_noise(
-    key: jax.Array, system: NoisyClassifier, batch: int, step: jax.Array
-) -> dict[str, jax.Array]:
-    """All randomness of one step; leading dimension B. It is the same at every step."""
-    del step
-    key_t, key_eps, key_latent = jax.random.split(key, 3)
-    shape = (batch, *system.latent_shape)
-    noise = {
-        "t": draw_timesteps(key_t, batch, system.schedule.timesteps),
-        "eps": jax.random.normal(key_eps, shape),
-    }
-    if isinstance(system.autoencoder, Latents):
-        noise["latent"] = jax.random.normal(key_latent, shape)
-    return noise
+@dataclasses.dataclass(frozen=True)
+class ClassificationObjective(NoisedObjective):
+    """Modules of a classifier; its parameters are {"classifier": ...}."""
 
+    def init(self, key: jax.Array) -> dict:
+        """See `Objective.init`."""
+        x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,), jnp.int32)
+        return {"classifier": self.model.init(key, x, t)["params"]}
 
-def predict(
-    params: dict, batch: dict, noise: dict, system: NoisyClassifier
-) -> tuple[jax.Array, jax.Array]:
-    """(logits (B, classes), x_t (B, H, W, C)) of noised pictures; params: with frozen ones."""
-    x = system.clean(params, batch, noise.get("latent"))
-    x = add_noise(system.schedule, x, noise["t"], noise["eps"])
-    return system.model.apply({"params": params["classifier"]}, x, noise["t"]), x
+    def draw_noise(self, key: jax.Array, batch: int, step: jax.Array | int = 0) -> dict:
+        """See `Objective.draw_noise`; the distribution is the same at every step."""
+        key_t, key_eps, key_latent = jax.random.split(key, 3)
+        shape = (batch, *self.latent_shape)
+        noise = {
+            "t": draw_timesteps(key_t, batch, self.schedule.timesteps),
+            "eps": jax.random.normal(key_eps, shape),
+        }
+        if isinstance(self.autoencoder, Latents):
+            noise["latent"] = jax.random.normal(key_latent, shape)
+        return noise
 
+    def predict(self, params: dict, batch: dict, noise: dict) -> tuple[jax.Array, jax.Array]:
+        """(logits (B, classes), x_t (B, H, W, C)) of noised images; params: with frozen ones."""
+        x = self.clean(params, batch, noise.get("latent"))
+        x = add_noise(self.schedule, x, noise["t"], noise["eps"])
+        return self.model.apply({"params": params["classifier"]}, x, noise["t"]), x
 
-def loss_fn(
-    params: dict,
-    batch: dict,
-    noise: dict,
-    *,
-    system: NoisyClassifier,
-    frozen: dict | None = None,
-) -> tuple[jax.Array, dict]:
-    """Mean cross-entropy (), nats, and the share of right classes, also by quarter of t.
+    def loss(
+        self, params: dict, batch: dict, noise: dict, frozen: dict | None = None
+    ) -> tuple[jax.Array, dict]:
+        """Mean cross-entropy (), nats, and the share of right classes, also by quarter of t.
 
-    A quarter's share counts a quarter of the batch, as t are drawn; exact if 4 divides the batch.
-    """
-    logits, _ = predict({**params, **(frozen or {})}, batch, noise, system)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    right = logits.argmax(-1) == batch["label"]
-    quarter = QUARTERS * noise["t"] // system.schedule.timesteps
-    parts = {"accuracy": right.mean()} | {
-        f"accuracy_{i + 1}": QUARTERS * (right & (quarter == i)).mean() for i in range(QUARTERS)
-    }
-    return losses.mean(), parts
-
-
-def forward_flops(system: NoisyClassifier) -> int:
-    """FLOPs of classifying one picture, multiply-add = 2; those of an autoencoder are left out."""
-    network = system.model.clone(backend="xla")
-    params = system.shapes["classifier"]
-    x = jax.ShapeDtypeStruct((1, *system.latent_shape), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return flops.count(lambda params, *x: network.apply({"params": params}, *x), params, x, t)
-
-
-class Reporter(Log):
-    """The log of a classifier's training: what it says of unseen pictures, at four noise levels."""
-
-    def __init__(
-        self, system: NoisyClassifier, mesh: Any, folder: Any, frozen: dict, *, first: int = 0
-    ):
-        super().__init__(folder, first=first)
-        self.system, self.frozen = system, frozen
-        try:
-            source = create_source(system.config, "validation")
-        except (OSError, ValueError):
-            source = create_source(system.config, "train")
-        records = [source[i] for i in range(min(PICTURES, len(source)))]
-        side = system.config.data.resolution
-        self.images = np.stack([center(record["image"], side)[0] for record in records])
-        self.labels = np.array([record["label"] for record in records], np.int32)
-        self.look = jax.jit(self._look)
-
-    def _look(self, params: dict, frozen: dict, batch: dict, t: jax.Array, key: jax.Array):
-        """(probabilities (B, classes), pictures uint8 (B, R, R, 3)) at one t ()."""
-        n, params = batch["label"].shape[0], {**params, **frozen}
-        noise = draw_noise(key, self.system, n, 0) | {"t": jnp.full((n,), t)}
-        logits, x = predict(params, batch, noise, self.system)
-        return jax.nn.softmax(logits), self.system.autoencoder.decode(params.get("autoencoder"), x)
-
-    def measure(self, params: dict) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """(probabilities (4, N, classes), noised pictures (4, N, R, R, 3), accuracies by name)."""
-        total, key = self.system.schedule.timesteps, jax.random.key(self.system.config.seed)
-        levels = []
-        for quarter in range(QUARTERS):
-            t, parts = jnp.int32((2 * quarter + 1) * total // (2 * QUARTERS)), []
-            for start in range(0, len(self.labels), BATCH):
-                some = slice(start, start + BATCH)
-                batch = {"image": self.images[some], "label": self.labels[some]}
-                own = jax.random.fold_in(key, start)
-                parts.append(jax.device_get(self.look(params, self.frozen, batch, t, own)))
-            levels.append([np.concatenate(part) for part in zip(*parts, strict=True)])
-        probabilities, pictures = (np.stack(part) for part in zip(*levels, strict=True))
-        rates = (probabilities.argmax(-1) == self.labels).mean(1)
-        values = {f"accuracy_{i + 1}": float(rate) for i, rate in enumerate(rates)}
-        return probabilities, pictures, {"accuracy": float(rates.mean()), **values}
-
-    def samples(self, step: int, params: dict) -> dict[str, float]:
-        """samples/STEP.png: unseen pictures at four noise levels, and what each is taken for.
-
-        How often that is right is a line of evaluation.jsonl.
+        A quarter's share counts a quarter of the batch, as t are drawn; exact if 4 divides B.
         """
-        probabilities, pictures, values = self.measure(params)
-        if self.chief:
-            append_json(self.folder.evaluation, {"step": step, **values})
-            for name, value in values.items():
-                self.events.add_scalar(f"validation/{name}", value, step)
-        n, classes = min(COLUMNS, len(self.labels)), self.system.vocabulary.classes
-        captions = [
-            f"{classes[one.argmax()]} {one.max():.0%}" for row in probabilities for one in row[:n]
-        ]
-        shown = pictures[:, :n].reshape(-1, *pictures.shape[2:])
-        title = f"step {step}: {describe(values)}"
-        self.picture(step, caption_grid(shown, captions, columns=n, title=title))
-        return values
+        logits, _ = self.predict({**params, **(frozen or {})}, batch, noise)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        right = logits.argmax(-1) == batch["label"]
+        quarter = QUARTERS * noise["t"] // self.schedule.timesteps
+        parts = {"accuracy": right.mean()} | {
+            f"accuracy_{i + 1}": QUARTERS * (right & (quarter == i)).mean() for i in range(QUARTERS)
+        }
+        return losses.mean(), parts
 
-    def finish(self, step: int, params: dict) -> None:
-        """The last pictures, and what came out."""
-        text = describe(self.samples(step, params))
-        lines = [f"Finished {step} steps. On {len(self.labels)} pictures: {text}"]
-        self.close([*lines, f"  pictures     {self.folder.grid(step)}"])
+    def forward_flops(self) -> int:
+        """FLOPs of classifying one image, multiply-add = 2; without an autoencoder."""
+        network = self.model.clone(backend="xla")
+        x = jax.ShapeDtypeStruct((1, *self.latent_shape), jnp.float32)
+        t = jax.ShapeDtypeStruct((1,), jnp.int32)
+        return flops.count(
+            lambda params, *x: network.apply({"params": params}, *x),
+            self.shapes["classifier"], x, t,
+        )  # fmt: skip
 
 
-def describe(values: dict[str, float]) -> str:
-    """What `Reporter.measure` found, for people."""
-    rates = ", ".join(f"{values[f'accuracy_{i + 1}']:.1%}" for i in range(QUARTERS))
-    return f"class right {values['accuracy']:.1%}; from little to much noise {rates}"
+def create(config: Config, vocabulary: Vocabulary) -> ClassificationObjective:
+    """Build the modules; nothing is allocated."""
+    network = models.create_classifier(config, classes=len(vocabulary.classes))
+    return ClassificationObjective(
+        config, vocabulary, network, None, *create_space_and_schedule(config)
+    )

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable
-from functools import cached_property
-from typing import Any
+import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,136 +12,23 @@ import numpy as np
 from condiff_jax import models
 from condiff_jax.conditioning.cond import Cond, Text
 from condiff_jax.conditioning.control import ControlSpec, Weighting
+from condiff_jax.conditioning.dropout import drop_flags
 from condiff_jax.conditioning.text import pad
-from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
-from condiff_jax.data.augment import SCALARS
-from condiff_jax.data.pipeline import create_source
-from condiff_jax.diffusion.prediction import predict_epsilon
-from condiff_jax.diffusion.schedule import SCHEDULES, Schedule, rescale
-from condiff_jax.models.autoencoder import Latents, Pixels
-from condiff_jax.models.text_encoder import WordEmbedding, tokenize, word_tokenizer
-from condiff_jax.pretrained.encoders import Autoencoder, Clip
+from condiff_jax.diffusion.loss import denoising_loss, draw_timesteps
+from condiff_jax.diffusion.prediction import loss_weight, predict_epsilon
+from condiff_jax.models.autoencoder import Latents
+from condiff_jax.models.mdt import MDT, hide
+from condiff_jax.models.text_encoder import WordEmbedding, tokenize
+from condiff_jax.objectives.base import NoisedObjective, create_space_and_schedule
+from condiff_jax.objectives.vocabulary import Vocabulary
+from condiff_jax.pretrained.encoders import Clip
+from condiff_jax.runtime import flops
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """What a data set talks about; kept in the work directory as vocabulary.json."""
-
-    words: tuple[str, ...]
-    classes: tuple[str, ...]
-
-    def to_json(self) -> str:
-        """The text of vocabulary.json."""
-        return json.dumps(dataclasses.asdict(self)) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Vocabulary:
-        """Inverse of `to_json`."""
-        return cls(**{key: tuple(value) for key, value in json.loads(text).items()})
-
-    @cached_property
-    def tokenizer(self):
-        """Word-level tokenizer over `words`."""
-        return word_tokenizer(self.words)
-
-
-def open_source(config: Config):
-    """The training data; ConfigError where it cannot be read."""
-    if config.data.path and config.data.name == "shapes":
-        raise ConfigError(
-            "data.path",
-            f"is {config.data.path}, but data.name=shapes reads no files; set data.name to "
-            "tfds (what mode prepare writes), webdataset or latents",
-        )
-    try:
-        return create_source(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError("data.path", one_line(error)) from error
-
-
-def create_vocabulary(config: Config, source) -> Vocabulary:
-    """The words and classes of a data source, as far as the config uses them."""
-    if config.data.semantics == "class":
-        found, expected = len(source.classes), config.data.classes
-        if expected and found != expected:
-            raise ConfigError("data.classes", f"is {expected}, but the data has {found} classes")
-        return Vocabulary((), tuple(source.classes))
-    words = () if config.text_encoder.name == "clip" else source.vocabulary()
-    return Vocabulary(tuple(words), ())
-
-
-class Trainable:
-    """What is trained: a frozen dataclass with these fields and methods.
-
-    init(key): its fresh parameters by network; frozen: where parameters that are not trained come
-    from, by network.
-    """
-
-    config: Config
-    frozen: dict
-    init: Callable[[jax.Array], dict]
-
-    @cached_property
-    def shapes(self) -> dict:
-        """The parameters' shapes and types; tracing `init` for them takes seconds."""
-        return jax.eval_shape(self.init, jax.random.key(0))
-
-
-@dataclasses.dataclass(frozen=True)
-class Noising(Trainable):
-    """What all networks of noised pictures have: data, latents and noise levels of a config."""
-
-    config: Config
-    vocabulary: Vocabulary
-    model: nn.Module
-    text_encoder: WordEmbedding | Clip | None
-    autoencoder: Pixels | Latents
-    schedule: Schedule
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of what the denoiser sees."""
-        side = self.config.data.resolution // self.autoencoder.factor
-        return side, side, self.autoencoder.channels
-
-    def example(self, batch: int) -> dict[str, Any]:
-        """A batch of zeros with the shapes and types that pictures and requests have."""
-        side, length = self.config.data.resolution, self.config.text_encoder.length
-        out = {
-            "image": np.zeros((batch, side, side, 3), np.uint8),
-            "label": np.zeros((batch,), np.int32),
-            "control": {name: np.zeros((batch,), np.float32) for name in SCALARS},
-            "broken": np.zeros((batch,), np.int32),
-        }
-        if self.text_encoder is not None:
-            out["ids"] = np.zeros((batch, length), np.int32)
-            out["mask"] = np.ones((batch, length), bool)
-        return out
-
-    @cached_property
-    def frozen(self) -> dict[str, Autoencoder | Clip]:
-        """Where the parameters that are not trained come from, by network; {} if all are."""
-        out = {}
-        if isinstance(self.autoencoder, Latents):
-            out["autoencoder"] = Autoencoder(self.config.autoencoder.path, self.autoencoder.network)
-        if isinstance(self.text_encoder, Clip):
-            out["text_encoder"] = self.text_encoder
-        return out
-
-    def load_frozen(self) -> dict:
-        """The parameters that are not trained, by network; ConfigError where there are none."""
-        return {name: encoder.load() for name, encoder in self.frozen.items()}
-
-    def clean(self, params: dict, batch: dict, noise: jax.Array | None) -> jax.Array:
-        """x_0 (B, H, W, C) of a batch; noise of that shape is for latents, which are drawn."""
-        if "moments" in batch:  # coded once and for all by mode encode
-            return self.autoencoder.sample(batch["moments"], noise)
-        return self.autoencoder.encode(params.get("autoencoder"), batch["image"], noise)
-
-
-@dataclasses.dataclass(frozen=True)
-class System(Noising):
+class DiffusionObjective(NoisedObjective):
     """Networks of one configuration, and the parameters by network that they have.
 
     Trained: "model" and, unless it is frozen, "text_encoder" (`init`); frozen: that and
@@ -204,6 +87,57 @@ class System(Noising):
 
         return predict_epsilon(network, self.schedule, self.config.diffusion.prediction)
 
+    def draw_noise(self, key: jax.Array, batch: int, step: jax.Array | int = 0) -> dict:
+        """See `Objective.draw_noise`; the distribution is the same at every step."""
+        settings = self.config.conditioning
+        key_t, key_eps, key_drop, key_text, key_hide, key_latent = jax.random.split(key, 6)
+        drop_semantics, drop_control = drop_flags(
+            key_drop, batch, settings.drop_semantics, settings.drop_control, settings.drop_mode
+        )
+        noise = {
+            "t": draw_timesteps(key_t, batch, self.schedule.timesteps),
+            "eps": jax.random.normal(key_eps, (batch, *self.latent_shape)),
+            "drop_semantics": drop_semantics,
+            "drop_control": drop_control,
+        }
+        if self.text_encoder is not None and settings.padding == "noisy_replicate":
+            text = self.config.text_encoder
+            noise["text"] = jax.random.normal(key_text, (batch, text.length, text.width))
+        if isinstance(self.autoencoder, Latents):
+            noise["latent"] = jax.random.normal(key_latent, (batch, *self.latent_shape))
+        if isinstance(self.model, MDT) and self.model.mask_ratio:
+            tokens = math.prod(self.latent_shape[:2]) // self.model.patch**2
+            noise["hidden"] = hide(key_hide, batch, tokens, self.model.mask_ratio)
+        return noise
+
+    def loss(
+        self, params: dict, batch: dict, noise: dict, frozen: dict | None = None
+    ) -> tuple[jax.Array, dict]:
+        """Mean square error of the prediction, weighted; MDTv2 adds that of its masked pass."""
+        params = {**params, **(frozen or {})}
+        cond: Cond = self.condition(params, batch, noise.get("text"))
+        cond = cond.replace(
+            drop_semantics=noise["drop_semantics"], drop_control=noise["drop_control"]
+        )
+        x0 = self.clean(params, batch, noise.get("latent"))
+        inputs = (self.schedule, x0, noise["t"], noise["eps"], cond)
+        loss = denoising_loss(self.denoise(params), *inputs)
+        if "hidden" in noise:
+            loss = loss + denoising_loss(self.denoise(params, hidden=noise["hidden"]), *inputs)
+        weight = loss_weight(self.schedule, noise["t"], self.config.diffusion.prediction)
+        return (weight * loss).mean(), {}
+
+    def forward_flops(self) -> int:
+        """FLOPs of the denoiser for one image, multiply-add = 2; without encoders."""
+        # Other attention backends are kernels, whose products are not counted.
+        objective = dataclasses.replace(self, model=self.model.clone(backend="xla"))
+        x = jax.ShapeDtypeStruct((1, *self.latent_shape), jnp.float32)
+        t = jax.ShapeDtypeStruct((1,), jnp.int32)
+        cond = jax.eval_shape(self.example_cond)
+        return flops.count(
+            lambda params, *inputs: objective.denoise(params)(*inputs), self.shapes, x, t, cond
+        )
+
 
 def _text_encoder(config: Config, vocabulary: Vocabulary) -> WordEmbedding | Clip | None:
     dtype = jnp.dtype(config.model.dtype)
@@ -215,20 +149,7 @@ def _text_encoder(config: Config, vocabulary: Vocabulary) -> WordEmbedding | Cli
     return WordEmbedding(words, config.text_encoder.width, dtype)
 
 
-def create_noising(config: Config) -> tuple[Pixels | Latents, Schedule]:
-    """The space that diffusion runs in, and its noise levels (Eq. 3)."""
-    diffusion = config.diffusion
-    betas = (diffusion.beta_start, diffusion.beta_end)
-    schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps, *betas)
-    if diffusion.base_resolution:
-        schedule = rescale(schedule, diffusion.base_resolution, config.data.resolution)
-    settings = config.autoencoder
-    if settings.name != "pixels":
-        return Latents.create(config), schedule
-    return Pixels(settings.scale, settings.shift), schedule
-
-
-def create(config: Config, vocabulary: Vocabulary) -> System:
+def create(config: Config, vocabulary: Vocabulary) -> DiffusionObjective:
     """Build the modules; nothing is allocated, and nothing of frozen encoders read.
 
     ConfigError where `config.objective` asks for something else than diffusion.
@@ -238,13 +159,13 @@ def create(config: Config, vocabulary: Vocabulary) -> System:
             "objective",
             f"{config.objective} has no denoiser: its only mode is train",
         )
-    autoencoder, schedule = create_noising(config)
+    autoencoder, schedule = create_space_and_schedule(config)
     settings = config.conditioning
     weighting = Weighting.create(
         settings.weighting, alpha=settings.alpha, k=settings.k, sigma=schedule.sigma
     )
     text = config.data.semantics == "text"
-    return System(
+    return DiffusionObjective(
         config=config,
         vocabulary=vocabulary,
         model=models.create(

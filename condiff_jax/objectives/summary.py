@@ -7,7 +7,6 @@ error, as it would be for mode train. What the fields name may be on another mac
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jax
 from clu import parameter_overview
@@ -15,23 +14,11 @@ from clu import parameter_overview
 from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.identity import stage_prefixes
-from condiff_jax.config.schema import Config
-from condiff_jax.evaluation import image_quality
-from condiff_jax.objectives.diffusion import Trainable, Vocabulary, create_vocabulary, open_source
-from condiff_jax.training.loop import forward_flops, trainable
-
-
-def is_absent(path: str) -> bool:
-    """Whether a local path is not on this machine."""
-    return "://" not in path and not Path(path).exists()
-
-
-def vocabulary(config: Config) -> Vocabulary:
-    """That of the data; without data here, as many classes as `data.classes` says."""
-    path = config.data.path
-    if (path and not is_absent(path)) or config.data.name == "shapes":
-        return create_vocabulary(config, open_source(config))
-    return Vocabulary((), tuple(map(str, range(config.data.classes))))
+from condiff_jax.config.schema import NETWORK_FIELDS, Config
+from condiff_jax.data.pipeline import open_source
+from condiff_jax.objectives.base import Objective
+from condiff_jax.objectives.registry import create_objective
+from condiff_jax.objectives.vocabulary import Vocabulary, is_absent, load_vocabulary
 
 
 def count_parameters(params) -> int:
@@ -39,7 +26,7 @@ def count_parameters(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def summarize(system: Trainable) -> dict[str, float]:
+def summarize(system: Objective) -> dict[str, float]:
     """{"parameters": of the denoiser, "gflop_forward": one image, multiply-add = 2}.
 
     Of other objectives than diffusion, the parameters of all that is trained.
@@ -47,7 +34,7 @@ def summarize(system: Trainable) -> dict[str, float]:
     params = system.shapes
     return {
         "parameters": count_parameters(params.get("model", params)),
-        "gflop_forward": round(forward_flops(system) / 1e9, 3),
+        "gflop_forward": round(system.forward_flops() / 1e9, 3),
     }
 
 
@@ -57,16 +44,12 @@ def check(config: Config) -> None:
         try:
             if not stage.data.path:
                 open_source(stage)
-            for encoder in trainable(stage, Vocabulary((), ())).frozen.values():
+            for encoder in create_objective(stage, Vocabulary((), ())).frozen.values():
                 if not get(stage, encoder.field):
                     encoder.files()
-            networks = {image_quality.NETWORK.get(metric) for metric in stage.evaluation.metrics}
-            for name in networks & {"inception", "clip"}:
-                if not getattr(stage.evaluation, name):
-                    raise ConfigError(
-                        f"evaluation.{name}",
-                        "empty, but evaluation.metrics need it",
-                    )
+            for metric in NETWORK_FIELDS.keys() & stage.evaluation.metrics:
+                if not get(stage, NETWORK_FIELDS[metric]):
+                    raise ConfigError(NETWORK_FIELDS[metric], f"empty, but {metric} needs it")
         except ConfigError as error:
             raise ConfigError(prefix + error.field, error.reason) from error
 
@@ -77,7 +60,7 @@ def run(config: Config, workdir: str | None = None) -> None:
         check(config)
     if config.data.path and is_absent(config.data.path):
         print(f"Without the data: data.path={config.data.path} is not on this machine")
-    system = trainable(config, vocabulary(config))
+    system = create_objective(config, load_vocabulary(config))
     params = system.shapes
     print(parameter_overview.get_parameter_overview(params, include_stats=False))
     for name, encoder in system.frozen.items():

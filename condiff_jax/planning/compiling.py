@@ -27,7 +27,7 @@ POLL = 0.2  # seconds
 HBM = re.compile(r"Memory Space: default \(color=0\)\nTotal bytes: (\d+)")
 
 
-class Needs(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """What a program needs of each device.
 
     given: bytes of the arrays that it is given, as they are placed, by what they are. temporary: of
@@ -54,7 +54,7 @@ def device_bytes(tree: Any) -> int:
 
 def measure(
     lowered: Any, given: dict[str, Any], options: dict[str, Any] | None = None, dump: str = ""
-) -> Needs:
+) -> MemoryEstimate:
     """Compile a program for its devices; libtpu gives up, early, on one that does not fit.
 
     given: placed ShapeDtypeStructs. options: of XLA. dump: a folder for XLA's files, for TPUs,
@@ -67,7 +67,7 @@ def measure(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Needs(sizes, math.inf, [])
+        return MemoryEstimate(sizes, math.inf, [])
     memory = compiled.memory_analysis()
     total = (
         memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -75,10 +75,10 @@ def measure(
     )  # fmt: skip
     if dump and (found := _optimized(Path(dump))):
         total = found[0]
-    return Needs(sizes, total - sum(sizes.values()), hlo.executions(compiled.as_text()))
+    return MemoryEstimate(sizes, total - sum(sizes.values()), hlo.executions(compiled.as_text()))
 
 
-def early(lower: Callable[..., tuple[Any, dict[str, Any]]], *inputs) -> Needs:
+def early(lower: Callable[..., tuple[Any, dict[str, Any]]], *inputs) -> MemoryEstimate:
     """`measure(*lower(*inputs))` of a program for TPUs, but for its cycles.
 
     In a process of its own, which is ended once enough is known: the function and what it takes
@@ -98,7 +98,7 @@ def early(lower: Callable[..., tuple[Any, dict[str, Any]]], *inputs) -> Needs:
                 if found := _optimized(Path(folder)):
                     total, text = found
                     runs = hlo.executions(text)
-                    return Needs(sizes, total - sum(sizes.values()), runs, whole=False)
+                    return MemoryEstimate(sizes, total - sum(sizes.values()), runs, whole=False)
             return _receive(ours)
         finally:
             process.kill()

@@ -20,16 +20,16 @@ from condiff_jax.config.build import with_fields
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
 from condiff_jax.models.attention import fastest
-from condiff_jax.objectives.diffusion import System, Vocabulary
+from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.objectives.diffusion import create as create_system
-from condiff_jax.objectives.summary import vocabulary
+from condiff_jax.objectives.vocabulary import Vocabulary, load_vocabulary
 from condiff_jax.planning import hlo
-from condiff_jax.planning.compiling import GPU_OPTIONS, Needs, device_bytes, early, measure
+from condiff_jax.planning.compiling import GPU_OPTIONS, MemoryEstimate, device_bytes, early, measure
 from condiff_jax.planning.topology import Topology, parse_all
 from condiff_jax.runs.checkpoint import abstract_state
 from condiff_jax.runtime import sharding
-from condiff_jax.sampling.sample import Program, Sampler
-from condiff_jax.training.loop import compile_step, forward_flops
+from condiff_jax.sampling.sampler import Sampler, SamplingProgram
+from condiff_jax.training.step import compile_step
 
 GIB = 2**30
 GROWTH = 4  # most times that one is larger than the last; huge arrays take long to compile
@@ -56,13 +56,13 @@ def place(tree: Any, where: Any) -> Any:
     )
 
 
-def frozen(system: System, mesh: Mesh) -> dict:
+def frozen(system: DiffusionObjective, mesh: Mesh) -> dict:
     """The placed shapes of what is not trained; ConfigError where a folder does not tell them."""
     shapes = {name: encoder.shapes() for name, encoder in system.frozen.items()}
     return jax.tree.map(place, shapes, sharding.tree_shardings(mesh, shapes))
 
 
-def example(system: System, mesh: Mesh, size: int) -> dict:
+def example(system: DiffusionObjective, mesh: Mesh, size: int) -> dict:
     """The placed shapes of a training batch."""
     config = system.config
     batch = jax.eval_shape(lambda: system.example(size))
@@ -80,7 +80,7 @@ def example(system: System, mesh: Mesh, size: int) -> dict:
     return place(batch, sharding.batch_sharding(mesh))
 
 
-def lower_step(system: System, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+def lower_step(system: DiffusionObjective, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """The train step of mode train, lowered, and the arrays that it is given by what they are."""
     train_state = abstract_state(system, mesh)
     batch, others = example(system, mesh, system.config.batch_size), frozen(system, mesh)
@@ -99,7 +99,7 @@ def divisible(size: int, devices: int) -> int:
     return -(-size // devices) * devices
 
 
-def lower_sampler(system: System, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+def lower_sampler(system: DiffusionObjective, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """The sampler of mode sample at `sampling.batch_size`, lowered, and what it is given."""
     settings = dataclasses.replace(system.config.sampling, classifier="")  # not trained yet
     size = divisible(settings.batch_size, mesh.size)
@@ -108,7 +108,7 @@ def lower_sampler(system: System, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     for name in ("image", "moments", "broken"):
         requests.pop(name, None)
     index = place(np.zeros(size, np.int32), sharding.batch_sharding(mesh))
-    program, scales = Program.create(settings, system.config.data.resolution)
+    program, scales = SamplingProgram.create(settings, system.config.data.resolution)
     sampler = Sampler(system, mesh, settings)
     lowered = sampler.program.lower(params, others, requests, index, scales, program=program)
     return lowered, {"parameters": params, "encoders": others, "requests": requests}
@@ -158,8 +158,8 @@ class Planner:
             backend = fastest("tpu" if topology.is_tpu else "cuda", dtype)
             config = with_fields(config, {"model.attention": backend})
         self.config, self.topology = config, topology
-        self.devices, self.words = topology.devices(), vocabulary(config)
-        self.known: dict[tuple, Needs] = {}
+        self.devices, self.words = topology.devices(), load_vocabulary(config)
+        self.known: dict[tuple, MemoryEstimate] = {}
         self.bar = tqdm(desc=f"compiling for {topology.name}", unit=" programs", leave=False)
 
     @property
@@ -167,7 +167,7 @@ class Planner:
         """Bytes of memory of one device."""
         return self.topology.chip.memory * GIB
 
-    def needs(self, what: Callable, config: Config, *, whole: bool = False) -> Needs:
+    def needs(self, what: Callable, config: Config, *, whole: bool = False) -> MemoryEstimate:
         """Of a program of `lower_step` or `lower_sampler`; whole: with its cycles."""
         found = self.known.get((what, config))
         if found is None or whole and not found.whole:
@@ -187,7 +187,7 @@ class Planner:
     def train(self, *, whole: bool = False) -> dict[str, Any]:
         """Figures of the train step, see `program`; with its time the MFU, too."""
         config = self.config
-        flop = 3 * forward_flops(create_system(config, self.words)) * config.batch_size
+        flop = 3 * create_system(config, self.words).forward_flops() * config.batch_size
         out = {
             "batch_size": config.batch_size,
             **self.program(self.needs(lower_step, config, whole=whole)),
@@ -207,7 +207,7 @@ class Planner:
             out["images_per_sec"] = size / out["seconds"]
         return out
 
-    def program(self, needs: Needs) -> dict[str, Any]:
+    def program(self, needs: MemoryEstimate) -> dict[str, Any]:
         """Per device: GiB by what they hold, GB that are sent, seconds by cycles where known."""
         chip = self.topology.chip
         out = {

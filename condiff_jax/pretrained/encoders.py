@@ -1,6 +1,6 @@
 """The frozen encoders of pictures and texts: where their parameters come from, and that they fit.
 
-Their parameters are no part of the training state: `System.load_frozen` reads them at every start.
+Their parameters are not in the training state: `Objective.load_frozen` reads them at every start.
 """
 
 from __future__ import annotations
@@ -20,23 +20,12 @@ import numpy as np
 from etils import epath
 
 from condiff_jax.conditioning.cond import Text
-from condiff_jax.config.errors import ConfigError, one_line
+from condiff_jax.config.errors import ConfigError, config_errors
 from condiff_jax.config.schema import TextEncoder
 from condiff_jax.models import clip
 from condiff_jax.models.kl import AutoencoderKL
 from condiff_jax.models.vq import AutoencoderVQ
 from condiff_jax.pretrained import key_maps, weights
-
-
-@contextlib.contextmanager
-def blaming(field: str):
-    """Errors in reading what a field names become a ConfigError that names the field."""
-    try:
-        yield
-    except ConfigError:  # it names a field already
-        raise
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{field}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -65,13 +54,13 @@ class Autoencoder:
         """The file or folder, fetched from the hub if the path is a hub id."""
         if not self.path:
             raise ConfigError("autoencoder.path", "empty; latents need an autoencoder")
-        with blaming("autoencoder.path"):
+        with config_errors("autoencoder.path"):
             place = weights.locate(self.path)
             return place / "vae" if (place / "vae").is_dir() else place  # of Stable Diffusion
 
     def files(self) -> list[epath.Path]:
         """What the latents depend on."""
-        with blaming("autoencoder.path"):
+        with config_errors("autoencoder.path"):
             return weights.weight_files(self.place)
 
     def shapes(self) -> dict:
@@ -83,7 +72,7 @@ class Autoencoder:
     def load(self) -> dict:
         """The parameters, f32; ConfigError where the files do not fit."""
         place = str(self.place)
-        with blaming("autoencoder.path"):
+        with config_errors("autoencoder.path"):
             return weights.load_published(place, key_maps.AUTOENCODER, self.shapes())
 
 
@@ -107,7 +96,7 @@ class Clip:
                 "empty; text_encoder.name=clip needs a folder or a hub id such as "
                 "openai/clip-vit-large-patch14",
             )
-        with blaming("text_encoder.path"):
+        with config_errors("text_encoder.path"):
             return weights.locate(self.settings.path, clip.CONFIG, *clip.WORDS)
 
     @cached_property
@@ -116,7 +105,7 @@ class Clip:
         for tower, words in (("", ""), ("text_encoder", "tokenizer")):
             if (self.place / tower / clip.CONFIG).exists():
                 return self.place / tower, self.place / words
-        with blaming("text_encoder.path"):
+        with config_errors("text_encoder.path"):
             raise FileNotFoundError(f"no {clip.CONFIG} in {self.place}")
 
     @property
@@ -131,7 +120,7 @@ class Clip:
         """What the small files say; ConfigError where it disagrees with the config."""
         settings, (tower, words) = self.settings, self.parts
         with (
-            blaming("text_encoder.path"),
+            config_errors("text_encoder.path"),
             local(tower, (clip.CONFIG,)) as tower,
             local(words, clip.WORDS) as words,
         ):
@@ -162,7 +151,7 @@ class Clip:
     def files(self) -> list[epath.Path]:
         """What the text features depend on, besides config.json."""
         tower, words = self.parts
-        with blaming("text_encoder.path"):
+        with config_errors("text_encoder.path"):
             return [*weights.weight_files(tower), *(words / name for name in clip.WORDS)]
 
     def shapes(self) -> dict:
@@ -174,7 +163,7 @@ class Clip:
     def load(self) -> dict:
         """Its parameters, matrices in the type they are computed with; ConfigError on misfit."""
         place, rules, shapes = str(self.parts[0]), key_maps.CLIP_TEXT, self.shapes()
-        with blaming("text_encoder.path"):
+        with config_errors("text_encoder.path"):
             params = weights.load_published(place, rules, shapes, key_maps.CLIP_OTHERS)
         return self._cast(params)
 

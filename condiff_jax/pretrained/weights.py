@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 from safetensors.flax import load
+from safetensors.numpy import save
 
 from condiff_jax.pretrained.key_maps import Rule, from_published
 from condiff_jax.pretrained.layout import from_torch
@@ -111,3 +113,16 @@ def _read_pickled(file: epath.Path) -> dict[str, np.ndarray]:
 def load_published(source: str, rules: Sequence[Rule], shapes: Any, ignore: str = "") -> dict:
     """Parameters with these shapes from published weights; ValueError where they do not fit."""
     return from_torch(from_published(read(source, ignore), rules), shapes)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """A JSON file, readable by people."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
+    """A .safetensors file, which diffusers and transformers recognise as PyTorch's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(a, np.float32) for name, a in tensors.items()}
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))

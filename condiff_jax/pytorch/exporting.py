@@ -10,14 +10,12 @@ export/STEP/                  a diffusers pipeline: DiffusionPipeline.from_pretr
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
 from condiff_jax.conditioning.control import DEFAULT_SCALE, SCALE
 from condiff_jax.config.errors import ConfigError
@@ -29,19 +27,20 @@ from condiff_jax.models.mmdit import MMDiT
 from condiff_jax.models.text_encoder import WordEmbedding
 from condiff_jax.models.transformer import Transformer
 from condiff_jax.models.unet import UNet
-from condiff_jax.objectives.diffusion import System
+from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.objectives.diffusion import create as create_system
 from condiff_jax.pretrained import key_maps
 from condiff_jax.pretrained.layout import to_torch
+from condiff_jax.pretrained.weights import write_json, write_tensors
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
-from condiff_jax.sampling.sample import asked_control, guidance_scale
+from condiff_jax.sampling.requests import asked_control, guidance_scale
 
 HERE = epath.Path(__file__).parent
 
 
-def denoiser_config(system: System) -> dict[str, Any]:
+def denoiser_config(system: DiffusionObjective) -> dict[str, Any]:
     """What `twin.create` needs to build the denoiser."""
     config, model = system.config, system.model
     out = {
@@ -68,7 +67,7 @@ def denoiser_config(system: System) -> dict[str, Any]:
     return out
 
 
-def network_config(system: System, frozen: dict) -> dict[str, Any]:
+def network_config(system: DiffusionObjective, frozen: dict) -> dict[str, Any]:
     """network/config.json: every module for `twin.create`, and what sampling needs to know."""
     config, space = system.config, system.autoencoder
     height, width, channels = system.latent_shape
@@ -110,7 +109,7 @@ def network_config(system: System, frozen: dict) -> dict[str, Any]:
     return out
 
 
-def scheduler_config(system: System) -> dict[str, Any]:
+def scheduler_config(system: DiffusionObjective) -> dict[str, Any]:
     """scheduler_config.json of diffusers' DDIMScheduler; the betas are those of Eq. 3."""
     alpha_bar = np.asarray(system.schedule.alpha_bar, np.float64)
     betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
@@ -140,7 +139,7 @@ class Diffusers:
     extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def for_diffusers(system: System) -> Diffusers:
+def for_diffusers(system: DiffusionObjective) -> Diffusers:
     """The denoiser for diffusers; ValueError says why there is none."""
     config, model = system.config, system.model
     if config.conditioning.control:
@@ -157,7 +156,7 @@ def for_diffusers(system: System) -> Diffusers:
     return make[config.model.name](system)
 
 
-def _transformer(system: System) -> dict[str, Any]:
+def _transformer(system: DiffusionObjective) -> dict[str, Any]:
     side, _, channels = system.latent_shape
     model: Transformer = system.model
     return {
@@ -171,7 +170,7 @@ def _transformer(system: System) -> dict[str, Any]:
     }
 
 
-def _pixart(system: System) -> Diffusers:
+def _pixart(system: DiffusionObjective) -> Diffusers:
     model: Transformer = system.model
     if model.qk_norm:
         raise ValueError("diffusers' PixArt does not normalise queries and keys (model.qk_norm)")
@@ -188,7 +187,7 @@ def _pixart(system: System) -> Diffusers:
     return Diffusers("PixArtTransformer2DModel", config, key_maps.pixart(model.patch))
 
 
-def _sd3(system: System) -> Diffusers:
+def _sd3(system: DiffusionObjective) -> Diffusers:
     model: MMDiT = system.model
     if model.streams != "full":
         raise ValueError("diffusers' mmDiT has two full streams (model.streams=full)")
@@ -207,7 +206,7 @@ def _sd3(system: System) -> Diffusers:
     return Diffusers("SD3Transformer2DModel", config, rules, extra)
 
 
-def _unet(system: System) -> Diffusers:
+def _unet(system: DiffusionObjective) -> Diffusers:
     model: UNet = system.model
     if model.qk_norm:
         raise ValueError("diffusers' UNet does not normalise queries and keys (model.qk_norm)")
@@ -230,20 +229,7 @@ def _unet(system: System) -> Diffusers:
     return Diffusers("UNet2DConditionModel", config, key_maps.UNET)
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-    """A JSON file, readable by people."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
-    """A .safetensors file, which diffusers and transformers recognise as PyTorch's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.ascontiguousarray(a, np.float32) for name, a in tensors.items()}
-    path.write_bytes(save(tensors, metadata={"format": "pt"}))
-
-
-def export(system: System, params: dict, frozen: dict, out: epath.Path) -> list[str]:
+def export(system: DiffusionObjective, params: dict, frozen: dict, out: epath.Path) -> list[str]:
     """Write the folder; returns what to tell.
 
     params: all that is trained. frozen: {"autoencoder": its parameters}, {} for pixels or to leave

@@ -17,8 +17,9 @@ from condiff_jax.config.build import with_fields
 from condiff_jax.config.errors import ConfigError, one_line
 from condiff_jax.config.schema import Config, Diffusion
 from condiff_jax.objectives import summary
-from condiff_jax.objectives.diffusion import System
+from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.objectives.diffusion import create as create_system
+from condiff_jax.objectives.vocabulary import load_vocabulary
 from condiff_jax.pretrained import key_maps, weights
 from condiff_jax.pretrained.layout import from_torch
 from condiff_jax.pytorch.exporting import scheduler_config
@@ -37,7 +38,7 @@ class Layout:
 
     model: str
     sign: str
-    rules: Callable[[System], tuple[key_maps.Rule, ...]]
+    rules: Callable[[DiffusionObjective], tuple[key_maps.Rule, ...]]
     ignore: str = r"pos_embed(\.pos_embed)?"
     note: str = ""
     diffusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -159,7 +160,7 @@ def with_schedule(
     return config, [message]
 
 
-def check_schedule(system: System, source: str) -> None:
+def check_schedule(system: DiffusionObjective, source: str) -> None:
     """ValueError where an export of ours, a folder, was trained with other noise levels."""
     path = epath.Path(source) / "scheduler" / "scheduler_config.json"
     if not path.exists():
@@ -178,7 +179,9 @@ def check_schedule(system: System, source: str) -> None:
         )
 
 
-def convert(system: System, tensors: Mapping[str, np.ndarray]) -> tuple[dict, list[str]]:
+def convert(
+    system: DiffusionObjective, tensors: Mapping[str, np.ndarray]
+) -> tuple[dict, list[str]]:
     """(parameters, messages) from an export of ours or published tensors; ValueError on misfit."""
     if is_export(tensors):
         kept = {key: a for key, a in tensors.items() if not key.startswith("autoencoder.")}
@@ -192,7 +195,9 @@ def convert(system: System, tensors: Mapping[str, np.ndarray]) -> tuple[dict, li
     return params, messages
 
 
-def convert_published(system: System, tensors: Mapping[str, np.ndarray]) -> tuple[dict, list[str]]:
+def convert_published(
+    system: DiffusionObjective, tensors: Mapping[str, np.ndarray]
+) -> tuple[dict, list[str]]:
     """(parameters of the denoiser, messages) from published tensors; ValueError on misfit."""
     name = recognise(tensors, system.config.model.name)
     layout, messages = LAYOUTS[name], [f"layout of {name}"]
@@ -212,7 +217,7 @@ def convert_published(system: System, tensors: Mapping[str, np.ndarray]) -> tupl
     return from_torch(renamed, shapes), messages
 
 
-def check_positions(system: System, tensors: Mapping[str, np.ndarray]) -> list[str]:
+def check_positions(system: DiffusionObjective, tensors: Mapping[str, np.ndarray]) -> list[str]:
     """A message on the fixed positions; ValueError where ours would differ from published ones."""
     if "positions" in system.shapes["model"]:
         return []
@@ -240,7 +245,7 @@ def run(config: Config, workdir: str, chosen: Container[str] = ()) -> None:
     folder = Workdir(workdir)
     if folder.config.exists():
         raise ConfigError("--workdir", f"{workdir} has a run already; use another folder")
-    vocabulary = summary.vocabulary(config)
+    vocabulary = load_vocabulary(config)
     try:
         tensors = weights.read(source)
         config, notes = with_schedule(config, tensors, chosen)

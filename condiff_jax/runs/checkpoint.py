@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
-from condiff_jax.objectives.diffusion import Trainable
+from condiff_jax.objectives.base import Objective
 from condiff_jax.runs import optimizer, state
 from condiff_jax.runtime import sharding
 
@@ -24,7 +24,7 @@ from condiff_jax.runtime import sharding
 ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
 
 
-def abstract_state(system: Trainable, mesh: Mesh) -> state.State:
+def abstract_state(system: Objective, mesh: Mesh) -> state.State:
     """Shapes, types and places of the training state; nothing is allocated."""
     tx = optimizer.create(system.config)
     shapes = jax.eval_shape(lambda params: state.create(params, tx), system.shapes)
@@ -86,13 +86,13 @@ class Checkpoints:
             force=True,
         )
 
-    def restore(self, system: Trainable, mesh: Mesh) -> state.State:
+    def restore(self, system: Objective, mesh: Mesh) -> state.State:
         """The newest state, placed on `mesh`, whatever devices it was saved from."""
         target = ocp.args.StandardRestore(abstract_state(system, mesh))
         return self.manager.restore(self.latest, args=ocp.args.Composite(state=target))["state"]
 
     def restore_params(
-        self, system: Trainable, mesh: Mesh, *, ema: bool = True
+        self, system: Objective, mesh: Mesh, *, ema: bool = True
     ) -> tuple[int, dict]:
         """(step, parameters) of the newest checkpoint: averaged ones, or the raw ones."""
         if self.latest is None:

@@ -18,9 +18,11 @@ from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.identity import differences
 from condiff_jax.config.schema import Config
-from condiff_jax.objectives.diffusion import Trainable, Vocabulary
+from condiff_jax.objectives.base import Objective
+from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.objectives.validate import create_config
 from condiff_jax.pretrained import weights
+from condiff_jax.runtime.files import write
 
 
 class Workdir:
@@ -125,8 +127,8 @@ class Workdir:
             return None
         return np.load(io.BytesIO(self.control.read_bytes()), allow_pickle=False)
 
-    def load_frozen(self, system: Trainable, without: Container[str] = ()) -> dict:
-        """`System.load_frozen`; ConfigError unless from the files that this run began with.
+    def load_frozen(self, system: Objective, without: Container[str] = ()) -> dict:
+        """`Objective.load_frozen`; ConfigError unless from the files that this run began with.
 
         without: networks to leave out.
         """
@@ -152,41 +154,9 @@ class Workdir:
         return Vocabulary.from_json(self.vocabulary.read_text())
 
 
-def write(path: epath.Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old or the new one, never a part."""
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
 
 
-def append_json(path: epath.Path, value: dict[str, Any]) -> None:
-    """Add one line of JSON to a file; what a killed process left of a line is dropped first.
-
-    Remote stores cannot append, there the file is rewritten.
-    """
-    line = json.dumps(value) + "\n"
-    if "://" in os.fspath(path):
-        text = path.read_text() if path.exists() else ""
-        path.write_text(text[: text.rfind("\n") + 1] + line)
-        return
-    with open(path, "ab+") as file:  # writes go to the end, wherever one has read
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 1, 0))
-        if end and file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode())
 
 
-def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, if there is one; a torn last line is left out."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines()[: text.count("\n")]]
 
 
-def forget_after(path: epath.Path, step: int) -> None:
-    """Drop the lines of a JSON-lines file beyond `step`: a resumed run writes them again."""
-    values = read_json_lines(path)
-    kept = [value for value in values if value["step"] <= step]
-    if len(kept) != len(values):
-        write(path, "".join(json.dumps(value) + "\n" for value in kept))

@@ -40,7 +40,7 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Meet the other processes, before anything else of JAX; one that was started alone stays so.
 
     coordinator: HOST:PORT of process 0; processes: how many; process: which of them this is. All
@@ -73,19 +73,19 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     faulthandler.disable()
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether this process is one of several."""
     return jax.process_count() > 1
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Wait until all processes are here: what one has written before, all find after."""
-    if several():
+    if is_multiprocess():
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
-def ending() -> Iterator[None]:
+def abort_on_error() -> Iterator[None]:
     """With several processes, let an error, an exit or SIGTERM end this one at once.
 
     Python's own way out waits for the others, which wait for this one in the midst of a step. With
@@ -94,9 +94,9 @@ def ending() -> Iterator[None]:
     """
     try:
         yield
-        meet("end")
+        barrier("end")
     except BaseException as error:
-        if not several():
+        if not is_multiprocess():
             raise
         code = 1
         if isinstance(error, Stopped):
@@ -127,7 +127,7 @@ class Interrupt:
 
     def __enter__(self):
         self.asked = self.raises = False
-        if not several():
+        if not is_multiprocess():
             self.previous = signal.signal(signal.SIGTERM, self._ask)
         return self
 
@@ -146,7 +146,7 @@ class Interrupt:
 
         An error after SIGTERM is none: what waits for a worker process finds that gone.
         """
-        self.raises = not several()
+        self.raises = not is_multiprocess()
         try:
             if self.asked:
                 raise Stopped
@@ -160,10 +160,10 @@ class Interrupt:
 
     def after(self, step: int) -> bool:
         """Whether to stop after this step, the same for all processes; to be called each step."""
-        if several():
+        if is_multiprocess():
             self.asked = multihost_utils.reached_preemption_sync_point(step)
         return self.asked
 
     def __exit__(self, *_):
-        if not several():
+        if not is_multiprocess():
             signal.signal(signal.SIGTERM, self.previous)

@@ -24,7 +24,7 @@ BATCH_AXES = ("data", "fsdp")
 STACKED = re.compile(r"(.*/)?\w*blocks/")
 # Layers that methods of conditioning make (models/conditioners) have any names: their first
 # dimension is split.
-ANYONES = re.compile(r"(.*/)?model/(\w+_class_\d+|class_prepare)/")
+USER_LAYERS = re.compile(r"(.*/)?model/(\w+_class_\d+|class_prepare)/")
 RULES = (
     (r"(context_)?(query|key|value)/linear/kernel", P("fsdp")),  # (D, heads, head size)
     (r"(context_)?out/linear/kernel", P(None, None, "fsdp")),  # (heads, head size, D)
@@ -91,7 +91,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def matching_rules(name: str) -> list[P]:
     """Specs of the rules that match a parameter's name, such as "model/final/bias"."""
-    if ANYONES.match(name):
+    if USER_LAYERS.match(name):
         return [P() if re.search("/(bias|scale)$", name) else P("fsdp")]
     layer = (None,) if STACKED.match(name) else ()
     return [P(*layer, *spec) for rule, spec in RULES if re.fullmatch(rf"(.*/)?({rule})", name)]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from condiff_jax import models
 from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.identity import digest
 from condiff_jax.config.schema import Config, Sampling
-from condiff_jax.objectives.diffusion import Noising, System, Vocabulary, create_noising
+from condiff_jax.objectives.classification import ClassificationObjective, create
+from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.pretrained import weights
 from condiff_jax.runs.checkpoint import Checkpoints, newest
 from condiff_jax.runs.workdir import Workdir
@@ -41,22 +39,6 @@ SCHEDULE = (
     "diffusion.beta_end",
     "diffusion.base_resolution",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class NoisyClassifier(Noising):
-    """Modules of a classifier; its parameters are {"classifier": ...}."""
-
-    def init(self, key: jax.Array) -> dict:
-        """Fresh parameters, f32."""
-        x, t = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1,), jnp.int32)
-        return {"classifier": self.model.init(key, x, t)["params"]}
-
-
-def create(config: Config, vocabulary: Vocabulary) -> NoisyClassifier:
-    """Build the modules; nothing is allocated."""
-    network = models.create_classifier(config, classes=len(vocabulary.classes))
-    return NoisyClassifier(config, vocabulary, network, None, *create_noising(config))
 
 
 def log_prob(network: nn.Module, params: dict) -> Callable:
@@ -93,7 +75,7 @@ def load_config(settings: Sampling) -> Config:
     return config
 
 
-def load(system: System, mesh: Mesh, settings: Sampling) -> tuple[nn.Module, dict]:
+def load(system: DiffusionObjective, mesh: Mesh, settings: Sampling) -> tuple[nn.Module, dict]:
     """(network, parameters) of the classifier in the work directory `sampling.classifier`.
 
     ConfigError unless it fits the denoiser: classes, pictures, latents and noise levels.
@@ -108,7 +90,7 @@ def load(system: System, mesh: Mesh, settings: Sampling) -> tuple[nn.Module, dic
     return found.model, params["classifier"]
 
 
-def _check(found: NoisyClassifier, system: System, folder: Workdir) -> None:
+def _check(found: ClassificationObjective, system: DiffusionObjective, folder: Workdir) -> None:
     ours, theirs = system.vocabulary.classes, found.vocabulary.classes
     if ours != theirs:
         raise ConfigError(

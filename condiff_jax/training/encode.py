@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -32,7 +31,7 @@ from condiff_jax import __version__
 from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError, one_line
 from condiff_jax.config.schema import Config
-from condiff_jax.data.builders.prepare import MB, amount, locked
+from condiff_jax.data.builders.prepare import MB, format_bytes, locked
 from condiff_jax.data.builders.shards import write_json, write_shard
 from condiff_jax.data.builders.units import OutputError
 from condiff_jax.data.latent_cache import (
@@ -45,13 +44,14 @@ from condiff_jax.data.latent_cache import (
     pack,
     views,
 )
-from condiff_jax.data.pipeline import read_ahead
-from condiff_jax.data.records import Records, read_record
-from condiff_jax.objectives.diffusion import System, create_vocabulary, open_source
+from condiff_jax.data.pipeline import open_source, read_ahead
+from condiff_jax.data.records import fingerprint, read_record
+from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.objectives.diffusion import create as create_system
+from condiff_jax.objectives.vocabulary import create_vocabulary
 from condiff_jax.pretrained import weights
 from condiff_jax.runtime import sharding
-from condiff_jax.runtime.distributed import meet
+from condiff_jax.runtime.distributed import barrier
 
 HEAD = 400  # bytes of a picture's label, caption and control metadata, about
 PACKAGES = ("jax", "flax", "array_record", "pillow", "simplejpeg", "opencv-python-headless")
@@ -63,7 +63,7 @@ SOURCE_FIELDS = ("data.name", "data.sizes", "data.classes", "data.entangled", "m
 SOURCE_FIELDS += ("encode.views", "encode.text", "encode.records", "encode.shard_mb")
 
 
-def settings(system: System, fields: tuple[str, ...]) -> dict[str, Any]:
+def settings(system: DiffusionObjective, fields: tuple[str, ...]) -> dict[str, Any]:
     """The values of config fields as JSON has them; of an encoder's path, its files' sha256."""
     encoders = {part.field: part for part in system.frozen.values()}
     values = {
@@ -75,7 +75,7 @@ def settings(system: System, fields: tuple[str, ...]) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def check(system: System, source: Cache) -> None:
+def check(system: DiffusionObjective, source: Cache) -> None:
     """ConfigError that names the field in which a cache is not what a config trains on."""
     asked = settings(system, IMAGE_FIELDS + (TEXT_FIELDS if source.features else ()))
     for field, before, now in differing(source.manifest["settings"], asked):
@@ -122,7 +122,7 @@ def shards_of(pictures: int, size: int, shard_mb: int) -> list[Shard]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class ReadRecord:
     """Number of a picture -> all that is to be encoded of it, in fixed shapes."""
 
     source: Any
@@ -146,7 +146,7 @@ class Read:
 class Encoder:
     """The encoders of a system on all devices of this host, for batches of one shape."""
 
-    def __init__(self, system: System):
+    def __init__(self, system: DiffusionObjective):
         self.system, config = system, system.config
         mesh = sharding.local_mesh()
         self.views = config.encode.views * (1 + config.data.flip)
@@ -254,7 +254,7 @@ def _check_config(config: Config) -> None:
             raise ConfigError(field, reason)
 
 
-def encode(system: System, source, out: Path) -> dict | None:
+def encode(system: DiffusionObjective, source, out: Path) -> dict | None:
     """Make the cache `out` of a source, or go on with that; its manifest.
 
     None when it was finished before. OutputError or OSError for what a user can mend.
@@ -262,7 +262,7 @@ def encode(system: System, source, out: Path) -> dict | None:
     config, process = system.config, jax.process_index()
     texts = TEXT_FIELDS if config.encode.text else ()
     made_of = settings(system, IMAGE_FIELDS + texts + SOURCE_FIELDS)
-    made_of |= {"data.path": stamp(source), "format": FORMAT}
+    made_of |= {"data.path": fingerprint(source), "format": FORMAT}
     if (out / MANIFEST).exists():
         compare(out, json.loads((out / MANIFEST).read_text())["settings"], made_of)
         shutil.rmtree(out / BEGUN, ignore_errors=True)  # left when killed at the very end
@@ -276,14 +276,8 @@ def encode(system: System, source, out: Path) -> dict | None:
             compare(out, json.loads(begun.read_text()), made_of)
         write_json(begun, made_of)
         work(encoder, source, out, shards[process :: jax.process_count()])
-        meet("encoded")
+        barrier("encoded")
         return finish(encoder, source, out, shards, made_of) if process == 0 else {}
-
-
-def stamp(source) -> str:
-    """A sha256 that differs between sources with other files, or of other length."""
-    files = source.files() if isinstance(source, Records) else []
-    return hashlib.sha256(json.dumps([len(source), files]).encode()).hexdigest()
 
 
 def compare(out: Path, before: dict, now: dict) -> None:
@@ -302,8 +296,8 @@ def work(encoder: Encoder, source, out: Path, shards: list[Shard]) -> None:
     size, free = pictures * encoder.size, shutil.disk_usage(out).free
     if size > free:
         raise OutputError(
-            f"it needs about {amount(size)}, and {out} has {amount(free)} free; give a folder on "
-            "a larger disk"
+            f"it needs about {format_bytes(size)}, and {out} has {format_bytes(free)} free; give a "
+            "folder on a larger disk"
         )
     records, chief = read(encoder.system, source, left), jax.process_index() == 0
     if chief and len(left) < len(shards):
@@ -317,7 +311,7 @@ def work(encoder: Encoder, source, out: Path, shards: list[Shard]) -> None:
             write(coded, shard, out, partial(bar.update, encoder.views))
 
 
-def read(system: System, source, left: list[Shard]) -> Iterator[dict]:
+def read(system: DiffusionObjective, source, left: list[Shard]) -> Iterator[dict]:
     """What `Read` gives for all pictures of these shards in order, read ahead in threads."""
     if not left:
         return
@@ -326,7 +320,7 @@ def read(system: System, source, left: list[Shard]) -> Iterator[dict]:
     how["flip"] = data.flip
     text = system.encode_text if config.encode.text else None
     spans = [grain.MapDataset.range(shard.start, shard.stop) for shard in left]
-    dataset = grain.MapDataset.concatenate(spans).map(Read(source, how, config.seed, text))
+    dataset = grain.MapDataset.concatenate(spans).map(ReadRecord(source, how, config.seed, text))
     yield from read_ahead(dataset, data.workers)
 
 

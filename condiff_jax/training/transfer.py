@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.objectives import diffusion as system_lib
-from condiff_jax.objectives.diffusion import System
+from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime.sharding import path_name
@@ -58,7 +58,7 @@ class Move:
     resize: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
-def shapes_of(system: System) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(system: DiffusionObjective) -> dict[str, jax.ShapeDtypeStruct]:
     """Parameters of a system by name, "model/final/bias"; nothing is allocated."""
     return by_name(system.shapes)
 
@@ -68,7 +68,7 @@ def by_name(params) -> dict:
     return {path_name(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def plan(old: System, new: System) -> dict[str, Move]:
+def plan(old: DiffusionObjective, new: DiffusionObjective) -> dict[str, Move]:
     """The move of each of new's parameters, by name; ConfigError for all that does not match."""
     for field in SAME:
         before, after = get(old.config, field), get(new.config, field)
@@ -137,7 +137,7 @@ def left(moves: Mapping[str, Move], source: Mapping) -> list[str]:
     return [name for name in source if name not in used]
 
 
-def grid(system: System) -> tuple[int, int]:
+def grid(system: DiffusionObjective) -> tuple[int, int]:
     """Tokens per column and row of a transformer's pictures."""
     return tuple(side // system.model.patch for side in system.latent_shape[:2])
 
@@ -154,7 +154,7 @@ def resizing_matrix(old: int, new: int, mode: str = "resample") -> np.ndarray:
     return np.stack([np.interp(places, np.arange(old), row) for row in np.eye(old)], 1)
 
 
-def _resize_positions(old: System, new: System) -> Callable:
+def _resize_positions(old: DiffusionObjective, new: DiffusionObjective) -> Callable:
     """Learned tables (N, D) start as sin-cos embeddings: what they have learned beyond is resized.
 
     So an untrained table becomes that of the new grid, as for models whose table is fixed.
@@ -176,7 +176,7 @@ def _resize_positions(old: System, new: System) -> Callable:
     return resize
 
 
-def _resize_relative(old: System, new: System) -> Callable:
+def _resize_relative(old: DiffusionObjective, new: DiffusionObjective) -> Callable:
     """Bias tables (..., entries, heads) over the offsets between tokens, -(n-1) .. n-1 an axis."""
     mode = new.config.model.position
     rows, columns = (
@@ -230,7 +230,7 @@ def report(moves: Mapping[str, Move], source: Mapping, target: Mapping) -> str:
     return "\n".join([*lines, ", ".join([*numbers, f"{len(behind)} left"])])
 
 
-def origin(path: str) -> System:
+def origin(path: str) -> DiffusionObjective:
     """The system of the run in a work directory; ConfigError if there is none."""
     folder = Workdir(path)
     try:
@@ -239,7 +239,9 @@ def origin(path: str) -> System:
         raise ConfigError("init.path", str(error)) from error
 
 
-def load(path: str, old: System, mesh: Mesh, *, ema: bool, step: int | None = None) -> dict:
+def load(
+    path: str, old: DiffusionObjective, mesh: Mesh, *, ema: bool, step: int | None = None
+) -> dict:
     """Parameters by name of a work directory's newest checkpoint; ConfigError if not of `step`."""
     checkpoints = Checkpoints(Workdir(path).checkpoints, old.config)
     found, params = checkpoints.restore_params(old, mesh, ema=ema)

@@ -15,7 +15,8 @@ from condiff_jax.models import unet
 from condiff_jax.objectives import summary
 from condiff_jax.objectives.diffusion import create
 from condiff_jax.objectives.validate import create_config
-from condiff_jax.sampling.sample import guidance_scale
+from condiff_jax.objectives.vocabulary import load_vocabulary
+from condiff_jax.sampling.requests import guidance_scale
 from condiff_jax.training import transfer
 from configs import recipes
 from configs.__main__ import FOLDER, readme, tables
@@ -45,7 +46,7 @@ SHAPES = {}  # of systems, by what they depend on: to trace those of a UNet take
 
 def with_shapes(config):
     """The system, which takes its parameters' shapes from one with the same settings."""
-    system = create(config, summary.vocabulary(config))
+    system = create(config, load_vocabulary(config))
     parts = config.model, config.conditioning, config.text_encoder, config.autoencoder
     key = repr((parts, config.data.semantics, config.data.classes, config.data.resolution))
     if key not in SHAPES:
@@ -61,7 +62,7 @@ def test_tables_of_architectures_build_what_they_name(name, row):
     assert config.model.name == given["arch"]
     assert config.data.resolution == int(given["resolution"])
     assert config.data.semantics == ("text" if given["data"] == "cc12m" else "class")
-    system = create(config, summary.vocabulary(config))
+    system = create(config, load_vocabulary(config))
     side = int(given["resolution"]) // 8
     assert system.latent_shape == (side, side, 4)
     assert (system.model.classes or 0) == config.data.classes == (given["data"] != "cc12m") * 1000

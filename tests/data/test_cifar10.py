@@ -10,13 +10,13 @@ import zlib
 
 import numpy as np
 import pytest
-from condiff_jax.objectives.diffusion import create_vocabulary, open_source
 
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.data import cifar10
 from condiff_jax.data.cifar10 import CLASSES, FORMS, ROW, Cifar10
-from condiff_jax.data.pipeline import batches, create_source
+from condiff_jax.data.pipeline import batches, create_source, open_source
 from condiff_jax.evaluation.reference import Reference
+from condiff_jax.objectives.vocabulary import create_vocabulary
 from tests import tiny
 
 COUNT = 20  # pictures a file, here

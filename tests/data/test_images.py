@@ -130,7 +130,7 @@ def test_turned_pictures_and_other_formats(orientation, format):
     data = encode(picture(90, 121), format, orientation=orientation, **lossless)
     shape = decode(data).shape[:2]
     image = Encoded(data)
-    assert (image.height, image.width) == shape and image.lies == (orientation > 4)
+    assert (image.height, image.width) == shape and image.transposed == (orientation > 4)
     (lazy, told), (full, expected) = both(data, 20, crop=(0.5, 0.9))
     assert told == expected
     if format != "JPEG" or orientation > 1:

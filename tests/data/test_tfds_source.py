@@ -19,8 +19,8 @@ from condiff_jax.data.builders.prepare import prepare
 from condiff_jax.data.images import decode
 from condiff_jax.data.pipeline import batches, create_source
 from condiff_jax.data.tfds_source import TFDS
-from condiff_jax.objectives.diffusion import create_vocabulary
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import create_vocabulary
 from configs import cifar10_conditioning
 from tests import tiny
 from tests.data.builders import archives

@@ -13,13 +13,15 @@ from PIL import Image
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Sampling
 from condiff_jax.data import augment, shapes
-from condiff_jax.evaluation import evaluate, image_quality
+from condiff_jax.evaluation import controllability, evaluate, image_quality
 from condiff_jax.evaluation.metrics import shapes_features
 from condiff_jax.evaluation.metrics.prompt import sharpness
+from condiff_jax.evaluation.records import describe, find_record, measurement_dir
 from condiff_jax.evaluation.reference import Reference
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
-from condiff_jax.sampling import sample
+from condiff_jax.sampling import sampler
+from condiff_jax.sampling.requests import control_values
 from condiff_jax.training.reporters.diffusion import Reporter
 from tests import tiny
 
@@ -57,7 +59,7 @@ def records(path):
 
 
 def no_sampling():
-    return mock.patch.object(sample.Sampler, "__call__", side_effect=AssertionError("sampled"))
+    return mock.patch.object(sampler.Sampler, "__call__", side_effect=AssertionError("sampled"))
 
 
 def test_the_end_of_training_measures_and_records(trained):
@@ -106,8 +108,8 @@ def test_another_setting_is_another_record(trained):
     assert not set(record["pictures"].values()) & set(before[0]["pictures"].values())
     for change in ({"sampling.ema": False}, {"sampling.seed": 1}, {"evaluation.prompts": 2}):
         config = tiny.config(**fields | change)
-        identity = evaluate.describe(config, 2, ema=config.sampling.ema)
-        assert evaluate.measured(Workdir(str(path)), identity) is None
+        identity = describe(config, 2, ema=config.sampling.ema)
+        assert find_record(Workdir(str(path)), identity) is None
 
 
 def test_a_checkpoint_past_the_asked_step_is_an_error(trained):
@@ -198,7 +200,7 @@ UNASKED = {
 
 def described(**overrides):
     config = tiny.config(**FIELDS | overrides)
-    return evaluate.describe(config, 2, ema=config.sampling.ema)
+    return describe(config, 2, ema=config.sampling.ema)
 
 
 def test_every_field_of_sampling_is_described_or_does_not_matter():
@@ -258,13 +260,13 @@ def test_the_newest_of_equal_records_counts(tmp_path):
     other = identity | {"step": 1}
     rows = [identity | {"seconds": 1}, identity | {"seconds": 2}, other | {"seconds": 3}]
     (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert evaluate.measured(folder, identity)["seconds"] == 2
-    assert evaluate.measured(folder, other)["seconds"] == 3
+    assert find_record(folder, identity)["seconds"] == 2
+    assert find_record(folder, other)["seconds"] == 3
     for other in ({"step": 3}, {"features": None}, {"sampling": {}}, {"evaluation": {}}):
-        assert evaluate.measured(folder, identity | other) is None
+        assert find_record(folder, identity | other) is None
         if "step" not in other:
-            changed = evaluate.own_folder(folder, identity | other)
-            assert changed != evaluate.own_folder(folder, identity)
+            changed = measurement_dir(folder, identity | other)
+            assert changed != measurement_dir(folder, identity)
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -288,7 +290,7 @@ def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, m
         return np.zeros((len(batch["label"]), 16, 16, 3), np.uint8)
 
     monkeypatch.setattr(evaluate, "Checkpoints", Restored)
-    monkeypatch.setattr(sample.Sampler, "__call__", pictures)
+    monkeypatch.setattr(sampler.Sampler, "__call__", pictures)
 
     def finish(folder):
         Reporter(system, sharding.create_mesh(), folder, {}).finish(2, {})
@@ -309,9 +311,9 @@ def test_classes_are_asked_for_in_turn():
     system = tiny.system(
         tiny.config(**FIELDS | {"data.semantics": "class", "model.name": "dit_ln"})
     )
-    assert evaluate.subjects(system, 12) == [*range(10), 0, 1]
+    assert controllability.subjects(system, 12) == [*range(10), 0, 1]
     text = tiny.system(tiny.config(**FIELDS))
-    assert evaluate.asked_for(text, evaluate.subjects(text, 3)) == [
+    assert controllability.asked_for(text, controllability.subjects(text, 3)) == [
         scene.caption for scene in shapes.prompts(3)
     ]
 
@@ -330,21 +332,23 @@ def responded(folder, **overrides):
     """(values, grids, requests) of size_response."""
     system, calls = tiny.system(tiny.config(**FIELDS | overrides)), []
     fake = mock.Mock(side_effect=partial(noted, calls), system=system)
-    return *evaluate.size_response(fake, {}, folder, folder.path / "parts"), calls
+    return *controllability.size_response(fake, {}, folder, folder.path / "parts"), calls
 
 
 def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monkeypatch):
     sizes, captions = (12, 16, 24), []
-    monkeypatch.setattr(evaluate, "caption_grid", lambda _, names, **__: captions.append(names))
+    monkeypatch.setattr(
+        controllability, "caption_grid", lambda _, names, **__: captions.append(names)
+    )
     asked = {"sampling.control.aspect": 2.0, "sampling.control.width": 64.0}
     values, grids, calls = responded(Workdir(str(tmp_path)), **asked)
     for size, call in zip(sizes, calls, strict=False):
         assert set(call["height"]) == set(call["width"]) == {size} and set(call["aspect"]) == {1}
-    measured = [values[f"sharpness_{size}"] for size in sizes]
+    find_record = [values[f"sharpness_{size}"] for size in sizes]
     expected = [
         sharpness(noted([], {}, {"control": {"height": np.array([size])}})[0]) for size in sizes
     ]
-    assert measured == expected and measured == sorted(measured) and measured[0] > 0
+    assert find_record == expected and find_record == sorted(find_record) and find_record[0] > 0
     assert [name for name in values if name.startswith("sharpness_")] == [
         "sharpness_12", "sharpness_16", "sharpness_24", "sharpness_response",
     ]  # fmt: skip
@@ -355,11 +359,11 @@ def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monke
 
 
 def test_a_killed_response_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "SIZE_PART", 2)
+    monkeypatch.setattr(controllability, "SIZE_PART", 2)
     system, calls = tiny.system(tiny.config(**FIELDS | {"evaluation.size_prompts": 5})), []
 
     def sampler(params, batch, *, first=0, label="", dies_at=9):
-        number = first - evaluate.FIRST_INDEX["size_response"]
+        number = first - controllability.FIRST_INDEX["size_response"]
         if number >= dies_at:
             raise KeyboardInterrupt
         calls.append(number)
@@ -368,7 +372,7 @@ def test_a_killed_response_goes_on_where_it_was(tmp_path, monkeypatch):
 
     def respond(parts, **dies):
         fake = mock.Mock(side_effect=partial(sampler, **dies), system=system)
-        return evaluate.size_response(fake, {}, Workdir(str(tmp_path)), tmp_path / parts)[0]
+        return controllability.size_response(fake, {}, Workdir(str(tmp_path)), tmp_path / parts)[0]
 
     expected = respond("whole")
     assert sorted(set(calls)) == [0, 2, 4]
@@ -392,7 +396,7 @@ def test_lpips_is_measured_where_there_are_weights(tmp_path, monkeypatch):
         paths.append(path)
         return lambda a, b: np.full(len(a), 0.25)
 
-    monkeypatch.setattr(evaluate.lpips, "create", create)
+    monkeypatch.setattr(controllability.lpips, "create", create)
     values, _, _ = responded(Workdir(str(tmp_path)))
     assert "size_lpips" not in values and not paths
     values, _, _ = responded(Workdir(str(tmp_path)), **{"evaluation.lpips": "alexnet.npz"})
@@ -404,11 +408,11 @@ def test_drawn_sizes_are_those_of_the_samples_numbers(tmp_path):
     system, calls = tiny.system(tiny.config(**fields)), []
     fake = mock.Mock(side_effect=partial(noted, calls), system=system, mesh=None)
     folder = Workdir(str(tmp_path))
-    evaluate.prompt_accuracy(fake, {}, folder, tmp_path)
+    controllability.prompt_accuracy(fake, {}, folder, tmp_path)
     image_quality.measure(fake, {}, folder, tmp_path)
-    firsts = evaluate.FIRST_INDEX["prompt_accuracy"], image_quality.FIRST_INDEX
+    firsts = controllability.FIRST_INDEX["prompt_accuracy"], image_quality.FIRST_INDEX
     for call, first in zip(calls, firsts, strict=True):
         assert call["first"] == first
-        expected = sample.control_values(system.config, len(call["height"]), first=first)
+        expected = control_values(system.config, len(call["height"]), first=first)
         np.testing.assert_array_equal(call["height"], expected["height"])
     assert calls[0]["height"][0] != calls[1]["height"][0]

@@ -14,12 +14,14 @@ from PIL import Image
 
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.data import augment, shapes
-from condiff_jax.evaluation import evaluate, image_quality, protocols, reference
+from condiff_jax.evaluation import controllability, evaluate, image_quality, protocols, reference
 from condiff_jax.evaluation.metrics.clip_score import ClipScore
 from condiff_jax.evaluation.metrics.features import FeatureNetwork
+from condiff_jax.evaluation.records import describe, measurement_dir, summary
 from condiff_jax.runs.workdir import Workdir
-from condiff_jax.runtime import distributed, sharding
-from condiff_jax.sampling import sample
+from condiff_jax.runtime import sharding
+from condiff_jax.sampling import sampler
+from condiff_jax.sampling.requests import control_values, guidance_scale
 from condiff_jax.training.reporters.diffusion import Reporter
 from tests import tiny
 
@@ -123,14 +125,14 @@ def test_sizes_are_drawn_from_those_of_training(tmp_path):
     with mock.patch.object(Fake, "__call__", side_effect=Fake.__call__, autospec=True) as call:
         measure(tmp_path, fake)
     heights = np.concatenate([one.args[2]["control"]["height"] for one in call.call_args_list])
-    asked = sample.control_values(fake.system.config, 9, first=image_quality.FIRST_INDEX, seen=seen)
+    asked = control_values(fake.system.config, 9, first=image_quality.FIRST_INDEX, seen=seen)
     np.testing.assert_array_equal(heights, asked["height"])
 
 
 def test_only_the_first_host_writes(tmp_path, monkeypatch):
     fields = {"evaluation.metrics": ("kid", "size_response"), "evaluation.save": "npz"}
     fields |= {"evaluation.size_prompts": 5}
-    monkeypatch.setattr(evaluate, "SIZE_PART", 2)
+    monkeypatch.setattr(controllability, "SIZE_PART", 2)
     fake = Fake(tiny.config(**FIELDS | fields))
     monkeypatch.setattr(reference, "PART", 4)
     with monkeypatch.context() as other:
@@ -138,7 +140,7 @@ def test_only_the_first_host_writes(tmp_path, monkeypatch):
         other.setattr(jax, "process_count", lambda: 2)
         gather = SimpleNamespace(process_allgather=lambda found: [np.stack([a, a]) for a in found])
         other.setattr(reference, "multihost_utils", gather)
-        other.setattr(distributed, "meet", lambda name: None)
+        other.setattr(reference, "barrier", lambda name: None)
         meshes = mock.patch.object(
             image_quality, "create_networks", wraps=image_quality.create_networks
         )
@@ -153,7 +155,7 @@ def test_only_the_first_host_writes(tmp_path, monkeypatch):
     parts = epath.Path(tmp_path / "parts")
     before = {file.name for file in parts.iterdir()}
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    image_quality.forget(parts)
+    image_quality.delete_parts(parts)
     assert {file.name for file in parts.iterdir()} == before
 
 
@@ -254,7 +256,7 @@ def test_pictures_are_kept_in_order_of_their_numbers(tmp_path, save):
     assert not image_quality.saved(parts, config)
     measure(tmp_path, Fake(tiny.config(**fields | {"evaluation.save": other})))
     measure(tmp_path, Fake(config))
-    image_quality.forget(parts)
+    image_quality.delete_parts(parts)
     for one in (save, other):
         assert image_quality.saved(parts, tiny.config(**fields | {"evaluation.save": one}))
     expected = np.stack([picture(image_quality.FIRST_INDEX + i) for i in range(9)])
@@ -274,7 +276,7 @@ def test_pictures_are_kept_in_order_of_their_numbers(tmp_path, save):
 
 def test_a_recorded_measurement_leaves_no_parts(tmp_path):
     config = tiny.config(**FIELDS)
-    parts = evaluate.own_folder(Workdir(str(tmp_path)), evaluate.describe(config, 2, ema=True))
+    parts = measurement_dir(Workdir(str(tmp_path)), describe(config, 2, ema=True))
     parts.mkdir(parents=True)
     (parts / "00000000-4-png.npz.tmp").write_bytes(b"killed")
     record = evaluate.measure(Fake(config), {}, 2, Workdir(str(tmp_path)), ema=True)
@@ -283,7 +285,7 @@ def test_a_recorded_measurement_leaves_no_parts(tmp_path):
     assert record["features"] == {
         name: {"name": "means", "sha256": "sha of 1.0"} for name in ("clip", "inception")
     }
-    (line,) = evaluate.summary(record)[:1]
+    (line,) = summary(record)[:1]
     assert line.startswith("means, 9 pictures against validation: fid")
 
 
@@ -314,7 +316,7 @@ def test_statistics_are_read_for_fids_network_alone():
     fields = {"evaluation.metrics": ("clip_score",), "evaluation.statistics": "/no/such.npz"}
     config = tiny.config(**FIELDS | fields)
     evaluate.check(config)
-    assert "statistics" not in evaluate.describe(config, 2, ema=True)["evaluation"]
+    assert "statistics" not in describe(config, 2, ema=True)["evaluation"]
 
 
 def test_statistics_are_described_by_their_content(tmp_path):
@@ -322,7 +324,7 @@ def test_statistics_are_described_by_their_content(tmp_path):
     for name, content in {"a": b"one", "b": b"one", "c": b"other"}.items():
         (tmp_path / name).write_bytes(content)
         given = {"evaluation.statistics": str(tmp_path / name)}
-        found.append(evaluate.describe(tiny.config(**FIELDS | given), 2, ema=True)["evaluation"])
+        found.append(describe(tiny.config(**FIELDS | given), 2, ema=True)["evaluation"])
     assert found[0] == found[1] != found[2]
 
 
@@ -341,7 +343,7 @@ def test_protocols_set_what_the_paper_says_and_keep_the_rest():
     )
     found = protocols.apply(config)
     assert found.sampling.steps == 250 and found.sampling.size == "train"
-    assert sample.guidance_scale(found.sampling, 512) == 2
+    assert guidance_scale(found.sampling, 512) == 2
     assert found.evaluation.metrics == ("fid",) and found.evaluation.reference == "train"
     assert found.evaluation.samples == 9
     assert protocols.apply(tiny.config()) == tiny.config()
@@ -367,7 +369,7 @@ def test_protocols_are_the_papers(name, steps, metric, reference, guidance, size
     others |= {"evaluation.reference": "train_200k", "evaluation.path": "somewhere"}
     found = protocols.apply(tiny.config(**{"evaluation.protocol": name} | others))
     assert found.sampling.sampler == "ddim" and found.sampling.steps == steps
-    assert sample.guidance_scale(found.sampling, 512) == guidance
+    assert guidance_scale(found.sampling, 512) == guidance
     assert found.evaluation.metrics == (metric,) and found.evaluation.reference == reference
     assert found.sampling.size == size and found.evaluation.path == "somewhere"
 
@@ -390,7 +392,7 @@ def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     checkpoints = mock.Mock(latest=2)
     checkpoints.restore_params.return_value = (2, {})
     monkeypatch.setattr(evaluate, "Checkpoints", lambda *_: checkpoints)
-    monkeypatch.setattr(sample.Sampler, "__call__", Fake(config).__call__)
+    monkeypatch.setattr(sampler.Sampler, "__call__", Fake(config).__call__)
     folder = Workdir(str(tmp_path))
     folder.open(config, tiny.system(config).vocabulary)
     found = evaluate.run(config, str(tmp_path))
@@ -420,7 +422,7 @@ def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
 def test_evaluations_in_training_are_of_fewer_pictures(tmp_path, monkeypatch):
     fields = {"evaluation.metrics": ("fid",), "evaluation.every_samples": 5}
     config = tiny.config(**FIELDS | fields)
-    monkeypatch.setattr(sample.Sampler, "__call__", Fake(config).__call__)
+    monkeypatch.setattr(sampler.Sampler, "__call__", Fake(config).__call__)
     folder = Workdir(str(tmp_path))
     reporter = Reporter(tiny.system(config), sharding.create_mesh(), folder, {})
     reporter.early(3, {})

@@ -19,6 +19,7 @@ from condiff_jax.data.shapes import FINE_CLASSES
 from condiff_jax.evaluation import evaluate, image_quality, reference
 from condiff_jax.evaluation.metrics import fid
 from condiff_jax.evaluation.metrics.frechet import Moments
+from condiff_jax.evaluation.records import describe
 from condiff_jax.evaluation.reference import Reference
 from tests import tiny
 
@@ -119,8 +120,8 @@ def test_hosts_share_the_reading_and_all_find_what_one_alone_does(monkeypatch, c
         read.append(place)
         return original(square, place)
 
-    original = reference.Square.__call__
-    monkeypatch.setattr(reference.Square, "__call__", noted)
+    original = reference.CenterCrop.__call__
+    monkeypatch.setattr(reference.CenterCrop, "__call__", noted)
     for statistics, features in on_hosts(
         monkeypatch, count, lambda: reference.describe(network(), data, samples=7)
     ):
@@ -179,12 +180,12 @@ def test_it_is_known_by_its_files_wherever_they_are(prepared, tmp_path):
     assert Reference(of(other)).digest() != one
     assert Reference(of(prepared, **{"data.resolution": 32})).digest() != one
     assert Reference(of(prepared)).digest("a network") != one
-    record = evaluate.describe(of(prepared), 2, ema=True)["evaluation"]
+    record = describe(of(prepared), 2, ema=True)["evaluation"]
     assert record["path"] == prepared and record["reference_sha256"] == one
     # Of an evaluation it says with what was compared, and who was asked for.
     for metric in ("fid", "size_response"):
         records = [
-            evaluate.describe(config, 2, ema=True)["evaluation"]
+            describe(config, 2, ema=True)["evaluation"]
             for path in (prepared, str(tmp_path / "copy"), other)
             for fields in [{"evaluation.metrics": (metric,), "evaluation.reference": "train"}]
             for config in [

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from condiff_jax.objectives.diffusion import Vocabulary
-from condiff_jax.objectives.diffusion import create as create_system
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.parity import jit
 from condiff_jax.models import attention as lib
 from condiff_jax.models.attention import attention
 from condiff_jax.models.mdt import hide
+from condiff_jax.objectives.diffusion import create as create_system
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.runtime import sharding
 from configs import table1
 

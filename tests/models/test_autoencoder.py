@@ -114,7 +114,7 @@ def test_old_names_of_the_attention_are_known(weights, tmp_path):
 def test_loss_sees_the_latents(weights):
     config = tiny.config(**LATENT, **{"autoencoder.path": str(weights), "data.resolution": 16})
     system = tiny.system(config)
-    noise = loop.draw_noise(jax.random.key(0), system, 2)
+    noise = system.draw_noise(jax.random.key(0), 2)
     assert noise["latent"].shape == (2, 8, 8, 4)
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks.parity import CLASS, T, class_mdt, jit, noise, random_like
 from condiff_jax.models.mdt import hide, most_seen, relative_index
-from condiff_jax.training import loop
 from tests import tiny
 
 SIDE = 8  # 16 tokens
@@ -93,14 +92,14 @@ def test_training_adds_the_masked_loss(ratio, trained):
     with tiny.few_layers():
         system = tiny.system(tiny.config(**overrides))
     params, batch = random_like(system.shapes), system.example(4)
-    noise = loop.draw_noise(jax.random.key(0), system, 4)
+    noise = system.draw_noise(jax.random.key(0), 4)
     assert ("hidden" in noise) == trained
 
     @jit
     @jax.value_and_grad
     def loss_and_gradient(token, noise):
         given = params | {"model": params["model"] | {"mask_token": token}}
-        return loop.loss_fn(given, batch, noise, system=system)
+        return system.loss(given, batch, noise)[0]
 
     token = params["model"]["mask_token"]
     loss, gradient = loss_and_gradient(token, noise)

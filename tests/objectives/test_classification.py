@@ -10,10 +10,10 @@ import pytest
 
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.objectives import classification
-from condiff_jax.objectives.diffusion import create_vocabulary
+from condiff_jax.objectives.vocabulary import create_vocabulary
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
-from condiff_jax.sampling import classifier_guide
+from condiff_jax.training.reporters import classifier
 from tests import tiny
 
 FIELDS = {
@@ -33,7 +33,7 @@ class Clock(nn.Module):
 @pytest.fixture(scope="module")
 def system():
     config = tiny.config(**FIELDS)
-    created = classifier_guide.create(config, create_vocabulary(config, create_source(config)))
+    created = classification.create(config, create_vocabulary(config, create_source(config)))
     return dataclasses.replace(created, model=Clock())
 
 
@@ -44,15 +44,15 @@ def test_every_timestep_belongs_to_a_quarter(system):
         "label": jnp.array([0, 1, 2, 4, 1, 1, 9, 9]),
     }
     noise = {"t": t, "eps": jnp.zeros((8, 16, 16, 3))}
-    _, parts = classification.loss_fn({"classifier": {}}, batch, noise, system=system)
+    _, parts = system.loss({"classifier": {}}, batch, noise)
     found = [float(parts[f"accuracy_{i + 1}"]) for i in range(4)]
     np.testing.assert_allclose(found, [0.5, 1, 0, 1])  # of two each
 
 
 def test_progress_is_measured_in_the_middle_of_each_quarter(system, tmp_path, monkeypatch):
     """At t = 125, 375, 625 and 875."""
-    monkeypatch.setattr(classification, "PICTURES", 3)
+    monkeypatch.setattr(classifier, "PICTURES", 3)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    reporter = classification.Reporter(system, mesh, Workdir(str(tmp_path)), {})
+    reporter = classifier.Reporter(system, mesh, Workdir(str(tmp_path)), {})
     probabilities, *_ = reporter.measure({"classifier": {}})
     np.testing.assert_array_equal(probabilities.argmax(-1), [[n] * 3 for n in (1, 3, 6, 8)])

@@ -26,6 +26,7 @@ from condiff_jax.objectives import reconstruction
 from condiff_jax.objectives.validate import create_config
 from condiff_jax.pretrained import lpips
 from condiff_jax.training import loop
+from condiff_jax.training.reporters.autoencoder import standardise
 from configs import autoencoder, emoji_64, latent_shapes
 from tests import tiny
 
@@ -48,8 +49,8 @@ def create(name):
     space = Latents.create(config)
     network = dataclasses.replace(space.network, size=SMALL)
     space = dataclasses.replace(space, network=network)
-    system = reconstruction.Reconstructor(config, space, PatchDiscriminator((8, 16)))
-    loss = functools.partial(reconstruction.loss_fn, system=system)
+    system = reconstruction.ReconstructionObjective(config, space, PatchDiscriminator((8, 16)))
+    loss = system.loss
     return system, parity.jit(jax.value_and_grad(loss, has_aux=True))
 
 
@@ -148,7 +149,7 @@ def test_codes_move_to_latents_and_latents_to_codes():
 def test_the_critic_is_heard_from_its_first_step_on():
     system, _ = create("kl")
     key = jax.random.key(0)
-    early, late = (reconstruction.draw_noise(key, system, 2, step) for step in (6, 7))
+    early, late = (system.draw_noise(key, 2, step) for step in (6, 7))
     assert early["critic"].tolist() == [0, 0]
     np.testing.assert_allclose(late["critic"], 0.3)
     assert late["latent"].shape == NOISE.shape
@@ -174,7 +175,7 @@ def test_standardised_latents_are_of_the_same_autoencoder(name):
     system, _ = create(name)
     network, old = system.space.network, parameters(system)["autoencoder"]
     shift, scale = np.array([0.5, -1.0, 2.0], np.float32), 0.25
-    new = reconstruction.standardise(network, old, shift, scale)
+    new = standardise(network, old, shift, scale)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old)
 
     @parity.jit
@@ -199,7 +200,7 @@ def coder(tmp_path_factory):
     """The folder of an autoencoder after two steps."""
     path = tmp_path_factory.mktemp("coder")
     with (
-        mock.patch.object(reconstruction, "PICTURES", 8),
+        mock.patch.object(autoencoder, "PICTURES", 8),
         mock.patch.dict(kl.SIZES, {"tiny": SMALL}),
         tiny.few_layers(),
     ):

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from condiff_jax.config.errors import ConfigError
+from condiff_jax.objectives.vocabulary import load_vocabulary
 from condiff_jax.planning import compiling, hlo, plan, topology
 from tests import tiny
 
@@ -22,7 +23,7 @@ def lower_tiny(place):
     """The tiny train step for four chips."""
     with tiny.few_layers():
         config = tiny.config(**{"parallel.fsdp": 4, "model.attention": "xla"})
-        words = plan.vocabulary(config)
+        words = load_vocabulary(config)
         return plan.lower(plan.lower_step, config, topology.parse(place), words)
 
 

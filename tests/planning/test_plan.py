@@ -131,7 +131,7 @@ class Fake(plan.Planner):
         line = "%f = f32[] fusion()"
         if whole:
             line += ', backend_config={"estimated_cycles":"1500000000"}'
-        return compiling.Needs({}, needed, [Run(line, "main", 2)], whole)
+        return compiling.MemoryEstimate({}, needed, [Run(line, "main", 2)], whole)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,8 @@ def test_data_parallel_reduces_all_gradients_once_on_any_device():
 def test_fsdp_sends_parameters_and_not_activations():
     """Thrice the parameters: gathered forward and backward, and their gradients scattered.
 
-    `layers.by_example` sees to it; one block's features of this batch are larger. In small batches
-    XLA may send features where they are smaller than the parameters they meet.
+    `layers.constrain_batch` sees to it; one block's features of this batch are larger. In small
+    batches XLA may send features where they are smaller than the parameters they meet.
     """
     config = tiny.config(batch_size=2048, **{"parallel.fsdp": 8})
     with tiny.few_layers():
@@ -356,8 +356,8 @@ def lower_transformer(batch):
 
     def loss(params, x, context):
         for _ in range(2):
-            x = block.apply({"params": params["model"]}, layers.by_example(x), context)
-        return jax.numpy.square(layers.by_example(x).astype(float)).mean()
+            x = block.apply({"params": params["model"]}, layers.constrain_batch(x), context)
+        return jax.numpy.square(layers.constrain_batch(x).astype(float)).mean()
 
     params = jax.tree.map(plan.place, shapes, placed)
     inputs = plan.place((x, context), sharding.batch_sharding(mesh))

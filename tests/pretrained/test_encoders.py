@@ -19,8 +19,9 @@ from condiff_jax.pytorch import exporting
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
-from condiff_jax.sampling import sample
+from condiff_jax.sampling import requests, sample
 from condiff_jax.training import loop, transfer
+from condiff_jax.training.reporters import REPORTERS
 from tests import clips, tiny
 
 
@@ -44,7 +45,8 @@ def config(folder, **overrides):
 def run(folder, tmp_path_factory):
     """(a work directory after two steps, the frozen parameters then)."""
     path = tmp_path_factory.mktemp("run")
-    with mock.patch.object(loop, "Reporter", wraps=loop.Reporter) as reporter:
+    reporter = mock.Mock(wraps=REPORTERS["diffusion"])
+    with mock.patch.dict(REPORTERS, diffusion=reporter):
         assert loop.run(config(folder), str(path))
     return path, jax.device_get(reporter.call_args.args[3])
 
@@ -65,7 +67,7 @@ def test_training_leaves_the_tower_alone(run, folder):
 
 def test_conditions_are_the_towers_features(folder):
     system = tiny.system(config(folder, **{"conditioning.padding": "zero"}))
-    batch = sample.requests(system, ["a red circle", "", "blue " * 50])
+    batch = requests.requests(system, ["a red circle", "", "blue " * 50])
     frozen = system.load_frozen()
     assert frozen.keys() == {"text_encoder"} and batch["mask"].sum(1).tolist() == [5, 2, 8]
     text = jit(system.condition)(frozen, batch, None).semantics
@@ -162,7 +164,7 @@ def test_summary_tells_what_is_frozen_besides(folder, capsys, monkeypatch):
 
 def test_bf16_runs_encode_in_bf16(folder):
     system = tiny.system(config(folder, **{"model.dtype": "bfloat16"}))
-    batch, frozen = sample.requests(system, ["a ring"]), system.load_frozen()
+    batch, frozen = requests.requests(system, ["a ring"]), system.load_frozen()
     text = jax.eval_shape(
         lambda f: system.text_encoder.apply(
             {"params": f["text_encoder"]}, batch["ids"], batch["mask"]

@@ -26,7 +26,7 @@ from condiff_jax.pytorch import exporting, importing
 from condiff_jax.runs import optimizer, state
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
-from condiff_jax.sampling.sample import requests
+from condiff_jax.sampling.requests import requests
 from tests import clips, tiny
 
 CLASS = {"data.semantics": "class"}

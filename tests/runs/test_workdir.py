@@ -4,15 +4,16 @@ import dataclasses
 import json
 
 import pytest
-from condiff_jax.objectives.diffusion import Vocabulary
-from condiff_jax.runs.workdir import Workdir, append_json, read_json_lines
-from condiff_jax.training.reporters.diffusion import Log
+from condiff_jax.objectives.vocabulary import Vocabulary
+from condiff_jax.runs.workdir import Workdir
+from condiff_jax.runtime.files import append_json, read_json_lines
+from condiff_jax.training.reporters.base import Log
 from etils import epath
 
 from condiff_jax.config.build import with_fields
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.objectives.validate import create_config
-from condiff_jax.runs import workdir
+from condiff_jax.runtime.files import forget_after, write, append_json
 from tests import tiny
 
 
@@ -22,7 +23,7 @@ def test_a_file_is_replaced_whole(tmp_path, content):
     for old in (None, "a longer text than the new one"):
         if old:
             path.write_text(old)
-        workdir.write(path, content)
+        write(path, content)
         assert path.read_text() == "new"
         assert [one.name for one in path.parent.iterdir()] == ["config.json"]
 
@@ -36,17 +37,17 @@ def test_a_failure_before_the_last_step_leaves_the_old_content(tmp_path, monkeyp
 
     monkeypatch.setattr(type(path), "replace", fail)
     with pytest.raises(OSError, match="the disk is gone"):
-        workdir.write(path, "new")
+        write(path, "new")
     assert path.read_text() == "old"
 
 
 def test_forgetting_keeps_the_lines_up_to_a_step(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "metrics.jsonl"
-    workdir.forget_after(path, 1)
+    forget_after(path, 1)
     assert not path.exists()
     for step in (1, 2, 3):
-        workdir.append_json(path, {"step": step})
-    workdir.forget_after(path, 2)
+        append_json(path, {"step": step})
+    forget_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

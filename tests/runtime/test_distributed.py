@@ -11,11 +11,11 @@ import pytest
 from etils import epath
 
 from condiff_jax.models import kl
-from condiff_jax.objectives import reconstruction
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import distributed, sharding
 from condiff_jax.runtime.process import STOPPED
+from condiff_jax.training.reporters import autoencoder
 from tests import tiny
 from tests.children import Children
 
@@ -136,7 +136,7 @@ def test_processes_share_the_shards_of_a_cache_and_stop_with_sigterm(tmp_path):
     network = kl.AutoencoderKL(kl.SIZES["tiny"])
     shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
     params = tiny.random_params(shapes)
-    reconstruction.export(network, params, epath.Path(tmp_path / "autoencoder"))
+    autoencoder.export(network, params, epath.Path(tmp_path / "autoencoder"))
     arguments = [
         "--config=configs/quickstart.py",
         "--mode=encode",
@@ -221,7 +221,7 @@ def test_tpu_machines_are_known_by_their_devices(
 )
 def test_processes_that_cannot_meet_are_one_line(given, code, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        distributed.join(*given)
+        distributed.initialize(*given)
     error = capsys.readouterr().err
     assert exit.value.code == code and error.count("\n") == 1
     assert error.startswith(f"error: {message}")
@@ -230,7 +230,7 @@ def test_processes_that_cannot_meet_are_one_line(given, code, message, capsys):
 def test_one_process_alone_joins_nobody(monkeypatch):
     monkeypatch.setattr(distributed, "cluster", lambda environment: None)
     monkeypatch.setattr(jax.distributed, "initialize", None)  # would fail
-    distributed.join(None, None, None)
+    distributed.initialize(None, None, None)
 
 
 @pytest.mark.parametrize("given", [(None, None, None), ("a:1", 2, 0)])
@@ -239,7 +239,7 @@ def test_what_the_cluster_knows_is_left_to_it_unless_told(monkeypatch, given):
     monkeypatch.setattr(distributed, "cluster", lambda environment: "Slurm")
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: called.append((a, k)))
     monkeypatch.setattr(distributed.faulthandler, "disable", lambda: None)
-    distributed.join(*given)
+    distributed.initialize(*given)
     ((where, how),) = called
     assert where == given
     assert how["cluster_detection_method"] == (None if given[0] is None else "deactivate")

@@ -10,11 +10,12 @@ from condiff_jax.models import MODELS, clip, conditioners, kl, transformer
 from condiff_jax.models.autoencoder import NETWORKS
 from condiff_jax.objectives import diffusion
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.runs.checkpoint import abstract_state
 from condiff_jax.runtime import sharding
 from configs import base
 
-VOCABULARY = diffusion.Vocabulary(words=("a", "red", "circle"), classes=("circle", "square"))
+VOCABULARY = Vocabulary(words=("a", "red", "circle"), classes=("circle", "square"))
 VARIANTS = [
     (name, streams, semantics)
     for name in ("ours", "mmdit")

@@ -16,9 +16,9 @@ import pytest
 from etils import epath
 
 from condiff_jax.models import kl
-from condiff_jax.objectives import reconstruction
 from condiff_jax.runtime.distributed import Interrupt
 from condiff_jax.runtime.process import FAREWELL, STOPPED, Stopped, stoppable
+from condiff_jax.training.reporters import autoencoder
 from tests import tiny
 from tests.children import Children
 from tests.data.test_webdataset import samples, write_tar
@@ -127,7 +127,7 @@ def test_encoding(start, tmp_path):
     network = kl.AutoencoderKL(kl.SIZES["tiny"])
     shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
     params = tiny.random_params(shapes)
-    reconstruction.export(network, params, epath.Path(tmp_path / "autoencoder"))
+    autoencoder.export(network, params, epath.Path(tmp_path / "autoencoder"))
     arguments = [
         "--mode=encode",
         "--config.autoencoder.name=kl",

@@ -16,18 +16,23 @@ from condiff_jax.config.errors import ConfigError
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.diffusion.loss import add_noise
 from condiff_jax.evaluation import evaluate
+from condiff_jax.evaluation.records import describe
 from condiff_jax.models import unet
 from condiff_jax.models.unet import Size
 from condiff_jax.objectives import classification
-from condiff_jax.objectives.diffusion import create_vocabulary
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import create_vocabulary
 from condiff_jax.pretrained import weights
 from condiff_jax.runs import optimizer, state
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
 from condiff_jax.sampling import classifier_guide, sample
+from condiff_jax.sampling import sampler as sampler_lib
+from condiff_jax.sampling.requests import requests
 from condiff_jax.training import loop
+from condiff_jax.training import step as step_lib
+from condiff_jax.training.reporters import classifier
 from configs import classifier as classifier_config
 from tests import tiny
 
@@ -57,7 +62,7 @@ def small():
 
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):
-    monkeypatch.setattr(classification, "PICTURES", 12)
+    monkeypatch.setattr(classifier, "PICTURES", 12)
 
 
 def lines(path):
@@ -68,14 +73,14 @@ def lines(path):
 def trained(tmp_path_factory):
     """The folder of a classifier after 4 steps, with checkpoints of 2 and 4."""
     path = tmp_path_factory.mktemp("classifier")
-    with mock.patch.object(classification, "PICTURES", 12):
+    with mock.patch.object(classifier, "PICTURES", 12):
         assert loop.run(tiny.config(steps=4, **FIELDS), str(path))
     return path
 
 
 def restored(path, config):
     vocabulary = Workdir(str(path)).load_vocabulary()
-    system = classifier_guide.create(config, vocabulary)
+    system = classification.create(config, vocabulary)
     checkpoints = Checkpoints(Workdir(str(path)).checkpoints, config)
     return jax.device_get(checkpoints.restore(system, sharding.create_mesh()))
 
@@ -103,7 +108,7 @@ def test_two_steps_and_two_are_four_bit_for_bit(trained, tmp_path):
 @pytest.fixture(scope="module")
 def system():
     config = tiny.config(**FIELDS)
-    return classifier_guide.create(config, create_vocabulary(config, create_source(config)))
+    return classification.create(config, create_vocabulary(config, create_source(config)))
 
 
 def pictures(n):
@@ -119,9 +124,9 @@ def pictures(n):
 def test_the_loss_is_the_cross_entropy_of_noised_pictures(system):
     batch, rng = pictures(8), np.random.default_rng(0)
     params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), system.shapes)
-    noise = classification.draw_noise(jax.random.key(1), system, 8, 0)
+    noise = system.draw_noise(jax.random.key(1), 8)
     assert sorted(np.asarray(noise["t"]) // 125) == list(range(8))  # one of each eighth
-    run = jax.jit(partial(classification.loss_fn, system=system))
+    run = jax.jit(system.loss)
     loss, parts = run(params, batch, noise)
     x0 = batch["image"] / 127.5 - 1
     x = add_noise(system.schedule, x0, noise["t"], noise["eps"])
@@ -140,11 +145,11 @@ def test_the_loss_is_the_cross_entropy_of_noised_pictures(system):
 def test_the_loss_falls_where_classes_are_seen(system):
     """Class 0 is dark, class 1 is bright; noise hides it from some of t alone."""
     config = tiny.config(**FIELDS | {"data.resolution": 8, "optimizer.learning_rate": 1e-2})
-    system, label = classifier_guide.create(config, system.vocabulary), np.arange(16) % 2
+    system, label = classification.create(config, system.vocabulary), np.arange(16) % 2
     image = np.broadcast_to((40 + 175 * label).astype(np.uint8)[:, None, None, None], IMAGES)
     batch = {"image": image, "label": label, "broken": np.zeros(16, np.int32)}
     tx, losses = optimizer.create(config), []
-    step = jax.jit(partial(loop.train_step, system=system, tx=tx))
+    step = jax.jit(partial(step_lib.train_step, system=system, tx=tx))
     train_state = jax.jit(lambda key: state.create(system.init(key), tx))(jax.random.key(0))
     for _ in range(30):
         train_state, metrics = step(train_state, batch)
@@ -155,7 +160,7 @@ def test_the_loss_falls_where_classes_are_seen(system):
 
 
 def test_flops_are_those_of_the_network(system):
-    found = loop.forward_flops(system)
+    found = system.forward_flops()
     resolution = system.config.data.resolution
     assert found > 2 * 9 * 8 * 8 * resolution**2  # one of its convolutions
 
@@ -204,9 +209,9 @@ def test_the_classifier_that_is_named_guides_averaged_or_as_trained(system, tmp_
     one, two = (saved(system, tmp_path / str(n), n) for n in (1.0, 2.0))
     raw, other = (guided(path, **{"sampling.ema": False}) for path in (one, two))
     denoiser = tiny.system(raw)
-    sampler = sample.Sampler(denoiser, one_device(), raw.sampling)
+    sampler = sampler_lib.Sampler(denoiser, one_device(), raw.sampling)
     assert guide(sampler) == {1} and guide(sampler.at(other)) == {2}
-    assert guide(sample.Sampler(denoiser, one_device(), guided(one).sampling)) == {-1}
+    assert guide(sampler_lib.Sampler(denoiser, one_device(), guided(one).sampling)) == {-1}
 
 
 @pytest.mark.parametrize("name", ["ddpm", pytest.param("ddim", marks=pytest.mark.slow)])
@@ -218,20 +223,20 @@ def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
         for weight in (0.0, 1000.0)
     }
     system, (params, asked) = tiny.system(configs[1000.0]), (run[1], [0, 3, 5, 9])
-    sampler = sample.Sampler(system, one_device(), configs[1000.0].sampling)
-    requests = sample.requests(system, asked)
+    sampler = sampler_lib.Sampler(system, one_device(), configs[1000.0].sampling)
+    batch = requests(system, asked)
     network, own = classifier_guide.load(system, one_device(), configs[1000.0].sampling)
 
     @jax.jit
     def by_hand(weight):
-        keys = sample.noise_keys(0, jnp.arange(4))[:, 1]
-        cond = system.condition(params, requests, None)
+        keys = sampler_lib.noise_keys(0, jnp.arange(4))[:, 1]
+        cond = system.condition(params, batch, None)
 
         def log_prob(x, t):
             logits = network.apply({"params": own}, x, t)
             return jax.nn.log_softmax(logits)[jnp.arange(4), jnp.array(asked)].sum()
 
-        eps, shift = sample.dual_guidance(system.denoise(params), 2.0), {}
+        eps, shift = sampler_lib.dual_guidance(system.denoise(params), 2.0), {}
         if name == "ddpm":
             denoise = eps
             shift["gradient"] = lambda x, t, cond: weight * jax.grad(log_prob)(x, t)
@@ -241,11 +246,11 @@ def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
                 std = jnp.sqrt(1 - system.schedule.alpha_bar_at(t, 4))
                 return eps(x, t, cond) - weight * std * jax.grad(log_prob)(x, t)
 
-        x = sample.initial_noise(keys, system.latent_shape)
-        x = sample.SAMPLERS[name](denoise, system.schedule, x, cond, keys, steps=3, **shift)
+        x = sampler_lib.initial_noise(keys, system.latent_shape)
+        x = sampler_lib.SAMPLERS[name](denoise, system.schedule, x, cond, keys, steps=3, **shift)
         return system.autoencoder.decode(None, x)
 
-    found = {w: sampler.at(config)(params, requests).astype(int) for w, config in configs.items()}
+    found = {w: sampler.at(config)(params, batch).astype(int) for w, config in configs.items()}
     assert sampler.program._cache_size() == 1
     for weight, pictures in found.items():
         assert np.abs(pictures - by_hand(weight)).max() <= 1
@@ -259,32 +264,32 @@ def test_a_grid_of_weights_has_one_program_and_its_own_records(trained, run):
     }  # fmt: skip
     config = guided(trained, **fields)
     made = []
-    created = sample.Sampler.__init__
+    created = sampler_lib.Sampler.__init__
 
     def noting(self, *args):
         created(self, *args)
         made.append(self)
 
-    with mock.patch.object(sample.Sampler, "__init__", noting):
+    with mock.patch.object(sampler_lib.Sampler, "__init__", noting):
         records = evaluate.run(config, str(run[0]))
     (sampler,) = made
     assert sampler.program._cache_size() == 1
     assert [one["sampling"]["classifier_guidance"] for one in records] == [0, 1, 2, 4]
     assert {one["sampling"]["classifier"]["step"] for one in records} == {4}
-    with mock.patch.object(sample.Sampler, "__call__", side_effect=AssertionError("sampled")):
+    with mock.patch.object(sampler_lib.Sampler, "__call__", side_effect=AssertionError("sampled")):
         assert evaluate.run(config, str(run[0])) == records
     # Records from before there were classifiers stay what they are.
-    plain = evaluate.describe(tiny.config(**DENOISER), 2, ema=True)["sampling"]
+    plain = describe(tiny.config(**DENOISER), 2, ema=True)["sampling"]
     assert not {"classifier", "classifier_guidance"} & plain.keys()
 
 
 def test_parameters_are_arguments_and_no_constants(trained, run):
     config = guided(trained)
     system = tiny.system(config)
-    sampler = sample.Sampler(system, one_device(), config.sampling)
-    program, scales = sample.Program.create(config.sampling, 16, sampler.classifier)
-    args = run[1], sampler.frozen, sample.requests(system, [1]), np.arange(1), scales
-    made = jax.make_jaxpr(partial(sample.generate, system=system, program=program))(*args)
+    sampler = sampler_lib.Sampler(system, one_device(), config.sampling)
+    program, scales = sampler_lib.SamplingProgram.create(config.sampling, 16, sampler.classifier)
+    args = run[1], sampler.frozen, requests(system, [1]), np.arange(1), scales
+    made = jax.make_jaxpr(partial(sampler_lib.generate, system=system, program=program))(*args)
     biggest = max((np.size(constant) for constant in made.consts), default=0)
     assert biggest < system.schedule.timesteps + 1
 
@@ -297,7 +302,7 @@ def test_mode_sample_writes_guided_pictures(trained, run):
         guides.append(sampler.frozen["classifier"])
         return np.zeros((len(batch["label"]), 16, 16, 3), np.uint8)
 
-    with mock.patch.object(sample.Sampler, "__call__", draw):
+    with mock.patch.object(sampler_lib.Sampler, "__call__", draw):
         out = sample.run(guided(trained, **{"sampling.n": 2}), str(run[0]))
     assert (out / "000001.png").exists() and len(guides) == 1
 
@@ -328,26 +333,26 @@ def test_a_classifier_of_other_noised_pictures_is_refused(trained, tmp_path, fie
     config = guided(changed(trained, tmp_path, **fields))
     ((field, value),) = fields.items()
     with pytest.raises(ConfigError, match=f"sampling.classifier: it has {field}={value}, this"):
-        sample.Sampler(tiny.system(config), one_device(), config.sampling)
+        sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
 
 
 def test_the_same_noise_levels_by_another_name_will_do(trained, tmp_path):
     config = guided(changed(trained, tmp_path, **{"diffusion.base_resolution": 16}))
-    sample.Sampler(tiny.system(config), one_device(), config.sampling)
+    sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
 
 
 def test_a_classifier_of_other_classes_is_refused(trained):
     config = guided(trained, **{"data.classes": 30})
     message = "its classes .10: .* are not those of this model .30: "
     with pytest.raises(ConfigError, match=message):
-        sample.Sampler(tiny.system(config), one_device(), config.sampling)
+        sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
 
 
 def test_a_classifier_in_the_latents_of_another_autoencoder_is_refused(tmp_path):
     fields = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "model.size": "tiny/1"}
     system = tiny.system(tiny.config(**DENOISER | fields))
     config = tiny.config(**FIELDS | fields | {"model.size": "tiny"})
-    found, folder = classifier_guide.create(config, system.vocabulary), Workdir(str(tmp_path))
+    found, folder = classification.create(config, system.vocabulary), Workdir(str(tmp_path))
     file = tmp_path / "coder.safetensors"
     file.write_bytes(b"weights")
     coder = dataclasses.replace(system.frozen["autoencoder"], path=str(file))
@@ -363,7 +368,7 @@ def test_a_folder_without_a_classifier_is_refused(run, tmp_path):
     for path, message in ((tmp_path / "none", "no run here"), (run[0], "objective=diffusion")):
         config = guided(path)
         with pytest.raises(ConfigError, match=f"sampling.classifier: .*{message}"):
-            sample.Sampler(tiny.system(config), one_device(), config.sampling)
+            sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
 
 
 def test_an_unfinished_classifier_is_refused(trained, tmp_path):
@@ -371,7 +376,7 @@ def test_an_unfinished_classifier_is_refused(trained, tmp_path):
     shutil.rmtree(path / "checkpoints")
     config = guided(path)
     with pytest.raises(ConfigError, match="sampling.classifier: .*no checkpoints here"):
-        sample.Sampler(tiny.system(config), one_device(), config.sampling)
+        sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
 
 
 @pytest.mark.parametrize(

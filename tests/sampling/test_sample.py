@@ -15,6 +15,14 @@ from condiff_jax.diffusion.guidance import needed_branches
 from condiff_jax.runs import state
 from condiff_jax.runtime import flops, sharding
 from condiff_jax.sampling import sample
+from condiff_jax.sampling import sampler as sampler_lib
+from condiff_jax.sampling.requests import (
+    asked_for,
+    control_values,
+    guidance_scale,
+    read_prompts,
+    requests,
+)
 from condiff_jax.training import loop
 from tests import tiny
 
@@ -41,8 +49,8 @@ def pictures(system, params, prompts, *, devices=8, batch_size=64, first=0, **fi
     mesh = jax.sharding.Mesh(
         np.array(jax.devices()[:devices]).reshape(devices, 1), sharding.BATCH_AXES
     )
-    sampler = sample.Sampler(system, mesh, config.sampling)
-    return sampler(params, sample.requests(system, prompts), first=first)
+    sampler = sampler_lib.Sampler(system, mesh, config.sampling)
+    return sampler(params, requests(system, prompts), first=first)
 
 
 PROMPTS = ["red circle", "a blue square at the top left", "green ring"] * 3
@@ -71,18 +79,18 @@ def test_seed_prompt_and_control_matter(trained):
     assert np.abs(whole - pictures(system, params, ["red ring", "cross"])).max() > 1
     doubled = {"sampling.guidance": 1.25, "sampling.base_resolution": 8}  # Eq. 4: 1.5 at 16 pixels
     assert_same(whole, pictures(system, params, PROMPTS[:2], **doubled))
-    request = sample.requests(
-        system, PROMPTS[:2], {k: v + 1 for k, v in sample.control_values(system.config, 2).items()}
+    request = requests(
+        system, PROMPTS[:2], {k: v + 1 for k, v in control_values(system.config, 2).items()}
     )
-    sampler = sample.Sampler(system, sharding.create_mesh(), system.config.sampling)
+    sampler = sampler_lib.Sampler(system, sharding.create_mesh(), system.config.sampling)
     assert np.abs(whole.astype(int) - sampler(params, request).astype(int)).max() > 1
 
 
 def test_other_guidance_scales_need_no_other_program(trained):
     system, params = trained
-    request = sample.requests(system, PROMPTS[:2])
+    request = requests(system, PROMPTS[:2])
     fields = {"sampling.batch_size": 64, "sampling.eta": 1.0}
-    sampler = sample.Sampler(system, sharding.create_mesh(), tiny.config(**fields).sampling)
+    sampler = sampler_lib.Sampler(system, sharding.create_mesh(), tiny.config(**fields).sampling)
     made = []
     for guidance in (2.0, 4.0):
         other = sampler.at(tiny.config(**fields, **{"sampling.guidance": guidance}))
@@ -116,12 +124,12 @@ def test_every_setting_reaches_guidance_and_sampler(trained, changed):
 
     samplers = {name: partial(sampler, name) for name in ("ddim", "ddpm")}
     with (
-        mock.patch.object(sample, "SAMPLERS", samplers),
-        mock.patch.object(sample, "dual_guidance", return_value="guided") as guidance,
+        mock.patch.object(sampler_lib, "SAMPLERS", samplers),
+        mock.patch.object(sampler_lib, "dual_guidance", return_value="guided") as guidance,
     ):
-        program, scales = sample.Program.create(config.sampling, 16)
-        generate = partial(sample.generate, system=system, program=program)
-        request = sample.requests(system, PROMPTS[:2])
+        program, scales = sampler_lib.SamplingProgram.create(config.sampling, 16)
+        generate = partial(sampler_lib.generate, system=system, program=program)
+        request = requests(system, PROMPTS[:2])
         jax.eval_shape(generate, params, {}, request, np.arange(2, dtype=np.int32), scales)
     scale = 2.0 if "base_resolution" in changed else settings["guidance"]  # Eq. 4
     np.testing.assert_allclose(scales, [scale, settings["control_guidance"], 1.0])
@@ -147,9 +155,9 @@ def test_the_sampler_is_one_loop_around_one_call_of_the_denoiser(trained, guidan
     system, params = trained
     scales = {"sampling.guidance": guidance, "sampling.control_guidance": beta}
     config = tiny.config(**scales, **{"sampling.steps": 7, "sampling.eta": 1.0})
-    program, scales = sample.Program.create(config.sampling, 16)
-    generate = partial(sample.generate, system=system, program=program)
-    request = sample.requests(system, PROMPTS[:3])
+    program, scales = sampler_lib.SamplingProgram.create(config.sampling, 16)
+    generate = partial(sampler_lib.generate, system=system, program=program)
+    request = requests(system, PROMPTS[:3])
     args = params, {}, request, np.arange(3, dtype=np.int32), scales
     whole = jax.make_jaxpr(generate)(*args)
     found = list(equations(whole.jaxpr))
@@ -181,12 +189,12 @@ def test_control_guidance_sampler_and_clip_change_pictures(trained):
             return eps
 
     system = Linear(**vars(trained[0]))
-    request = sample.requests(system, PROMPTS[:2])
+    request = requests(system, PROMPTS[:2])
 
     def made(**fields):
         settings = tiny.config(**fields).sampling
-        program, scales = sample.Program.create(settings, 16)
-        generate = partial(sample.generate, system=system, program=program)
+        program, scales = sampler_lib.SamplingProgram.create(settings, 16)
+        generate = partial(sampler_lib.generate, system=system, program=program)
         return np.asarray(generate(trained[1], {}, request, np.arange(2), scales)).astype(int)
 
     usual = made()
@@ -197,12 +205,12 @@ def test_control_guidance_sampler_and_clip_change_pictures(trained):
 def test_requests_ask_for_the_sizes_of_their_numbers(trained):
     fields = {"sampling.size": "tied", "sampling.size_range": (20, 40)}
     system = dataclasses.replace(trained[0], config=tiny.config(**fields))
-    request = sample.requests(system, PROMPTS[:2], first=3)
+    request = requests(system, PROMPTS[:2], first=3)
     np.testing.assert_array_equal(request["control"]["height"], sizes(5, **fields)[0][3:])
 
 
 def test_control_defaults_to_an_uncropped_picture_of_the_training_resolution():
-    values = sample.control_values(tiny.config(**{"sampling.control.width": 48.0}), 2)
+    values = control_values(tiny.config(**{"sampling.control.width": 48.0}), 2)
     assert {k: v[0] for k, v in values.items()} == {
         "crop_top": 0, "crop_left": 0, "crop_height": 1, "crop_width": 1,
         "flip": 0, "aspect": 1, "height": 16, "width": 48,
@@ -210,7 +218,7 @@ def test_control_defaults_to_an_uncropped_picture_of_the_training_resolution():
 
 
 def sizes(n=6, seen=None, first=0, **fields):
-    values = sample.control_values(tiny.config(**fields), n, first=first, seen=seen)
+    values = control_values(tiny.config(**fields), n, first=first, seen=seen)
     assert all(a.shape == (n,) and a.dtype == np.float32 for a in values.values())
     return values["height"], values["width"], values["aspect"]
 
@@ -244,10 +252,10 @@ def test_sizes_of_the_training_data_come_in_pairs():
 
 def test_guidance_grows_with_the_resolution_it_is_not_for():
     settings = {"sampling.guidance": 1.5}
-    assert sample.guidance_scale(tiny.config(**settings).sampling, 512) == 1.5
+    assert guidance_scale(tiny.config(**settings).sampling, 512) == 1.5
     settings["sampling.base_resolution"] = 256
     for resolution, scale in ((256, 1.5), (512, 2.0), (1024, 3.0)):
-        assert sample.guidance_scale(tiny.config(**settings).sampling, resolution) == scale
+        assert guidance_scale(tiny.config(**settings).sampling, resolution) == scale
 
 
 def test_mode_sample_writes_what_was_asked(tmp_path, capsys):
@@ -279,14 +287,14 @@ def test_bad_prompt_files(tmp_path, content, error):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=error):
-        sample.read_prompts(str(path))
+        read_prompts(str(path))
 
 
 def test_no_prompts_unknown_class_and_missing_run_are_errors(tmp_path, trained):
     with pytest.raises(ConfigError, match="sampling.prompts: empty"):
-        sample.asked_for(tiny.config(), trained[0])
+        asked_for(tiny.config(), trained[0])
     config = tiny.config(**{"data.semantics": "class", "sampling.labels": (10,)})
     with pytest.raises(ConfigError, match="class 10; classes go from 0 to 9"):
-        sample.asked_for(config, tiny.system(config))
+        asked_for(config, tiny.system(config))
     with pytest.raises(ConfigError, match="no run here"):
         sample.run(tiny.config(), str(tmp_path / "nothing"))

@@ -17,13 +17,12 @@ from etils import epath
 from benchmarks.parity import jit, random_like
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.data.latent_cache import Cache
-from condiff_jax.data.pipeline import Preprocess, batches, first_controls
+from condiff_jax.data.pipeline import Preprocess, batches, first_controls, open_source
 from condiff_jax.models import kl
 from condiff_jax.models.autoencoder import NETWORKS
-from condiff_jax.objectives import reconstruction
-from condiff_jax.objectives.diffusion import open_source
 from condiff_jax.sampling import sample
-from condiff_jax.training import encode, loop
+from condiff_jax.training import encode, loop, reporters
+from condiff_jax.training.reporters import autoencoder
 from tests import clips, tiny
 from tests.data.builders import archives
 
@@ -48,7 +47,7 @@ def folders(tmp_path_factory):
         shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
         params = jax.device_get(random_like(shapes))
         params = jax.tree.map(lambda a, n=name: a * (1 + (n == "other")), params)
-        reconstruction.export(network, params["params"], epath.Path(place / name))
+        autoencoder.export(network, params["params"], epath.Path(place / name))
         out[name] = str(place / name)
     return out
 
@@ -145,9 +144,9 @@ def test_loss_equals_that_of_training_on_pictures(name, config_of, cached):
     assert "image" not in offline and offline["moments"].dtype == np.float16
     params = random_like(system.shapes)
     frozen = jax.device_get(system.load_frozen())
-    noise = loop.draw_noise(jax.random.key(1), system, PICTURES)
+    noise = system.draw_noise(jax.random.key(1), PICTURES)
     noise["t"] = noise["t"] // 10  # where x_0 is heard
-    loss = jit(lambda p, b, n, f: loop.loss_fn(p, b, n, system=system, frozen=f))
+    loss = jit(lambda *inputs: system.loss(*inputs)[0])
     expected = loss(params, online, noise, frozen)
     # The cache needs no parameters of the autoencoder. Values have float16's 2^-11 of error.
     np.testing.assert_allclose(loss(params, offline, noise, {}), expected, rtol=1e-3)
@@ -253,7 +252,7 @@ def test_caches_are_the_same_after_a_kill_at_any_rename(
                 encode.run(config_of(seed=1, **{"encode.path": str(out)}))
         finished = list((out / ".encode").glob("0*.json"))
         read = []
-        monkeypatch.setattr(encode.Read, "__call__", counting(read))
+        monkeypatch.setattr(encode.ReadRecord, "__call__", counting(read))
         encode.run(config)
         monkeypatch.undo()
         monkeypatch.setattr(encode, "Encoder", lambda system: encoder)
@@ -261,7 +260,7 @@ def test_caches_are_the_same_after_a_kill_at_any_rename(
         assert len(set(read)) == PICTURES - (0, 2, 5)[len(finished)]
 
 
-def counting(numbers, call=encode.Read.__call__):
+def counting(numbers, call=encode.ReadRecord.__call__):
     def read(self, i):
         numbers.append(i)
         return call(self, i)
@@ -274,7 +273,7 @@ def test_each_host_writes_its_shards_and_the_first_the_manifest(
 ):
     config = config_of(**{"encode.path": str(tmp_path / "c")})
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(encode.hosts, "meet", lambda name: None)
+    monkeypatch.setattr(encode, "barrier", lambda name: None)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     encode.run(config)
     assert contents_names(tmp_path / "c") == {".encode", "00001-of-00002.array_record"}
@@ -490,7 +489,9 @@ def test_trains_resumes_and_samples_from_a_cache(cached, tmp_path, monkeypatch):
         return programs[0]
 
     monkeypatch.setattr(loop, "compile_step", compiled_once)
-    monkeypatch.setattr(loop.Reporter, "finish", lambda *_: None)  # its grid is sampled below
+    monkeypatch.setattr(
+        reporters.diffusion.Reporter, "finish", lambda *_: None
+    )  # its grid is sampled below
     assert loop.run(config, str(tmp_path))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(tmp_path / "checkpoints" / "3")  # as if it had been killed in step 3

@@ -2,7 +2,7 @@
 
 import json
 import signal
-from functools import cached_property, partial
+from functools import cached_property
 from unittest import mock
 
 import jax
@@ -14,12 +14,14 @@ from benchmarks.parity import jit, random_like
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.data.pipeline import batches, create_source
 from condiff_jax.models import MODELS
+from condiff_jax.objectives import diffusion
 from condiff_jax.runs import optimizer, state
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
 from condiff_jax.runtime.distributed import Interrupt
-from condiff_jax.training import loop
+from condiff_jax.training import loop, reporters
+from condiff_jax.training import step as step_lib
 from tests import rows, tiny
 
 COMPILE_STEP = loop.compile_step
@@ -42,13 +44,13 @@ def loss_and_grads(system, mesh, parts=1):
 
     @jax.jit
     def compute(params, batch, noise):
-        value_and_grad = jax.value_and_grad(lambda *a: loop.loss_fn(*a, system=system))
-        return loop.accumulated(value_and_grad, params, (batch, noise), parts)
+        value_and_grad = jax.value_and_grad(lambda *a: system.loss(*a)[0])
+        return step_lib.accumulated(value_and_grad, params, (batch, noise), parts)
 
     params = random_like(system.shapes)
     params = jax.device_put(params, sharding.tree_shardings(mesh, params))
     _, batch = batch_of(system.config)
-    noise = jax.device_get(loop.draw_noise(jax.random.key(1), system, 16))
+    noise = jax.device_get(system.draw_noise(jax.random.key(1), 16))
     placed = sharding.put_batch(mesh, (batch, noise))
     return jax.device_get(compute(params, *placed))
 
@@ -65,14 +67,14 @@ def test_first_loss_is_the_mean_square_of_what_is_predicted():
         system, batch = batch_of(tiny.config(**{"diffusion.prediction": prediction}))
         if params is None:
             params = jit(system.init)(jax.random.key(0))
-        noise = jit(loop.draw_noise, static_argnums=(1, 2))(jax.random.key(1), system, 16)
+        noise = jit(system.draw_noise, static_argnums=1)(jax.random.key(1), 16)
         root = np.sqrt(system.schedule.alpha_bar[noise["t"]]).reshape(-1, 1, 1, 1)
         target = noise["eps"]
         if prediction == "v":
             target = root * target - np.sqrt(1 - root**2) * system.autoencoder.encode(
                 None, batch["image"], None
             )
-        loss = jit(partial(loop.loss_fn, system=system))(params, batch, noise)
+        loss, _ = jit(system.loss)(params, batch, noise)
         np.testing.assert_allclose(loss, np.square(target).mean(), rtol=1e-4)
 
 
@@ -95,11 +97,13 @@ def test_eight_devices_compute_what_one_does(reference, mesh):
 
 def test_parameters_are_traced_once_for_their_shapes(monkeypatch):
     """Whoever asks for them: places on the mesh, FLOPs, transfer."""
-    calls, init = [], loop.System.init
-    monkeypatch.setattr(loop.System, "init", lambda *a: calls.append(a) or init(*a))
+    calls, init = [], diffusion.DiffusionObjective.init
+    monkeypatch.setattr(
+        diffusion.DiffusionObjective, "init", lambda *a: calls.append(a) or init(*a)
+    )
     system = tiny.system(tiny.config())
     loop.compile_step(system, sharding.local_mesh())
-    assert loop.forward_flops(system) > 0 and len(calls) == 1
+    assert system.forward_flops() > 0 and len(calls) == 1
     assert system.shapes == jax.eval_shape(system.init, jax.random.key(7))
 
 
@@ -123,7 +127,7 @@ def test_accumulation_equals_one_big_batch(reference):
 
 def test_noise_is_a_function_of_seed_and_step():
     system = tiny.system(tiny.config())
-    draw = lambda i: loop.draw_noise(jax.random.fold_in(jax.random.key(0), i), system, 64)  # noqa: E731
+    draw = lambda i: system.draw_noise(jax.random.fold_in(jax.random.key(0), i), 64)  # noqa: E731
     first, again, other = draw(3), draw(3), draw(4)
     assert_close(first, again, 0)
     assert not np.array_equal(first["eps"], other["eps"])
@@ -133,7 +137,7 @@ def test_noise_is_a_function_of_seed_and_step():
     assert abs(np.corrcoef(eps[:n], text[:n])[0, 1]) < 0.05  # a key of its own for each use
 
 
-class Linear(loop.System):
+class Linear(diffusion.DiffusionObjective):
     """A system whose denoiser is a * x_t with one parameter a."""
 
     @cached_property
@@ -158,10 +162,10 @@ def linear(**fields):
 
 def test_the_denoiser_gets_the_flags_that_are_drawn():
     system, batch = linear()
-    noise = loop.draw_noise(jax.random.key(0), system, 8)
+    noise = system.draw_noise(jax.random.key(0), 8)
     semantics, control = jnp.arange(8) % 2 == 0, jnp.arange(8) < 3
     noise |= {"drop_semantics": semantics, "drop_control": control}
-    loop.loss_fn({"model": 0.5}, batch, noise, system=system)
+    system.loss({"model": 0.5}, batch, noise)
     (cond,) = system.seen
     np.testing.assert_array_equal(cond.drop_semantics, semantics)
     np.testing.assert_array_equal(cond.drop_control, control)
@@ -172,7 +176,7 @@ def test_the_denoiser_gets_the_flags_that_are_drawn():
 def test_conditions_are_dropped_as_often_as_the_config_says(semantics, control):
     fields = {"drop_semantics": semantics, "drop_control": control, "drop_mode": "independent"}
     system, _ = linear(**{f"conditioning.{name}": value for name, value in fields.items()})
-    noise = loop.draw_noise(jax.random.key(0), system, 16)
+    noise = system.draw_noise(jax.random.key(0), 16)
     assert noise["drop_semantics"].mean() == semantics and noise["drop_control"].mean() == control
 
 
@@ -183,10 +187,10 @@ def test_the_noise_of_a_step_comes_from_its_seed_and_number():
         system, batch = linear(seed=seed)
         tx, params = optimizer.create(system.config), {"model": jnp.array(0.5)}
         train_state = state.create(params, tx).replace(step=jnp.array(step))
-        now, metrics = loop.train_step(train_state, batch, system=system, tx=tx)
+        now, metrics = step_lib.train_step(train_state, batch, system=system, tx=tx)
         key = jax.random.fold_in(jax.random.key(seed), step)
-        noise = loop.draw_noise(key, system, 8)
-        expected = loop.loss_fn(params, batch, noise, system=system)
+        noise = system.draw_noise(key, 8)
+        expected, _ = system.loss(params, batch, noise)
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
         assert now.step == step + 1
         losses.append(float(expected))
@@ -269,7 +273,7 @@ def test_sigterm_is_remembered_and_the_handler_restored():
 def test_sigterm_in_the_last_step_stops_a_run_too(tmp_path, monkeypatch, capsys):
     """What comes after the last step, such as an evaluation, is left to the next run."""
     finished = []
-    monkeypatch.setattr(loop.Reporter, "finish", lambda *_: finished.append(1))
+    monkeypatch.setattr(reporters.diffusion.Reporter, "finish", lambda *_: finished.append(1))
 
     def stopped(*arguments):
         arguments[-1].asked = True
@@ -317,10 +321,10 @@ def test_bad_requests_for_the_sample_grids_stop_a_run_before_it_trains(tmp_path,
 def test_every_architecture_has_a_loss_that_reaches_its_parameters(name):
     fields = {"model.name": name, "model.size": "tiny/4" if MODELS[name].patched else "tiny"}
     system = tiny.system(tiny.config(**fields, **{"data.semantics": "class"}))
-    batch, noise = system.example(4), loop.draw_noise(jax.random.key(0), system, 4)
+    batch, noise = system.example(4), system.draw_noise(jax.random.key(0), 4)
     batch["label"] = np.arange(4, dtype=np.int32)
     params = random_like(jax.eval_shape(system.init, jax.random.key(1)))
-    loss = jit(jax.value_and_grad(lambda p: loop.loss_fn(p, batch, noise, system=system)))
+    loss = jit(jax.value_and_grad(lambda p: system.loss(p, batch, noise)[0]))
     value, grads = loss(params)
     assert np.isfinite(value)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):

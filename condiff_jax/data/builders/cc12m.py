@@ -54,7 +54,7 @@ def original_size(image: bytes, details: bytes | None) -> tuple[int, int] | None
         size = tuple(found[f"original_{side}"] for side in ("height", "width"))
         if any(type(side) is not int or not 0 < side < SIDE for side in size):
             return None
-        return size[::-1] if Encoded(image).lies else size
+        return size[::-1] if Encoded(image).transposed else size
     except Exception:  # damaged JSON or picture; the latter is found out when it is decoded
         return None
 

@@ -157,14 +157,14 @@ def check_space(builder: str, out: Path, jobs: list[Job], left: list[Job]) -> No
     records = sum(unit.size // 5000 for job in left for unit in job.units)  # of 5 kB or more
     size = sum(job.size for job in left) + RECORD * records
     free = shutil.disk_usage(out).free
-    text = f"about {amount(size)}, and {out} has {amount(free)} free"
+    text = f"about {format_bytes(size)}, and {out} has {format_bytes(free)} free"
     if size > free:
         raise OutputError(f"it needs {text}; give a folder on a larger disk")
     done = f"{len(jobs) - len(left)} of {len(jobs)} parts are done, " if left != jobs else ""
     print(f"Prepare {builder}: {done}the {'rest' if done else 'whole'} needs {text}.", flush=True)
 
 
-def amount(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes, for people."""
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     unit, name = next((u for u in units if size >= u[0]), units[-1])

@@ -21,7 +21,7 @@ import numpy as np
 
 from condiff_jax.data.builders.faces import blur, load_boxes
 from condiff_jax.data.builders.units import Sample, Skip, Unit
-from condiff_jax.data.images import decode, fault
+from condiff_jax.data.images import decode, decode_error
 from condiff_jax.data.records import count_words, open_shard
 
 EXAMPLES = 20  # names kept of what is skipped for one reason
@@ -144,7 +144,7 @@ def examples(job: Job, settings: Settings, tally: Tally) -> Iterator[dict]:
         try:
             pixels = decode(found.image)
         except Exception as error:  # damaged files make Pillow raise nearly anything
-            tally.skip(Skip(fault(error), found.key))
+            tally.skip(Skip(decode_error(error), found.key))
             continue
         image = found.image
         if found.key in boxes:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import jax
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
-from tqdm import tqdm
 
 from condiff_jax.config.build import with_fields
 from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.evaluation import evaluate
-from condiff_jax.objectives.diffusion import System
-from condiff_jax.runs.workdir import Workdir, append_json, forget_after
-from condiff_jax.runtime.process import without
+from condiff_jax.evaluation.records import describe, find_record, summary
+from condiff_jax.objectives.diffusion import DiffusionObjective
+from condiff_jax.runs.workdir import Workdir
 from condiff_jax.sampling.image_grid import caption_grid
-from condiff_jax.sampling.sample import (
-    Sampler,
-    asked_for,
-    guidance_scale,
-    requests,
-    save_png,
-    titles,
-)
-
-with without("torch"):  # which it loads for annotations alone: seconds at every start
-    from tensorboardX import SummaryWriter
+from condiff_jax.sampling.requests import asked_for, guidance_scale, requests, titles
+from condiff_jax.sampling.sampler import Sampler
+from condiff_jax.training.reporters.base import Log
 
 
 def example_captions(config: Config, n: int) -> list[str]:
@@ -45,53 +32,17 @@ def example_captions(config: Config, n: int) -> list[str]:
     return list(captions)
 
 
-class Log:
-    """Writes text and pictures of a run; process 0 alone touches files.
-
-    first: the step that the run goes on from; what is logged beyond is dropped.
-    """
-
-    def __init__(self, folder: Workdir, *, first: int = 0):
-        self.folder, self.chief = folder, jax.process_index() == 0
-        if self.chief:
-            folder.samples.mkdir(parents=True, exist_ok=True)
-            forget_after(folder.metrics, first)
-            forget_after(folder.evaluation, first)
-            evaluate.forget_after(folder, first)
-            for grid in folder.samples.glob("*.png"):
-                if grid.stem.isdigit() and int(grid.stem) > first:
-                    grid.unlink()
-            self.events = SummaryWriter(str(folder.path), purge_step=first or None)
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one point of each TensorBoard curve."""
-        if self.chief:
-            append_json(self.folder.metrics, {"step": step, **values})
-            for name, value in values.items():
-                self.events.add_scalar(name, value, step)
-            self.events.flush()
-
-    def picture(self, step: int, grid: Image.Image) -> None:
-        """samples/STEP.png, also in TensorBoard."""
-        if self.chief:
-            save_png(self.folder.grid(step), grid)
-            self.events.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-
-    def close(self, lines: Sequence[str] = ()) -> None:
-        """The end of a run: what came out, if anything, line by line, and where everything is."""
-        if self.chief:
-            self.events.close()
-        if self.chief and lines:
-            curves = f"{self.folder.metrics} (and TensorBoard events beside it)"
-            places = f"  curves       {curves}", f"  checkpoints  {self.folder.checkpoints}"
-            tqdm.write("\n".join([*lines, *places]))
-
-
 class Reporter(Log):
     """The log of diffusion: sample grids and an evaluation; all hosts sample."""
 
     def __init__(
-        self, system: System, mesh: Mesh, folder: Workdir, frozen: dict, *, first: int = 0
+        self,
+        system: DiffusionObjective,
+        mesh: Mesh,
+        folder: Workdir,
+        frozen: dict,
+        *,
+        first: int = 0,
     ):
         self.system = system
         self.config = config = system.config
@@ -127,7 +78,7 @@ class Reporter(Log):
         """
         lines = [f"Finished {step} steps."]
         if self.config.evaluation.metrics:
-            lines += evaluate.summary(self.evaluate(step, params, self.config))
+            lines += summary(self.evaluate(step, params, self.config))
         self.samples(step, params, self.config.sampling.n)
         self.close([*lines, f"  pictures     {self.folder.grid(step)}"])
 
@@ -139,7 +90,7 @@ class Reporter(Log):
     def evaluate(self, step: int, params: dict, config: Config) -> dict:
         """The evaluation that `config` asks for, if it is not there yet, also in TensorBoard."""
         ema = config.sampling.ema
-        found = evaluate.measured(self.folder, evaluate.describe(config, step, ema=ema))
+        found = find_record(self.folder, describe(config, step, ema=ema))
         if found:
             return found
         found = evaluate.measure(self.sampler.at(config), params, step, self.folder, ema=ema)

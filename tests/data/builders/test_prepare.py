@@ -247,7 +247,7 @@ def test_several_processes_make_the_same_and_finished_is_finished(tmp_path, monk
 
 def stop_after(monkeypatch, jobs):
     """Makes preparation break down after so many jobs."""
-    original, done = driver.run, []
+    original, done = driver.run_job, []
 
     def run(job, settings):
         if len(done) == jobs:
@@ -255,7 +255,7 @@ def stop_after(monkeypatch, jobs):
         original(job, settings)
         done.append(job.number)
 
-    monkeypatch.setattr(driver, "run", run)
+    monkeypatch.setattr(driver, "run_job", run)
     return done
 
 
@@ -364,14 +364,14 @@ def test_killed_between_any_two_renames_at_the_end(tmp_path, monkeypatch):
 def test_a_source_that_goes_away_is_no_damaged_one(tmp_path, monkeypatch, builder):
     options = {"zipped": True} if builder == "coco" else {}
     make = archives.classes if builder == "folder" else getattr(archives, builder)
-    source, original = make(tmp_path / "in", **options), driver.run
+    source, original = make(tmp_path / "in", **options), driver.run_job
 
     def run(job, settings):
         source.rename(tmp_path / "away")
         original(job, settings)
 
     with monkeypatch.context() as patch, pytest.raises(SourceError, match="No such file.*go on"):
-        patch.setattr(driver, "run", run)
+        patch.setattr(driver, "run_job", run)
         prepare(builder, source, tmp_path / "out", processes=1)
     (tmp_path / "away").rename(source)
     assert not prepare(builder, source, tmp_path / "out", processes=1)["skipped"]

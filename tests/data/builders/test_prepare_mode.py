@@ -13,9 +13,9 @@ from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.identity import stages
 from condiff_jax.data.builders import BUILDERS, prepare
 from condiff_jax.data.builders import prepare as driver
-from condiff_jax.data.pipeline import batches
-from condiff_jax.objectives.diffusion import create_vocabulary, open_source
+from condiff_jax.data.pipeline import batches, open_source
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import create_vocabulary
 from configs import cc12m_512, imagenet1k_256, imagenet22k_256, pictures_64
 from configs.recipes import CLASSES, all_stages
 from tests import tiny
@@ -156,7 +156,7 @@ def test_interrupts_end_in_one_line(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="goes on from there"):
-        patch.setattr(driver, "run", interrupted)
+        patch.setattr(driver, "run_job", interrupted)
         prepare.run(config)
     prepare.run(config)
 

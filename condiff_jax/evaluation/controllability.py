@@ -1,0 +1,139 @@
+"""How images follow prompts, labels and control metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from condiff_jax.data import shapes
+from condiff_jax.evaluation.metrics import prompt, response
+from condiff_jax.evaluation.reference import Reference
+from condiff_jax.objectives.diffusion import DiffusionObjective
+from condiff_jax.pretrained import lpips
+from condiff_jax.runs.workdir import Workdir
+from condiff_jax.runtime.files import load_cached, write
+from condiff_jax.sampling.image_grid import caption_grid
+from condiff_jax.sampling.requests import asked_control, requests, titles
+from condiff_jax.sampling.sampler import Sampler
+
+# Numbers of the first samples of each metric: they share noise neither with each other nor with
+# the grids, which start at 0.
+FIRST_INDEX = {"prompt_accuracy": 10**6, "size_response": 2 * 10**6}
+
+
+SIZE_PART = 32  # prompts of size_response whose pictures are in memory at a time
+
+
+def subjects(system: DiffusionObjective, n: int) -> list[Any]:
+    """What to ask for in turn: the scenes of n unseen prompts, or n times the next class."""
+    if system.text_encoder is None:
+        return [i % len(system.vocabulary.classes) for i in range(n)]
+    if system.config.data.name == "shapes":
+        return shapes.prompts(n)
+    return Reference(system.config).asked(n, system)
+
+
+def asked_for(system: DiffusionObjective, wanted: Sequence[Any]) -> list[Any]:
+    """The prompts of `subjects`, or their classes."""
+    return [getattr(subject, "caption", subject) for subject in wanted]
+
+
+def prompt_accuracy(
+    sampler: Sampler, params: dict, folder: Workdir, parts: epath.Path
+) -> tuple[dict, dict]:
+    """Share of pictures that show what they were asked for, by attribute, and a grid of them."""
+    system, config = sampler.system, sampler.system.config
+    first = FIRST_INDEX["prompt_accuracy"]
+    wanted = subjects(system, config.evaluation.prompts)
+    asked = asked_for(system, wanted)
+    batch = requests(system, asked, first=first, seen=folder.load_control())
+    pictures = sampler(params, batch, first=first, label="prompt accuracy")
+    if system.text_encoder is None:
+        values = prompt.class_accuracy(pictures, wanted, system.vocabulary.classes)
+    else:
+        values = prompt.prompt_accuracy(pictures, wanted)
+    shown = pictures[: config.sampling.n]
+    grid = caption_grid(shown, titles(system, asked[: len(shown)]))
+    return values, {"grid": grid}
+
+
+def size_response(
+    sampler: Sampler, params: dict, folder: Workdir, parts: epath.Path
+) -> tuple[dict, dict]:
+    """How pictures change with size control alone, and grids of that (Fig. 2), and of flips."""
+    system, config = sampler.system, sampler.system.config
+    settings, resolution = config.evaluation, config.data.resolution
+    wanted = asked_for(system, subjects(system, settings.size_prompts))
+    distance = lpips.create(settings.lpips) if settings.lpips else None
+    sides = [{"height": size, "width": size, "aspect": 1.0} for size in settings.sizes]
+    found, shown = [], wanted[:SIZE_PART]
+    grids = {}
+    for low in tqdm(
+        range(0, len(wanted), SIZE_PART), desc="sizes", disable=jax.process_index() != 0
+    ):
+        some, file = wanted[low : low + SIZE_PART], parts / f"sizes-{low:08d}.json"
+        if values := load_cached(file, json.loads):  # the first part is made again, for the grids
+            found.append((len(some), values))
+            continue
+        pictures = controlled(sampler, params, some, sides, "sizes", low)
+        found.append(
+            (len(some), response.size_response(pictures, settings.sizes, resolution, distance))
+        )
+        if not low:
+            names = [f"{n} px" for n in settings.sizes]
+            grids["sizes"] = comparison(system, pictures, shown, names)
+        elif jax.process_index() == 0:
+            parts.mkdir(parents=True, exist_ok=True)
+            write(file, json.dumps(found[-1][1]))
+    if "flip" in config.conditioning.control:
+        flips = [{"flip": 0.0}, {"flip": 1.0}]
+        pictures = controlled(sampler, params, shown, flips, "flips", 0)
+        grids["flip"] = comparison(system, pictures, shown, ["not flipped", "flipped"])
+    return response.mean_response(found, settings.sizes), grids
+
+
+def controlled(
+    sampler: Sampler,
+    params: dict,
+    asked: Sequence[Any],
+    variants: Sequence[dict],
+    label: str,
+    first: int,
+) -> np.ndarray:
+    """Pictures (P, V, R, R, 3) of P requests under V changes of control, each with one noise.
+
+    first: the number of the first request.
+    """
+    base, columns = asked_control(sampler.system.config), []
+    for variant in tqdm(variants, desc=label, leave=False, disable=jax.process_index() != 0):
+        control = {
+            name: np.full(len(asked), value, np.float32) for name, value in (base | variant).items()
+        }
+        batch = requests(sampler.system, asked, control)
+        index = FIRST_INDEX["size_response"] + first
+        columns.append(sampler(params, batch, first=index, label=label))
+    return np.stack(columns, 1)
+
+
+def comparison(
+    system: DiffusionObjective, pictures: np.ndarray, asked: Sequence[Any], names: Sequence[str]
+):
+    """A grid of pictures (P, V, R, R, 3): a row for each request, a column for each name."""
+    captions = [
+        f"{name}: {title}" if column == 0 else name
+        for title in titles(system, asked)
+        for column, name in enumerate(names)
+    ]
+    pictures = pictures.reshape(-1, *pictures.shape[2:])
+    return caption_grid(
+        pictures, captions, columns=len(names), title="Same noise, different control"
+    )
+
+
+MEASURES = {"prompt_accuracy": prompt_accuracy, "size_response": size_response}

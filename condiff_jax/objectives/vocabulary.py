@@ -1,0 +1,61 @@
+"""The words and classes of a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cached_property
+from pathlib import Path
+
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config
+from condiff_jax.data.pipeline import open_source
+from condiff_jax.models.text_encoder import word_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What a data set talks about; kept in the work directory as vocabulary.json."""
+
+    words: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The text of vocabulary.json."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Vocabulary:
+        """Inverse of `to_json`."""
+        return cls(**{key: tuple(value) for key, value in json.loads(text).items()})
+
+    @cached_property
+    def tokenizer(self):
+        """Word-level tokenizer over `words`."""
+        return word_tokenizer(self.words)
+
+
+def create_vocabulary(config: Config, source) -> Vocabulary:
+    """The words and classes of a data source, as far as the config uses them."""
+    if config.objective == "reconstruction":
+        return Vocabulary((), ())
+    if config.data.semantics == "class":
+        found, expected = len(source.classes), config.data.classes
+        if expected and found != expected:
+            raise ConfigError("data.classes", f"is {expected}, but the data has {found} classes")
+        return Vocabulary((), tuple(source.classes))
+    words = () if config.text_encoder.name == "clip" else source.vocabulary()
+    return Vocabulary(tuple(words), ())
+
+
+def is_absent(path: str) -> bool:
+    """Whether a local path is not on this machine."""
+    return "://" not in path and not Path(path).exists()
+
+
+def load_vocabulary(config: Config) -> Vocabulary:
+    """That of the data; without data here, as many classes as `data.classes` says."""
+    path = config.data.path
+    if (path and not is_absent(path)) or config.data.name == "shapes":
+        return create_vocabulary(config, open_source(config))
+    return Vocabulary((), tuple(map(str, range(config.data.classes))))

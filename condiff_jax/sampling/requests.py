@@ -1,0 +1,134 @@
+"""What to sample: prompts or labels, control metadata, guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.config.schema import Config, Sampling
+from condiff_jax.data.augment import SCALARS
+from condiff_jax.diffusion.guidance import (
+    scaled_guidance,
+)
+from condiff_jax.objectives.diffusion import DiffusionObjective
+
+
+def guidance_scale(settings: Sampling, resolution: int) -> float:
+    """lambda of Eq. 2, by Eq. 4 where it is given for another resolution (pixels)."""
+    if not settings.base_resolution:
+        return settings.guidance
+    return scaled_guidance(settings.guidance, resolution / settings.base_resolution)
+
+
+def asked_control(config: Config) -> dict[str, float]:
+    """The control scalars of config.sampling.control; an unset size is that of the pictures."""
+    values = dataclasses.asdict(config.sampling.control)
+    for side in ("height", "width"):
+        values[side] = values[side] or float(config.data.resolution)
+    return values
+
+
+def control_values(
+    config: Config, n: int, *, first: int = 0, seen: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The control scalars to ask for, of samples first, ..., first + n - 1: {name: (n,) f32}.
+
+    Those of `asked_control`, but for sizes drawn as sampling.size says (Table 2b), sample
+    i's from (sampling.seed, i) alone, and the aspect ratio that follows from them. seen (M, 8): the
+    training images' control metadata (see `Workdir.control`), for sampling.size=train.
+    """
+    settings = config.sampling
+    values = {
+        name: np.full((n,), value, np.float32) for name, value in asked_control(config).items()
+    }
+    if settings.size == "fixed" or "size" not in config.conditioning.control:
+        return values
+    if settings.size == "train" and seen is None:
+        raise ConfigError(
+            "sampling.size",
+            "train needs the sizes that a training run stores; use another",
+        )
+    for i in range(n):
+        rng = np.random.default_rng([settings.seed, first + i])
+        if settings.size == "train":
+            row = dict(zip(SCALARS, seen[rng.integers(len(seen))], strict=True))
+            height, width = row["height"], row["width"]
+        else:
+            height, width = rng.uniform(*settings.size_range, 2)
+            width = height if settings.size == "tied" else width
+        values["height"][i], values["width"][i] = height, width
+    return values | {"aspect": values["width"] / values["height"]}
+
+
+def requests(
+    system: DiffusionObjective,
+    asked: Sequence[str] | Sequence[int],
+    control: dict | None = None,
+    *,
+    first: int = 0,
+    seen: np.ndarray | None = None,
+) -> dict:
+    """The batch that asks for these prompts (text models) or classes, numbered from `first`.
+
+    control: values instead of `control_values`, to which `first` and `seen` go.
+    """
+    n = len(asked)
+    batch = system.example(n)
+    del batch["image"], batch["broken"]
+    batch["control"] = control or control_values(system.config, n, first=first, seen=seen)
+    if system.text_encoder is None:
+        batch["label"] = np.asarray(asked, np.int32)
+    else:
+        pairs = [system.encode_text(prompt) for prompt in asked]
+        batch["ids"], batch["mask"] = (np.stack(part) for part in zip(*pairs, strict=True))
+    return batch
+
+
+def asked_for(config: Config, system: DiffusionObjective) -> list[str] | list[int]:
+    """The prompts or classes that config.sampling names, repeated or cut to sampling.n."""
+    settings = config.sampling
+    if system.text_encoder is None:
+        classes = len(system.vocabulary.classes)
+        for label in settings.labels:
+            if not 0 <= label < classes:
+                raise ConfigError(
+                    "sampling.labels",
+                    f"must be between 0 and {classes - 1}, got {label}",
+                )
+        asked = list(settings.labels or range(classes))
+    else:
+        asked = [prompt.strip() for prompt in settings.prompts.split(";") if prompt.strip()]
+        if settings.prompt_file:
+            asked += read_prompts(settings.prompt_file)
+        if not asked:
+            raise ConfigError(
+                "sampling.prompts",
+                'is empty; set it to "one; another", or set sampling.prompt_file',
+            )
+    return [asked[i % len(asked)] for i in range(settings.n)]
+
+
+def read_prompts(path: str) -> list[str]:
+    """The non-empty lines of a text file."""
+    file = epath.Path(path)
+    if not file.exists():
+        raise ConfigError("sampling.prompt_file", f"{path} does not exist")
+    try:
+        lines = file.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError("sampling.prompt_file", f"{path} is not a UTF-8 text") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError("sampling.prompt_file", f"{path} is empty; write a prompt a line")
+    return prompts
+
+
+def titles(system: DiffusionObjective, asked: Sequence[str] | Sequence[int]) -> list[str]:
+    """What to write under the pictures."""
+    if system.text_encoder is None:
+        return [system.vocabulary.classes[label] for label in asked]
+    return list(asked)

@@ -1,0 +1,85 @@
+"""The train step: pure, and compiled for a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from condiff_jax.objectives.base import Objective
+from condiff_jax.runs import optimizer, state
+from condiff_jax.runs.checkpoint import abstract_state
+from condiff_jax.runtime import sharding
+
+
+def accumulated(value_and_grad: Callable, params: dict, inputs, parts: int):
+    """Mean of what value_and_grad gives for `parts` equal parts of a batch, one after the other.
+
+    Part j takes every parts-th example, so each part is spread over all devices like the whole.
+    """
+    if parts == 1:
+        return value_and_grad(params, *inputs)
+    inputs = jax.tree.map(
+        lambda a: a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1), inputs
+    )
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+
+    first = jax.tree.map(lambda a: a[0], inputs)
+    shapes = jax.eval_shape(value_and_grad, params, *first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, inputs)
+    return jax.tree.map(lambda a: a / parts, total)
+
+
+def train_step(
+    train_state: state.State,
+    batch: dict,
+    frozen: dict | None = None,
+    *,
+    system: Objective,
+    tx: optax.GradientTransformation,
+) -> tuple[state.State, dict]:
+    """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted.
+
+    frozen: parameters that are not trained, see `Objective.load_frozen`.
+    """
+    settings = system.config.optimizer
+    key = jax.random.fold_in(jax.random.key(system.config.seed), train_state.step)
+    noise = system.draw_noise(key, batch["label"].shape[0], train_state.step)
+    value_and_grad = jax.value_and_grad(partial(system.loss, frozen=frozen), has_aux=True)
+    (mean, parts), grads = accumulated(
+        value_and_grad, train_state.params, (batch, noise), settings.accumulate
+    )
+    metrics = {
+        **parts,
+        "loss": mean,
+        "grad_norm": optax.global_norm(grads),
+        "broken": batch["broken"].sum(),
+    }
+    train_state = state.update(
+        train_state, grads, tx, ema=settings.ema, ema_warmup=settings.ema_warmup
+    )
+    return train_state, metrics
+
+
+def compile_step(system: Objective, mesh: Mesh):
+    """(init, step): jitted `State` creation from a key, and the sharded, donating train step.
+
+    step(state, batch, frozen) -> (state, metrics).
+    """
+    tx = optimizer.create(system.config)
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(system, mesh))
+    init = jax.jit(lambda key: state.create(system.init(key), tx), out_shardings=places)
+    step = jax.jit(
+        sharding.traced_on(mesh, partial(train_step, system=system, tx=tx)),
+        in_shardings=(places, sharding.batch_sharding(mesh), None),  # frozen: as they are placed
+        out_shardings=(places, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    return init, step

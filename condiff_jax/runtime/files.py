@@ -50,9 +50,9 @@ def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
 def drop_lines_after(path: epath.Path, step: int) -> None:
     """Drop the lines of a JSON-lines file beyond `step`: a resumed run writes them again."""
     values = read_json_lines(path)
-    load_cached = [value for value in values if value["step"] <= step]
-    if len(load_cached) != len(values):
-        write(path, "".join(json.dumps(value) + "\n" for value in load_cached))
+    kept = [value for value in values if value["step"] <= step]
+    if len(kept) != len(values):
+        write(path, "".join(json.dumps(value) + "\n" for value in kept))
 
 
 def load_cached(file: epath.Path, read: Callable[[bytes], Any]) -> Any:

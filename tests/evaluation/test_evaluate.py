@@ -344,11 +344,11 @@ def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monke
     values, grids, calls = responded(Workdir(str(tmp_path)), **asked)
     for size, call in zip(sizes, calls, strict=False):
         assert set(call["height"]) == set(call["width"]) == {size} and set(call["aspect"]) == {1}
-    find_record = [values[f"sharpness_{size}"] for size in sizes]
+    responses = [values[f"sharpness_{size}"] for size in sizes]
     expected = [
         sharpness(noted([], {}, {"control": {"height": np.array([size])}})[0]) for size in sizes
     ]
-    assert find_record == expected and find_record == sorted(find_record) and find_record[0] > 0
+    assert responses == expected and responses == sorted(responses) and responses[0] > 0
     assert [name for name in values if name.startswith("sharpness_")] == [
         "sharpness_12", "sharpness_16", "sharpness_24", "sharpness_response",
     ]  # fmt: skip

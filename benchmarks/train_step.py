@@ -1,6 +1,6 @@
 """How fast a train step is: `python -m benchmarks.train_step [--cores=0] [--save]`.
 
-Latent diffusion for 1000 classes on one device: our `train.compile_step` against what one would
+Latent diffusion for 1000 classes on one device: our `compile_step` against what one would
 write in PyTorch around diffusers' DiT or UNet, eager and compiled. Same weights, shapes, type and
 objective (a sample of the latents' moments, t, noise, dropped labels, squared error), Adam, moving
 average of the parameters and norm of the gradient; the batch is on the device. Before anything is

@@ -1,4 +1,4 @@
-"""Our parameters in PyTorch's layout: the names and shapes of the twin's state dict.
+"""Our parameters in PyTorch's layout: the names and shapes of the state dict of `pytorch.models`.
 
 The two differ mechanically: PyTorch's linear layers are (out, in), its convolutions (out, in,
 height, width), heads are not a dimension, and layers are modules instead of a first dimension.

@@ -1,1 +1,1 @@
-"""PyTorch in and out: tensor layouts, published checkpoints, and the PyTorch twin."""
+"""PyTorch out and in: models in plain PyTorch, a diffusers pipeline, exports and imports."""

@@ -2,8 +2,8 @@
 
 export/STEP/                  a diffusers pipeline: DiffusionPipeline.from_pretrained(...)
   pipeline.py  model_index.json  scheduler/
-  network/                    needs torch and safetensors only: `twin.load`
-    twin.py  config.json  model.safetensors
+  network/                    needs torch and safetensors only: `models.load`
+    models.py  config.json  model.safetensors
   diffusers/                  the denoiser as a diffusers model, if it has the architecture
 """
 
@@ -41,7 +41,7 @@ HERE = epath.Path(__file__).parent
 
 
 def denoiser_config(system: DiffusionObjective) -> dict[str, Any]:
-    """What `twin.create` needs to build the denoiser."""
+    """What `models.create` needs to build the denoiser."""
     config, model = system.config, system.model
     out = {
         "architecture": config.model.name,
@@ -68,7 +68,7 @@ def denoiser_config(system: DiffusionObjective) -> dict[str, Any]:
 
 
 def network_config(system: DiffusionObjective, frozen: dict) -> dict[str, Any]:
-    """network/config.json: every module for `twin.create`, and what sampling needs to know."""
+    """network/config.json: every module for `models.create`, and what sampling needs to know."""
     config, space = system.config, system.autoencoder
     height, width, channels = system.latent_shape
     out = {"model": denoiser_config(system)}
@@ -239,13 +239,13 @@ def export(system: DiffusionObjective, params: dict, frozen: dict, out: epath.Pa
     network = out / "network"
     write_json(network / "config.json", network_config(system, frozen))
     write_tensors(network / "model.safetensors", to_torch(tree))
-    (HERE / "twin.py").copy(network / "twin.py", overwrite=True)
+    (HERE / "models.py").copy(network / "models.py", overwrite=True)
     (HERE / "pipeline.py").copy(out / "pipeline.py", overwrite=True)
     scheduler = scheduler_config(system)
     write_json(out / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": ["pipeline", "ConditionedPipeline"],
-        "network": ["twin", "Network"],
+        "network": ["models", "Network"],
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
     write_json(out / "model_index.json", index)

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class ConditionedPipeline(DiffusionPipeline):
-    """network: the `Network` of twin.py; scheduler: DDIM as trained, or another of diffusers."""
+    """network: the `Network` of models.py; scheduler: DDIM as trained, or another of diffusers."""
 
     def __init__(self, network, scheduler):
         super().__init__()

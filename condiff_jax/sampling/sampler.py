@@ -37,7 +37,7 @@ class SamplingProgram(NamedTuple):
     clip: bool
     seed: int
     needed: tuple[bool, bool, bool]  # see `dual_guidance`
-    classifier_guide: nn.Module | None = None  # that guides besides
+    classifier: nn.Module | None = None  # that guides besides
 
     @classmethod
     def create(

@@ -9,7 +9,7 @@ import torch
 from benchmarks import parity, train_methods, train_step
 from benchmarks.timing import OURS, THEIRS
 from condiff_jax.models import unet
-from condiff_jax.training import loop
+from condiff_jax.training import step
 from tests import tiny
 
 TINY = ["--size=tiny/4", "--side=8", "--batch=2", "--steps=1", "--repetitions=2", "--no-compile"]
@@ -39,7 +39,7 @@ def once(made, monkeypatch):
 
         return create
 
-    for module, name in ((loop, "compile_step"), (train_methods, "create_params")):
+    for module, name in ((step, "compile_step"), (train_methods, "create_params")):
         monkeypatch.setattr(module, name, first(name, getattr(module, name)))
 
 

@@ -1,4 +1,4 @@
-"""Our parameters in PyTorch's layout, by small examples; whole models are in test_twin."""
+"""Our parameters in PyTorch's layout, by small examples; whole models are in pytorch/test_models.py."""
 
 import jax
 import numpy as np

@@ -237,7 +237,7 @@ def test_what_diffusers_cannot_hold_is_said(name, overrides, reason):
         exporting.for_diffusers(system)
 
 
-def test_unet2d_has_no_twin(tmp_path):
+def test_unet2d_has_no_pytorch_model(tmp_path):
     fields = {"model.name": "unet2d", "model.size": "tiny", "data.semantics": "class"}
     with pytest.raises(ConfigError, match="model.name: unet2d has no PyTorch model"):
         exporting.run(tiny.config(**fields), str(tmp_path))
@@ -247,8 +247,8 @@ def test_the_network_needs_torch_and_safetensors_only(exported):
     out = exported("ours")[2]
     code = """if 1:
         import sys
-        import twin
-        network = twin.load(".")
+        import models
+        network = models.load(".")
         text = network.embed(["a red circle"])
         import torch
         control = network.control({"height": 48}, 1)

@@ -31,7 +31,7 @@ def pytest_configure(config):
 
 
 # Files that take long, most of it for one of pytest's workers to wait for processes or programs.
-FIRST = ("test_hosts", "test_stopping", "test_torture", "test_rows", "test_train", "test_plan")
+FIRST = ("test_distributed", "test_stopping", "test_torture", "test_rows", "test_loop", "test_plan")
 
 
 def pytest_collection_modifyitems(items):

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from condiff_jax.runs.workdir import Workdir
 from etils import epath
 
 from condiff_jax import kinship, results, sweep
 from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.evaluation import evaluate
+from condiff_jax.runs.workdir import Workdir
 from condiff_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
@@ -276,7 +276,7 @@ def test_sigterm_during_an_evaluation_ends_in_order(stub, table, tmp_path, monke
 
 
 def test_a_diverged_row_is_a_result_and_a_failed_one_is_tried_again(stub, table, tmp_path, capsys):
-    stub.errors["train"] = ConfigError("data.path: gone")
+    stub.errors["train"] = ConfigError("data.path", "gone")
     arguments = [table, f"--workdir={tmp_path}/runs", "--rows=steps=4;rate=1"]
     assert sweep.main(arguments) == 1
     records = {record["row"]: record for record in read(tmp_path / "runs")}

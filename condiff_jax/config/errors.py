@@ -14,8 +14,11 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, field: str, reason: str):
-        super().__init__(f"{field}: {reason}")
+        super().__init__(field, reason)  # as arguments: processes pickle it
         self.field, self.reason = field, reason
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
 
 
 def one_line(error: BaseException | str) -> str:

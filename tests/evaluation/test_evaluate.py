@@ -7,11 +7,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from condiff_jax.schema import ControlValues
 from PIL import Image
 
 from condiff_jax.config.errors import ConfigError
-from condiff_jax.config.schema import Sampling
+from condiff_jax.config.schema import ControlValues, Sampling
 from condiff_jax.data import augment, shapes
 from condiff_jax.evaluation import controllability, evaluate, image_quality
 from condiff_jax.evaluation.metrics import shapes_features

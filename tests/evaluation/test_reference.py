@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tests.test_fidelity import FIELDS, Fake, measure, network, small  # noqa: F401
 
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.data import augment
@@ -22,6 +21,7 @@ from condiff_jax.evaluation.metrics.frechet import Moments
 from condiff_jax.evaluation.records import describe
 from condiff_jax.evaluation.reference import Reference
 from tests import tiny
+from tests.evaluation.test_image_quality import FIELDS, Fake, measure, network, small  # noqa: F401
 
 GREY = [np.full((20, 24, 3), 40 * i, np.uint8) for i in range(6)]
 

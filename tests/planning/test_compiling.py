@@ -92,7 +92,7 @@ def test_what_compiles_fits_and_what_does_not_is_infinite(tmp_path):
 @pytest.mark.parametrize(
     "error, raised",
     [
-        (ConfigError("config: no such thing"), ConfigError("config: no such thing")),
+        (ConfigError("model", "no such thing"), ConfigError("model", "no such thing")),
         (ValueError("not\nso"), RuntimeError("not so")),
     ],
 )

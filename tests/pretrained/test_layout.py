@@ -1,4 +1,4 @@
-"""Our parameters in PyTorch's layout, by small examples; whole models are in pytorch/test_models.py."""
+"""Our parameters in PyTorch's layout, by small examples; pytorch/test_models.py has whole models."""
 
 import jax
 import numpy as np

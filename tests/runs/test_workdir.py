@@ -13,7 +13,7 @@ from etils import epath
 from condiff_jax.config.build import with_fields
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.objectives.validate import create_config
-from condiff_jax.runtime.files import forget_after, write, append_json
+from condiff_jax.runtime.files import drop_lines_after, write, append_json
 from tests import tiny
 
 
@@ -43,11 +43,11 @@ def test_a_failure_before_the_last_step_leaves_the_old_content(tmp_path, monkeyp
 
 def test_forgetting_keeps_the_lines_up_to_a_step(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "metrics.jsonl"
-    forget_after(path, 1)
+    drop_lines_after(path, 1)
     assert not path.exists()
     for step in (1, 2, 3):
         append_json(path, {"step": step})
-    forget_after(path, 2)
+    drop_lines_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from tests.metrics.test_features import means
 
 from condiff_jax.evaluation.metrics.clip_score import ClipScore, square
+from tests.evaluation.metrics.test_features import means
 
 
 def test_is_a_hundred_times_the_cosine():

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.linalg
-from tests.metrics.test_features import means, pictures
 
 from condiff_jax.evaluation.metrics import fid
 from condiff_jax.evaluation.metrics.fid import Statistics
+from tests.evaluation.metrics.test_features import means, pictures
 
 
 def statistics(dimensions=4, **about):

@@ -27,9 +27,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from condiff_jax.runtime.process import compile_only
-
 from benchmarks.faults import FAULTS, Fault
+from condiff_jax.runtime.process import compile_only
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/mutations.json"

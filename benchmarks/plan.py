@@ -15,9 +15,8 @@ import os
 import re
 from pathlib import Path
 
-from condiff_jax.runtime.process import compile_only
-
 from condiff_jax.config.build import with_fields
+from condiff_jax.runtime.process import compile_only
 
 SLICES = ("v5e-64", "v5p-32", "v6e-32", "v4-32")
 # Config files and their arguments, the paper's batch sizes in them.

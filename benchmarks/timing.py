@@ -16,10 +16,10 @@ import diffusers
 import jax
 import numpy as np
 import torch
-from condiff_jax.runtime.process import use_huge_pages
 
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.runtime import sharding
+from condiff_jax.runtime.process import use_huge_pages
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "numpy")
 # Of glibc: freed memory is kept. Else whoever comes after another must ask the system for it anew,

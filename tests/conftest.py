@@ -5,8 +5,8 @@ import tempfile
 
 import pytest
 from absl import flags
-from condiff_jax.runtime.process import compile_only
 
+from condiff_jax.runtime.process import compile_only
 from tests.compiling import QUICK, collect_rarely
 
 compile_only()

@@ -7,9 +7,9 @@ import time
 import jax
 import numpy as np
 import pytest
+
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
-
 from condiff_jax.runtime import sharding
 from tests import tiny
 from tests.children import Children

@@ -12,6 +12,7 @@ import numpy as np
 
 from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import create_source
+from condiff_jax.evaluation.evaluate import Evaluation
 from condiff_jax.models import transformer
 from condiff_jax.objectives import diffusion as system_lib
 from condiff_jax.objectives.validate import create_config
@@ -19,6 +20,7 @@ from condiff_jax.objectives.vocabulary import create_vocabulary
 from condiff_jax.runs import optimizer, state
 from condiff_jax.runs.checkpoint import Checkpoints, abstract_state
 from condiff_jax.runs.workdir import Workdir
+from condiff_jax.runtime import sharding
 from condiff_jax.training import loop
 from configs import base
 
@@ -52,6 +54,11 @@ def config(**overrides) -> Config:
 def system(config: Config) -> system_lib.DiffusionObjective:
     """Its modules, on the vocabulary of its data."""
     return system_lib.create(config, create_vocabulary(config, create_source(config)))
+
+
+def evaluation(config: Config, path: Path | str = "no such folder") -> Evaluation:
+    """What it evaluates, of the run in a folder."""
+    return Evaluation.create(config, Workdir(str(path)), sharding.create_mesh())
 
 
 @contextlib.contextmanager

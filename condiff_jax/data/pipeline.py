@@ -46,6 +46,14 @@ SOURCES = {
 }
 
 
+def unseen_source(config: Config):
+    """The validation split of the data, or the training data if it has none."""
+    try:
+        return create_source(config, "validation")
+    except (OSError, ValueError):
+        return create_source(config, "train")
+
+
 def create_source(config: Config, split: str = "train"):
     """The data set `config.data.name`; ValueError or FileNotFoundError for a bad path."""
     if config.data.name != "shapes" and not config.data.path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,27 +16,27 @@ from condiff_jax.evaluation.metrics import prompt, response
 from condiff_jax.evaluation.reference import Reference
 from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.pretrained import lpips
-from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime.files import load_cached, write
 from condiff_jax.sampling.image_grid import caption_grid
 from condiff_jax.sampling.requests import asked_control, requests, titles
 from condiff_jax.sampling.sampler import Sampler
 
+if TYPE_CHECKING:
+    from condiff_jax.evaluation.evaluate import Evaluation
+
 # Numbers of the first samples of each metric: they share noise neither with each other nor with
 # the grids, which start at 0.
 FIRST_INDEX = {"prompt_accuracy": 10**6, "size_response": 2 * 10**6}
-
-
 SIZE_PART = 32  # prompts of size_response whose pictures are in memory at a time
 
 
-def subjects(system: DiffusionObjective, n: int) -> list[Any]:
-    """What to ask for in turn: the scenes of n unseen prompts, or n times the next class."""
+def subjects(system: DiffusionObjective, n: int, reference: Reference | None) -> list[Any]:
+    """What to sample in turn: the scenes of n unseen prompts, or n times the next label."""
     if system.text_encoder is None:
         return [i % len(system.vocabulary.classes) for i in range(n)]
     if system.config.data.name == "shapes":
         return shapes.prompts(n)
-    return Reference(system.config).asked(n, system)
+    return reference.asked(n, system)
 
 
 def asked_for(system: DiffusionObjective, wanted: Sequence[Any]) -> list[Any]:
@@ -45,14 +45,14 @@ def asked_for(system: DiffusionObjective, wanted: Sequence[Any]) -> list[Any]:
 
 
 def prompt_accuracy(
-    sampler: Sampler, params: dict, folder: Workdir, parts: epath.Path
+    evaluation: Evaluation, sampler: Sampler, params: dict, parts: epath.Path
 ) -> tuple[dict, dict]:
     """Share of pictures that show what they were asked for, by attribute, and a grid of them."""
     system, config = sampler.system, sampler.system.config
     first = FIRST_INDEX["prompt_accuracy"]
-    wanted = subjects(system, config.evaluation.prompts)
+    wanted = subjects(system, config.evaluation.prompts, evaluation.reference)
     asked = asked_for(system, wanted)
-    batch = requests(system, asked, first=first, seen=folder.load_control())
+    batch = requests(system, asked, first=first, seen=evaluation.folder.load_control())
     pictures = sampler(params, batch, first=first, label="prompt accuracy")
     if system.text_encoder is None:
         values = prompt.class_accuracy(pictures, wanted, system.vocabulary.classes)
@@ -64,12 +64,12 @@ def prompt_accuracy(
 
 
 def size_response(
-    sampler: Sampler, params: dict, folder: Workdir, parts: epath.Path
+    evaluation: Evaluation, sampler: Sampler, params: dict, parts: epath.Path
 ) -> tuple[dict, dict]:
     """How pictures change with size control alone, and grids of that (Fig. 2), and of flips."""
     system, config = sampler.system, sampler.system.config
     settings, resolution = config.evaluation, config.data.resolution
-    wanted = asked_for(system, subjects(system, settings.size_prompts))
+    wanted = asked_for(system, subjects(system, settings.size_prompts, evaluation.reference))
     distance = lpips.create(settings.lpips) if settings.lpips else None
     sides = [{"height": size, "width": size, "aspect": 1.0} for size in settings.sizes]
     found, shown = [], wanted[:SIZE_PART]
@@ -134,6 +134,3 @@ def comparison(
     return caption_grid(
         pictures, captions, columns=len(names), title="Same noise, different control"
     )
-
-
-MEASURES = {"prompt_accuracy": prompt_accuracy, "size_response": size_response}

@@ -5,35 +5,125 @@ One line of evaluation.jsonl is one evaluation: its numbers, and all that they d
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from condiff_jax import runs
 from condiff_jax.config.build import from_text, with_fields
 from condiff_jax.config.errors import ConfigError, config_errors
 from condiff_jax.config.schema import Config
-from condiff_jax.evaluation import image_quality, protocols
-from condiff_jax.evaluation.controllability import MEASURES
+from condiff_jax.evaluation import controllability, image_quality, protocols
 from condiff_jax.evaluation.metrics import fid, shapes_features
+from condiff_jax.evaluation.metrics.clip_score import ClipScore
+from condiff_jax.evaluation.metrics.features import FeatureNetwork
 from condiff_jax.evaluation.records import describe, find_record, measurement_dir, summary
 from condiff_jax.evaluation.reference import Reference
-from condiff_jax.objectives.diffusion import create as create_system
 from condiff_jax.objectives.validate import validate
 from condiff_jax.pretrained import lpips
-from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
 from condiff_jax.runtime.files import append_json
 from condiff_jax.sampling.sample import save_png
 from condiff_jax.sampling.sampler import Sampler
 
+MEASURES = (
+    ({"prompt_accuracy"}, controllability.prompt_accuracy),
+    ({"size_response"}, controllability.size_response),
+    (image_quality.NETWORK.keys(), image_quality.measure),
+)
 
-def check(config: Config) -> None:
-    """ConfigError where the evaluation that the config asks for cannot be made."""
-    settings, metrics = config.evaluation, set(config.evaluation.metrics)
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `config.evaluation` asks for: checked, its networks loaded, its data opened.
+
+    networks: on the devices of all processes; local_networks: on those of this process, for its
+    share of the data. identity: what records depend on besides the step, see `records.describe`.
+    """
+
+    config: Config
+    folder: Workdir
+    networks: dict[str, FeatureNetwork | ClipScore]
+    local_networks: dict[str, FeatureNetwork | ClipScore]
+    reference: Reference | None
+    identity: dict[str, Any]
+
+    @classmethod
+    def create(cls, config: Config, folder: Workdir, mesh: Mesh) -> Evaluation:
+        """ConfigError that names the field because of which it cannot be made."""
+        _check_fields(config)
+        networks = image_quality.create_networks(config)
+        reference = _reference(config)
+        _check_data(config, networks, reference)
+        return cls(
+            config,
+            folder,
+            {name: image_quality.place(network, mesh) for name, network in networks.items()},
+            {
+                name: image_quality.place(network, sharding.local_mesh())
+                for name, network in networks.items()
+            },
+            reference,
+            describe(config, networks, reference),
+        )
+
+    def at(self, config: Config) -> Evaluation:
+        """The same evaluation with other fields of `sampling` or another number of samples."""
+        reference = self.reference
+        if config.evaluation != self.config.evaluation:
+            reference = _reference(config)
+            _check_data(config, self.networks, reference)
+        identity = describe(config, self.networks, reference)
+        return dataclasses.replace(self, config=config, reference=reference, identity=identity)
+
+    def find(self, step: int) -> dict[str, Any] | None:
+        """The record of this evaluation at a step, with all images to save; None without."""
+        identity = self.identity | {"step": step}
+        if not image_quality.saved(measurement_dir(self.folder, identity), self.config):
+            return None
+        return find_record(self.folder, identity)
+
+    def measure(self, sampler: Sampler, params: dict, step: int) -> dict[str, Any]:
+        """Run all metrics: a record, also in evaluation.jsonl, with grids in samples/.
+
+        A measurement that was killed resumes, see `image_quality.generate`.
+        """
+        start = time.perf_counter()
+        identity = {"step": step, **self.identity}
+        parts = measurement_dir(self.folder, identity)
+        values, grids = {}, {}
+        for names, measure in MEASURES:
+            if names & set(self.config.evaluation.metrics):
+                more_values, more_grids = measure(self, sampler, params, parts)
+                values |= more_values
+                grids |= more_grids
+        pictures = {name: f"samples/{parts.name}-{name}.png" for name in grids}
+        seconds = round(time.perf_counter() - start, 1)
+        record = identity | {"metrics": values, "pictures": pictures, "seconds": seconds}
+        if jax.process_index() == 0:
+            self.folder.samples.mkdir(parents=True, exist_ok=True)
+            for name, path in pictures.items():
+                save_png(self.folder.path / path, grids[name])
+            append_json(self.folder.evaluation, record)
+        image_quality.delete_parts(parts)
+        return record
+
+
+def _reference(config: Config) -> Reference | None:
+    """The data that the metrics need, None if they need none."""
+    metrics = set(config.evaluation.metrics)
+    prompts = "size_response" in metrics and config.data.name != "shapes"
+    return Reference(config) if prompts or metrics & image_quality.NETWORK.keys() else None
+
+
+def _check_fields(config: Config) -> None:
+    metrics = set(config.evaluation.metrics)
     shapes_only = metrics & {"prompt_accuracy", "frechet_shapes"}
     if shapes_only and config.data.name != "shapes":
         names = ", ".join(sorted(shapes_only))
@@ -46,63 +136,29 @@ def check(config: Config) -> None:
         )
     if "clip_score" in metrics and config.data.semantics != "text":
         raise ConfigError("evaluation.metrics", "clip_score needs data.semantics=text")
-    if metrics & image_quality.NETWORK.keys():
-        networks, reference = image_quality.create_networks(config), Reference(config)
-        ours, theirs, least = (
-            settings.samples,
-            len(reference.numbers),
-            image_quality.min_samples(metrics),
-        )
-        if min(ours, theirs) < least:
+    if "size_response" in metrics and config.evaluation.lpips:
+        with config_errors("evaluation.lpips"):
+            lpips.load_weights(config.evaluation.lpips)
+
+
+def _check_data(config: Config, networks: dict, reference: Reference | None) -> None:
+    settings = config.evaluation
+    if networks:
+        ours, theirs = settings.samples, len(reference.numbers)
+        needed = image_quality.min_samples(settings.metrics)
+        if min(ours, theirs) < needed:
             raise ConfigError(
                 "evaluation.samples",
-                f"the metrics need {least} images or more, got {ours} and {theirs} of "
+                f"the metrics need {needed} images or more, got {ours} and {theirs} of "
                 f"evaluation.reference={settings.reference}",
             )
-        if settings.statistics and "inception" in networks:
-            with config_errors("evaluation.statistics"):
-                network, side = networks["inception"], (config.data.resolution,) * 2
-                about = network.name, network.sha256, side, None, network.resize
-                mean = np.zeros(network.width)
-                ours = fid.Statistics(mean, np.zeros((0, 0)), None, *about)
-                fid.check_alike(ours, fid.load(settings.statistics))
-    if "size_response" in settings.metrics and settings.lpips:
-        with config_errors("evaluation.lpips"):
-            lpips.load_weights(settings.lpips)
-
-
-def measure(
-    sampler: Sampler, params: dict, step: int, folder: Workdir, *, ema: bool
-) -> dict[str, Any]:
-    """Run config.evaluation.metrics: one record in evaluation.jsonl, with pictures in samples/.
-
-    A measurement that was killed goes on where it was, see `fidelity.generate`.
-
-    ema: whether `params` are the averaged ones, for the record. ConfigError as from `check`.
-    """
-    config, start = sampler.system.config, time.perf_counter()
-    check(config)
-    identity = describe(config, step, ema=ema)
-    parts = measurement_dir(folder, identity)
-    metrics, grids = {}, {}
-    for name, measure_one in MEASURES.items():
-        if name in config.evaluation.metrics:
-            values, pictures = measure_one(sampler, params, folder, parts)
-            metrics |= values
-            grids |= pictures
-    if image_quality.NETWORK.keys() & set(config.evaluation.metrics):
-        metrics |= image_quality.measure(sampler, params, folder, parts)
-    pictures = {name: f"samples/{parts.name}-{name}.png" for name in grids}
-    if jax.process_index() == 0:
-        folder.samples.mkdir(parents=True, exist_ok=True)
-        for name, path in pictures.items():
-            save_png(folder.path / path, grids[name])
-    seconds = round(time.perf_counter() - start, 1)
-    record = identity | {"metrics": metrics, "pictures": pictures, "seconds": seconds}
-    if jax.process_index() == 0:
-        append_json(folder.evaluation, record)
-    image_quality.delete_parts(parts)
-    return record
+    if settings.statistics and "inception" in networks:
+        with config_errors("evaluation.statistics"):
+            network, side = networks["inception"], (config.data.resolution,) * 2
+            about = network.name, network.sha256, side, None, network.resize
+            mean = np.zeros(network.width)
+            ours = fid.Statistics(mean, np.zeros((0, 0)), None, *about)
+            fid.check_alike(ours, fid.load(settings.statistics))
 
 
 def grid(config: Config) -> dict[str, Config]:
@@ -142,35 +198,24 @@ def run(config: Config, workdir: str) -> list[dict[str, Any]]:
     if not config.evaluation.metrics:
         raise ConfigError("evaluation.metrics", "empty; name what to measure")
     points = grid(config)
-    for point in points.values():
-        check(point)
-    folder = Workdir(workdir)
-    folder.check(config)
-    checkpoints, ema = Checkpoints(folder.checkpoints, config), config.sampling.ema
-    step = checkpoints.latest
-    if step is not None and step > config.steps:
+    mesh = sharding.create_mesh(config.parallel.fsdp)
+    evaluation = Evaluation.create(config, Workdir(workdir), mesh)
+    trained = runs.load(workdir, config, mesh=mesh)
+    step = trained.step
+    if step > config.steps:
         raise ConfigError(
             "steps",
             f"{workdir} has trained to step {step}, past {config.steps}; set steps={step}",
         )
     sampler, records = None, []
     for name, point in points.items():
-        record = None
-        if step is not None:
-            identity = describe(point, step, ema=ema)
-            record = find_record(folder, identity)
-            if not image_quality.saved(measurement_dir(folder, identity), config):
-                record = None  # for the pictures
+        evaluation = evaluation.at(point)
+        record = evaluation.find(step)
         if record:
-            print(f"Step {step} is already measured so, in {folder.evaluation}:")
+            print(f"Step {step} is already measured so, in {trained.folder.evaluation}:")
         else:
-            if sampler is None:
-                mesh = sharding.create_mesh(config.parallel.fsdp)
-                system = create_system(config, folder.load_vocabulary())
-                step, params = checkpoints.restore_params(system, mesh, ema=ema)
-                frozen = sharding.put(mesh, folder.load_frozen(system))
-                sampler = Sampler(system, mesh, config.sampling, frozen)
-            record = measure(sampler.at(point), params, step, folder, ema=ema)
+            sampler = sampler or Sampler(trained.objective, mesh, config.sampling, trained.frozen)
+            record = evaluation.measure(sampler.at(point), trained.params, step)
         if jax.process_index() == 0:
             print("\n".join([*([f"{name}:"] if name else []), *summary(record)]))
         records.append(record)

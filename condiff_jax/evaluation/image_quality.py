@@ -7,10 +7,9 @@ file keeps what the metrics need, so that a killed evaluation goes on where it w
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zipfile
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -33,12 +32,14 @@ from condiff_jax.evaluation.reference import (
     reference_statistics,
     statistics_of,
 )
-from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
 from condiff_jax.runtime.files import load_cached, read_arrays, write, write_arrays
 from condiff_jax.sampling import sample
-from condiff_jax.sampling import sampler as sampler_lib
 from condiff_jax.sampling.requests import requests
+from condiff_jax.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from condiff_jax.evaluation.evaluate import Evaluation
 
 # The network that a metric sees images with.
 NETWORK = {"frechet_shapes": "shapes"} | {
@@ -50,35 +51,32 @@ FIRST_INDEX = 10**7  # number of the first sample: its noise is shared with no o
 RANDOM = "random"  # evaluation.inception: weights that nobody trained, to try the protocol
 
 
-def create_networks(
-    config: Config, mesh: Mesh | None = None
-) -> dict[str, FeatureNetwork | ClipScore]:
-    """What evaluation.metrics look at pictures with, by name; ConfigError where it is missing."""
+def create_networks(config: Config) -> dict[str, FeatureNetwork | ClipScore]:
+    """The networks of evaluation.metrics by name; ConfigError where one cannot be read."""
+    names = {NETWORK[metric] for metric in config.evaluation.metrics if metric in NETWORK}
+    return {name: load_network(config, name) for name in sorted(names)}
+
+
+def load_network(config: Config, name: str) -> FeatureNetwork | ClipScore:
+    """One of them: shapes, inception or clip."""
+    if name == "shapes":
+        return shapes_features.network()
     settings = config.evaluation
-    names = {NETWORK[metric] for metric in settings.metrics if metric in NETWORK}
-    found = {name: _network(name, getattr(settings, name, "")) for name in sorted(names)}
-    if "inception" in found:
-        found["inception"] = feature_networks.resized(found["inception"], settings.resize)
-    return {name: _placed(network, mesh) for name, network in found.items()} if mesh else found
+    with config_errors(f"evaluation.{name}"):
+        if name == "clip":
+            return feature_networks.load_clip(settings.clip)
+        if settings.inception == RANDOM:
+            network = feature_networks.random_inception()
+        else:
+            network = feature_networks.load_inception(settings.inception)
+    return feature_networks.resized(network, settings.resize)
 
 
-@functools.lru_cache(maxsize=8)  # what is compiled is kept
-def _placed(network: FeatureNetwork | ClipScore, mesh: Mesh) -> FeatureNetwork | ClipScore:
+def place(network: FeatureNetwork | ClipScore, mesh: Mesh) -> FeatureNetwork | ClipScore:
+    """The same network on the devices of a mesh."""
     if isinstance(network, ClipScore):
         return dataclasses.replace(network, images=network.images.on(mesh))
     return network.on(mesh)
-
-
-@functools.lru_cache(maxsize=8)
-def _network(name: str, path: str) -> FeatureNetwork | ClipScore:
-    if name == "shapes":
-        return shapes_features.network()
-    with config_errors(f"evaluation.{name}"):
-        if name == "clip":
-            return feature_networks.load_clip(path)
-        if path == RANDOM:
-            return feature_networks.random_inception()
-        return feature_networks.load_inception(path)
 
 
 def min_samples(metrics: Collection[str]) -> int:
@@ -104,53 +102,53 @@ def describe_networks(
 
 
 def measure(
-    sampler: sampler_lib.Sampler, params: dict, folder: Workdir, parts: epath.Path
-) -> dict[str, float | bool | None]:
-    """Those of evaluation.metrics that are in NETWORK.
+    evaluation: Evaluation, sampler: Sampler, params: dict, parts: epath.Path
+) -> tuple[dict[str, float | bool | None], dict]:
+    """Those of evaluation.metrics that are in NETWORK; they have no grids.
 
-    parts: a folder of this measurement alone, for what `generate` keeps.
+    parts: a folder of this measurement alone, for what `generate` stores.
     """
-    config = sampler.system.config
-    settings, networks = config.evaluation, create_networks(config, sampler.mesh)
-    own = create_networks(config, sharding.local_mesh())  # of this host, for its share of the data
-    reference = Reference(config)
+    config, folder, reference = evaluation.config, evaluation.folder, evaluation.reference
+    settings = config.evaluation
     asked = reference.asked(settings.samples, sampler.system)
-    made = generate(sampler, params, asked, networks, parts, folder.load_control())
+    seen = folder.load_control()
+    features = generate(sampler, params, asked, evaluation.networks, parts, seen)
     values: dict[str, float | bool | None] = {}
-    if "clip" in made:
-        values["clip_score"] = float(made["clip"].mean())
+    if "clip" in features:
+        values["clip_score"] = float(features["clip"].mean())
     side = (config.data.resolution,) * 2
-    for name in made.keys() - {"clip"}:
-        network, wanted = networks[name], {m for m in settings.metrics if NETWORK.get(m) == name}
+    for name in features.keys() - {"clip"}:
+        network, ours = evaluation.networks[name], features[name]
+        metrics = {metric for metric in settings.metrics if NETWORK.get(metric) == name}
         moments = Moments()
-        moments.add(made[name])
-        ours = statistics_of(moments, network, side)
-        keep = settings.samples if wanted & PAIRED else 0
-        given = settings.statistics if name == "inception" else ""
-        if keep or not given:
-            theirs, features = reference_statistics(
-                own[name], reference, folder.path / "references", keep=keep
+        moments.add(ours)
+        statistics = statistics_of(moments, network, side)
+        keep = settings.samples if metrics & PAIRED else 0
+        file = settings.statistics if name == "inception" else ""
+        if keep or not file:
+            expected, theirs = reference_statistics(
+                evaluation.local_networks[name], reference, folder.path / "references", keep=keep
             )
-        if given:
+        if file:
             with config_errors("evaluation.statistics"):
-                theirs = fid.load(given)
-        if "frechet_shapes" in wanted:
-            both = ours.mean, ours.covariance, theirs.mean, theirs.covariance
+                expected = fid.load(file)
+        if "frechet_shapes" in metrics:
+            both = statistics.mean, statistics.covariance, expected.mean, expected.covariance
             values["frechet_shapes"] = frechet_distance(*both)
-        if "fid" in wanted:
+        if "fid" in metrics:
             with config_errors("evaluation.statistics"):
-                values |= fid.fid(ours, theirs)
+                values |= fid.fid(statistics, expected)
         with config_errors("evaluation.samples"):
-            if "kid" in wanted:
-                size = min(kid.SIZE, len(made[name]), len(features))
-                values |= kid.kid(made[name], features, size=size)
-            if "precision_recall" in wanted:
-                values |= precision_recall.precision_recall(made[name], features)
-    return values
+            if "kid" in metrics:
+                size = min(kid.SIZE, len(ours), len(theirs))
+                values |= kid.kid(ours, theirs, size=size)
+            if "precision_recall" in metrics:
+                values |= precision_recall.precision_recall(ours, theirs)
+    return values, {}
 
 
 def generate(
-    sampler: sampler_lib.Sampler,
+    sampler: Sampler,
     params: dict,
     asked: Sequence[Any],
     networks: dict[str, FeatureNetwork | ClipScore],
@@ -246,10 +244,8 @@ def run_reference(config: Config) -> None:
     path = config.evaluation.statistics
     if not path:
         raise ConfigError("evaluation.statistics", "empty; name the .npz file to write")
-    network = feature_networks.resized(
-        _network("inception", config.evaluation.inception), config.evaluation.resize
-    )
-    network, reference = _placed(network, sharding.local_mesh()), Reference(config)
+    network = place(load_network(config, "inception"), sharding.local_mesh())
+    reference = Reference(config)
     with config_errors("evaluation.statistics"):
         if epath.Path(path).exists():
             if fid.load(path).reference != reference.digest(*network.identity):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -21,19 +22,19 @@ from condiff_jax.sampling.requests import asked_control
 IDENTITY = ("step", "sampling", "evaluation", "features")
 
 
-def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
-    """The IDENTITY of the config's evaluation at a step: the fields that its numbers depend on."""
+def describe(
+    config: Config, networks: Mapping[str, Any], reference: Reference | None
+) -> dict[str, Any]:
+    """The IDENTITY of the config's evaluation but for the step: what its numbers depend on."""
     settings, asked = config.evaluation, config.sampling
     evaluation: dict[str, Any] = {"metrics": sorted(settings.metrics)}
     if "prompt_accuracy" in settings.metrics:
         evaluation |= {"prompts": settings.prompts}
-    networks = image_quality.create_networks(config)
     if networks:
         evaluation["samples"] = settings.samples
-    prompted = "size_response" in settings.metrics and config.data.name != "shapes"
-    if networks or prompted:
+    if reference is not None:
         evaluation["reference"] = settings.reference
-        evaluation["reference_sha256"] = Reference(config).digest()
+        evaluation["reference_sha256"] = reference.digest()
         evaluation |= {"path": settings.path} if settings.path else {}
     if settings.statistics and "inception" in networks:
         content = epath.Path(settings.statistics).read_bytes()
@@ -46,11 +47,12 @@ def describe(config: Config, step: int, *, ema: bool) -> dict[str, Any]:
     names = ("sampler", "steps", "spacing", "eta", "clip", "guidance", "control_guidance")
     names += ("base_resolution", "size", "seed")
     sampling = {name: getattr(asked, name) for name in names}
-    sampling |= {"ema": ema, "control": asked_control(config)} | classifier_guide.describe(config)
+    sampling |= {"ema": asked.ema, "control": asked_control(config)}
+    sampling |= classifier_guide.describe(config)
     if asked.size in ("tied", "untied"):
         sampling["size_range"] = list(asked.size_range)
     features = image_quality.describe_networks(networks)
-    return {"step": step, "sampling": sampling, "evaluation": evaluation, "features": features}
+    return {"sampling": sampling, "evaluation": evaluation, "features": features}
 
 
 def find_record(folder: Workdir, identity: dict[str, Any]) -> dict[str, Any] | None:

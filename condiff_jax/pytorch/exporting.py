@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from condiff_jax import runs
 from condiff_jax.conditioning.control import DEFAULT_SCALE, SCALE
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
@@ -28,12 +29,9 @@ from condiff_jax.models.text_encoder import WordEmbedding
 from condiff_jax.models.transformer import Transformer
 from condiff_jax.models.unet import UNet
 from condiff_jax.objectives.diffusion import DiffusionObjective
-from condiff_jax.objectives.diffusion import create as create_system
 from condiff_jax.pretrained import key_maps
 from condiff_jax.pretrained.layout import to_torch
 from condiff_jax.pretrained.weights import write_json, write_tensors
-from condiff_jax.runs.checkpoint import Checkpoints
-from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
 from condiff_jax.sampling.requests import asked_control, guidance_scale
 
@@ -265,27 +263,26 @@ def run(config: Config, workdir: str) -> epath.Path:
     """Mode `export`: the newest checkpoint as export/STEP (export/STEP-raw); returns the folder."""
     if config.model.name == "unet2d":  # whose methods of conditioning are anyone's
         raise ConfigError("model.name", "unet2d has no PyTorch model to export to")
-    folder = Workdir(workdir)
-    folder.check(config)
-    system = create_system(config, folder.load_vocabulary())
-    checkpoints = Checkpoints(folder.checkpoints, config)
-    step, params = checkpoints.restore_params(
-        system, sharding.create_mesh(), ema=not config.convert.raw
-    )
-    out = folder.path / "export" / f"{step}{'-raw' if config.convert.raw else ''}"
     if jax.process_count() > 1:
         raise ConfigError("--processes", "mode export runs in one process")
+    trained = runs.load(workdir, config, ema=not config.convert.raw, mesh=sharding.create_mesh())
+    system = trained.objective
+    out = trained.folder.path / "export" / f"{trained.step}{'-raw' if config.convert.raw else ''}"
     left_out = ""
     if isinstance(system.autoencoder, Latents):
         if not config.autoencoder.path:
             left_out = "autoencoder.path is empty"
         elif config.autoencoder.name == "vq":
             left_out = "network/ has no VQModel; diffusers reads the one in autoencoder.path"
-    frozen = folder.load_frozen(system, {"text_encoder", *(("autoencoder",) if left_out else ())})
-    messages = export(system, jax.device_get(params), frozen, out)
+    frozen = trained.folder.load_frozen(
+        system, {"text_encoder", *(("autoencoder",) if left_out else ())}
+    )
+    messages = export(system, jax.device_get(trained.params), frozen, out)
     if left_out:
         messages.append(f"no autoencoder, as {left_out}: samples end as latents")
     if "text_encoder" in system.frozen:
         messages.append(f"CLIP is not in it: the pipeline loads {system.text_encoder.name}")
-    print(f"Step {step} for PyTorch in {out}\n" + "\n".join(f"  {line}" for line in messages))
+    print(
+        f"Step {trained.step} for PyTorch in {out}\n" + "\n".join(f"  {line}" for line in messages)
+    )
     return out

@@ -13,14 +13,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from condiff_jax import runs
 from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.identity import digest
 from condiff_jax.config.schema import Config, Sampling
-from condiff_jax.objectives.classification import ClassificationObjective, create
+from condiff_jax.objectives.classification import ClassificationObjective
 from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.pretrained import weights
-from condiff_jax.runs.checkpoint import Checkpoints, newest
+from condiff_jax.runs.checkpoint import newest
 from condiff_jax.runs.workdir import Workdir
 
 # What must be the same for a classifier and a denoiser to see the same x_t at the same t.
@@ -62,17 +63,12 @@ def _classifier_errors():
         raise ConfigError(FIELD, str(error)) from error
 
 
-def load_config(settings: Sampling) -> Config:
-    """The config of the classifier that guides; ConfigError where there is none."""
+def load_run(settings: Sampling, mesh: Mesh | None = None) -> runs.Run:
+    """The run of the classifier that guides; ConfigError where there is none."""
     with _classifier_errors():
-        config = Workdir(settings.classifier).load_config()
-    if config.objective != "classification":
-        raise ConfigError(
-            FIELD,
-            f"{settings.classifier} is a run with objective={config.objective}; name that of a "
-            "configs/classifier.py",
+        return runs.load(
+            settings.classifier, objective="classification", ema=settings.ema, mesh=mesh
         )
-    return config
 
 
 def load(system: DiffusionObjective, mesh: Mesh, settings: Sampling) -> tuple[nn.Module, dict]:
@@ -80,14 +76,10 @@ def load(system: DiffusionObjective, mesh: Mesh, settings: Sampling) -> tuple[nn
 
     ConfigError unless it fits the denoiser: classes, pictures, latents and noise levels.
     """
-    config, folder = load_config(settings), Workdir(settings.classifier)
+    run = load_run(settings, mesh)
     with _classifier_errors():
-        found = create(config, folder.load_vocabulary())
-        _check(found, system, folder)
-        checkpoints = Checkpoints(folder.checkpoints, config)
-        _, params = checkpoints.restore_params(found, mesh, ema=settings.ema)
-        checkpoints.close()
-    return found.model, params["classifier"]
+        _check(run.objective, system, run.folder)
+        return run.objective.model, run.params["classifier"]
 
 
 def _check(found: ClassificationObjective, system: DiffusionObjective, folder: Workdir) -> None:
@@ -125,9 +117,9 @@ def describe(config: Config) -> dict[str, Any]:
     settings = config.sampling
     if not settings.classifier:
         return {}
-    found = digest(load_config(settings))
-    step = newest(Workdir(settings.classifier).checkpoints)
+    run = load_run(settings)
+    step = newest(run.folder.checkpoints)
     return {
-        "classifier": {"config": found, "step": step},
+        "classifier": {"config": digest(run.config), "step": step},
         "classifier_guidance": settings.classifier_guidance,
     }

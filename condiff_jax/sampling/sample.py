@@ -9,11 +9,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from condiff_jax import runs
 from condiff_jax.config.schema import Config
-from condiff_jax.objectives.diffusion import create as create_system
-from condiff_jax.runs.checkpoint import Checkpoints
-from condiff_jax.runs.workdir import Workdir
-from condiff_jax.runtime import sharding
 from condiff_jax.sampling.image_grid import caption_grid
 from condiff_jax.sampling.requests import asked_for, requests, titles
 from condiff_jax.sampling.sampler import Sampler
@@ -21,18 +18,12 @@ from condiff_jax.sampling.sampler import Sampler
 
 def run(config: Config, workdir: str) -> epath.Path:
     """Mode `sample`: PNGs and a grid from the newest checkpoint; returns the folder."""
-    folder = Workdir(workdir)
-    folder.check(config)
-    mesh = sharding.create_mesh(config.parallel.fsdp)
-    system = create_system(config, folder.load_vocabulary())
+    trained = runs.load(workdir, config)
+    system, step = trained.objective, trained.step
     asked = asked_for(config, system)
-    step, params = Checkpoints(folder.checkpoints, config).restore_params(
-        system, mesh, ema=config.sampling.ema
-    )
-    frozen = sharding.put(mesh, folder.load_frozen(system))
-    sampler = Sampler(system, mesh, config.sampling, frozen)
-    pictures = sampler(params, requests(system, asked, seen=folder.load_control()))
-    out = folder.samples / f"{step}-seed{config.sampling.seed}"
+    sampler = Sampler(system, trained.mesh, config.sampling, trained.frozen)
+    pictures = sampler(trained.params, requests(system, asked, seen=trained.folder.load_control()))
+    out = trained.folder.samples / f"{step}-seed{config.sampling.seed}"
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
         save_pictures(out, pictures, titles(system, asked))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import jax
 from absl import logging
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import batches, first_controls, open_source
-from condiff_jax.evaluation import evaluate
+from condiff_jax.evaluation.evaluate import Evaluation
 from condiff_jax.objectives.base import Objective
 from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.objectives.diffusion import create as create_system
@@ -31,8 +32,15 @@ from condiff_jax.training.reporters import REPORTERS
 from condiff_jax.training.step import compile_step
 
 
-def run(config: Config, workdir: str) -> bool:
-    """Mode `train`: start, resume or notice that all is done; whether it is (SIGTERM saves first).
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A finished training; the record of its last evaluation, None where there is none."""
+
+    record: dict | None
+
+
+def run(config: Config, workdir: str) -> Outcome | None:
+    """Mode `train`: start, resume or find it done; None where SIGTERM stopped it, after saving.
 
     An experiment of several stages runs them in order, the first in its folder pretrain/.
     """
@@ -40,7 +48,7 @@ def run(config: Config, workdir: str) -> bool:
         return _run(config, workdir)
 
 
-def _run(config: Config, workdir: str) -> bool:
+def _run(config: Config, workdir: str) -> Outcome | None:
     mesh = sharding.create_mesh(config.parallel.fsdp)
     if config.batch_size % (mesh.size * config.optimizer.accumulate):
         raise ConfigError(
@@ -48,20 +56,20 @@ def _run(config: Config, workdir: str) -> bool:
             f"must be a multiple of {mesh.size} devices x "
             f"optimizer.accumulate={config.optimizer.accumulate}, got {config.batch_size}",
         )
-    evaluate.check(config)
+    folder = Workdir(workdir)
+    evaluation = Evaluation.create(config, folder, mesh)
     source = open_source(config)
     vocabulary = create_vocabulary(config, source)
     system = create_objective(config, vocabulary)
     if config.data.name == "latents":
         encode.check(system, source)
-    folder = Workdir(workdir)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
     first = checkpoints.latest
     folder.open(config, vocabulary, begun=first is not None)
     done = (first or 0) >= config.steps
     if done and folder.grid(first).exists():  # the last thing that a run leaves
         print(f"Nothing to do: {workdir} has finished its {config.steps} steps.")
-        return True
+        return Outcome(evaluation.find(first))
     frozen = sharding.put(mesh, folder.load_frozen(system))
     encode_text = system.encode_text if system.text_encoder is not None else None
     data = batches(
@@ -76,12 +84,14 @@ def _run(config: Config, workdir: str) -> bool:
     elif config.init.pretrain or config.init.path:
         train_state = start(system, mesh, folder)
         if train_state is None:
-            return False
+            return None
     else:
         train_state = init(jax.random.key(config.seed))
     if config.objective == "diffusion" and (first is None or folder.load_control() is None):
         folder.save_control(first_controls(config, source))
-    reporter = REPORTERS[config.objective](system, mesh, folder, frozen, first=first or 0)
+    reporter = REPORTERS[config.objective](
+        system, mesh, folder, frozen, evaluation, first=first or 0
+    )
     # SIGTERM may come again while the last checkpoint is being written.
     with Interrupt() as interrupt, contextlib.closing(checkpoints):
         train_state = train_steps(
@@ -90,10 +100,9 @@ def _run(config: Config, workdir: str) -> bool:
     if interrupt.asked:
         reporter.close()
         print(f"Stopped at step {int(train_state.step)}; the same command goes on from there.")
-        return False
+        return None
     params = state.to_sample(train_state, config.sampling.ema)
-    reporter.finish(int(train_state.step), params)
-    return True
+    return Outcome(reporter.finish(int(train_state.step), params))
 
 
 def start(system: DiffusionObjective, mesh: Mesh, folder: Workdir) -> state.State | None:
@@ -113,7 +122,7 @@ def start(system: DiffusionObjective, mesh: Mesh, folder: Workdir) -> state.Stat
         if not run(earlier, path):
             return None
     steps = earlier.steps if earlier else None
-    params = transfer.load(path, old, mesh, ema=settings.ema, step=steps)
+    params = transfer.load(path, mesh, ema=settings.ema, step=steps)
     text = transfer.report(moves, transfer.shapes_of(old), transfer.shapes_of(system))
     print(f"Start from {path}:\n{text}")
     if jax.process_index() == 0:

@@ -18,12 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from condiff_jax import runs
 from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError
-from condiff_jax.objectives import diffusion as system_lib
 from condiff_jax.objectives.diffusion import DiffusionObjective
-from condiff_jax.runs.checkpoint import Checkpoints
-from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime.sharding import path_name
 
 # Without these in common, parameters of the same shapes would still mean other things.
@@ -231,24 +229,19 @@ def report(moves: Mapping[str, Move], source: Mapping, target: Mapping) -> str:
 
 
 def origin(path: str) -> DiffusionObjective:
-    """The system of the run in a work directory; ConfigError if there is none."""
-    folder = Workdir(path)
+    """The objective of the run in a work directory; ConfigError if there is none."""
     try:
-        return system_lib.create(folder.load_config(), folder.load_vocabulary())
+        return runs.load(path).objective
     except ConfigError as error:
         raise ConfigError("init.path", str(error)) from error
 
 
-def load(
-    path: str, old: DiffusionObjective, mesh: Mesh, *, ema: bool, step: int | None = None
-) -> dict:
+def load(path: str, mesh: Mesh, *, ema: bool, step: int | None = None) -> dict:
     """Parameters by name of a work directory's newest checkpoint; ConfigError if not of `step`."""
-    checkpoints = Checkpoints(Workdir(path).checkpoints, old.config)
-    found, params = checkpoints.restore_params(old, mesh, ema=ema)
-    checkpoints.close()
-    if step is not None and found != step:
+    run = runs.load(path, ema=ema, mesh=mesh)
+    if step is not None and run.step != step:
         raise ConfigError(
             "init.path",
-            f"{path} has trained for {found} steps, but init.pretrain.steps={step}",
+            f"{path} has trained for {run.step} steps, but init.pretrain.steps={step}",
         )
-    return by_name(params)
+    return by_name(run.params)

@@ -49,7 +49,10 @@ def trained(request, tmp_path_factory):
     fields = FIELDS | (CLASS if request.param == "class" else {})
     path, config = tmp_path_factory.mktemp(request.param), tiny.config(**fields)
     params, folder = tiny.finished(config, path), Workdir(str(path))
-    Reporter(tiny.system(config), sharding.create_mesh(), folder, None).finish(2, params)
+    evaluation = tiny.evaluation(config, folder.path)
+    Reporter(tiny.system(config), sharding.create_mesh(), folder, None, evaluation).finish(
+        2, params
+    )
     return path, fields
 
 
@@ -107,8 +110,7 @@ def test_another_setting_is_another_record(trained):
     assert not set(record["pictures"].values()) & set(before[0]["pictures"].values())
     for change in ({"sampling.ema": False}, {"sampling.seed": 1}, {"evaluation.prompts": 2}):
         config = tiny.config(**fields | change)
-        identity = describe(config, 2, ema=config.sampling.ema)
-        assert find_record(Workdir(str(path)), identity) is None
+        assert tiny.evaluation(config, path).find(2) is None
 
 
 def test_a_checkpoint_past_the_asked_step_is_an_error(trained):
@@ -127,7 +129,7 @@ def test_noise_is_one_for_all_sizes_and_no_metric_shares_it(tmp_path):
         return np.random.default_rng(0).integers(0, 255, (len(batch["label"]), 16, 16, 3), np.uint8)
 
     fake = mock.Mock(side_effect=sampler, system=system, mesh=None)
-    record = evaluate.measure(fake, {}, 2, Workdir(str(tmp_path)), ema=True)
+    record = tiny.evaluation(system.config, tmp_path).measure(fake, {}, 2)
     assert record["metrics"]["size_l2"] == 0  # the same noise: the same pictures
     accuracy, *sized, frechet = calls
     assert (accuracy[0], frechet[0], [call[0] for call in sized]) == (3, 9, [2] * 5)
@@ -152,7 +154,8 @@ def test_reference_is_unseen_and_asked_alike(tmp_path):
             return np.stack([augment.center(row["image"], 16)[0] for row in rows])
 
         fake = mock.Mock(side_effect=sampler, system=system, mesh=None)
-        values = image_quality.measure(fake, {}, Workdir(str(tmp_path)), tmp_path / reference)
+        evaluation = tiny.evaluation(config, tmp_path)
+        values, _ = image_quality.measure(evaluation, fake, {}, tmp_path / reference)
         assert values["frechet_shapes"] == pytest.approx(0, abs=1e-5)
 
 
@@ -176,7 +179,7 @@ def test_lpips_weights_that_do_not_fit(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, a=np.zeros(3))
     with pytest.raises(ConfigError, match="evaluation.lpips: .*lacks AlexNet_0/Conv_0/kernel"):
-        evaluate.check(tiny.config(**FIELDS | {"evaluation.lpips": str(path)}))
+        tiny.evaluation(tiny.config(**FIELDS | {"evaluation.lpips": str(path)}))
 
 
 # What one picture depends on, with a value other than tiny's or the default each.
@@ -199,7 +202,7 @@ UNASKED = {
 
 def described(**overrides):
     config = tiny.config(**FIELDS | overrides)
-    return describe(config, 2, ema=config.sampling.ema)
+    return tiny.evaluation(config).identity
 
 
 def test_every_field_of_sampling_is_described_or_does_not_matter():
@@ -249,13 +252,16 @@ def test_weights_of_lpips_are_described_by_their_content(tmp_path):
     paths = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
     for path, content in zip(paths, (b"one", b"one", b"other"), strict=True):
         path.write_bytes(content)
-    one, same, other = (described(**{"evaluation.lpips": str(path)}) for path in paths)
+    one, same, other = (
+        describe(tiny.config(**FIELDS | {"evaluation.lpips": str(path)}), {}, None)
+        for path in paths
+    )
     assert one == same != other and described() not in (one, other)
     assert str(tmp_path) not in json.dumps(one)
 
 
 def test_the_newest_of_equal_records_counts(tmp_path):
-    folder, identity = Workdir(str(tmp_path)), described()
+    folder, identity = Workdir(str(tmp_path)), described() | {"step": 2}
     other = identity | {"step": 1}
     rows = [identity | {"seconds": 1}, identity | {"seconds": 2}, other | {"seconds": 3}]
     (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -288,11 +294,12 @@ def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, m
     def pictures(self, params, batch, *, first=0, label=""):
         return np.zeros((len(batch["label"]), 16, 16, 3), np.uint8)
 
-    monkeypatch.setattr(evaluate, "Checkpoints", Restored)
+    monkeypatch.setattr("condiff_jax.runs.run.Checkpoints", Restored)
     monkeypatch.setattr(sampler.Sampler, "__call__", pictures)
 
     def finish(folder):
-        Reporter(system, sharding.create_mesh(), folder, {}).finish(2, {})
+        evaluation = tiny.evaluation(config, folder.path)
+        Reporter(system, sharding.create_mesh(), folder, {}, evaluation).finish(2, {})
 
     def evaluated(folder):
         evaluate.run(config, str(folder.path))
@@ -310,9 +317,9 @@ def test_classes_are_asked_for_in_turn():
     system = tiny.system(
         tiny.config(**FIELDS | {"data.semantics": "class", "model.name": "dit_ln"})
     )
-    assert controllability.subjects(system, 12) == [*range(10), 0, 1]
+    assert controllability.subjects(system, 12, None) == [*range(10), 0, 1]
     text = tiny.system(tiny.config(**FIELDS))
-    assert controllability.asked_for(text, controllability.subjects(text, 3)) == [
+    assert controllability.asked_for(text, controllability.subjects(text, 3, None)) == [
         scene.caption for scene in shapes.prompts(3)
     ]
 
@@ -331,7 +338,9 @@ def responded(folder, **overrides):
     """(values, grids, requests) of size_response."""
     system, calls = tiny.system(tiny.config(**FIELDS | overrides)), []
     fake = mock.Mock(side_effect=partial(noted, calls), system=system)
-    return *controllability.size_response(fake, {}, folder, folder.path / "parts"), calls
+    evaluation = mock.Mock(reference=None, folder=folder)
+    values, grids = controllability.size_response(evaluation, fake, {}, folder.path / "parts")
+    return values, grids, calls
 
 
 def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monkeypatch):
@@ -371,7 +380,8 @@ def test_a_killed_response_goes_on_where_it_was(tmp_path, monkeypatch):
 
     def respond(parts, **dies):
         fake = mock.Mock(side_effect=partial(sampler, **dies), system=system)
-        return controllability.size_response(fake, {}, Workdir(str(tmp_path)), tmp_path / parts)[0]
+        evaluation = mock.Mock(reference=None)
+        return controllability.size_response(evaluation, fake, {}, tmp_path / parts)[0]
 
     expected = respond("whole")
     assert sorted(set(calls)) == [0, 2, 4]
@@ -406,9 +416,9 @@ def test_drawn_sizes_are_those_of_the_samples_numbers(tmp_path):
     fields = FIELDS | {"sampling.size": "tied", "sampling.size_range": (20, 40)}
     system, calls = tiny.system(tiny.config(**fields)), []
     fake = mock.Mock(side_effect=partial(noted, calls), system=system, mesh=None)
-    folder = Workdir(str(tmp_path))
-    controllability.prompt_accuracy(fake, {}, folder, tmp_path)
-    image_quality.measure(fake, {}, folder, tmp_path)
+    evaluation = tiny.evaluation(system.config, tmp_path)
+    controllability.prompt_accuracy(evaluation, fake, {}, tmp_path)
+    image_quality.measure(evaluation, fake, {}, tmp_path)
     firsts = controllability.FIRST_INDEX["prompt_accuracy"], image_quality.FIRST_INDEX
     for call, first in zip(calls, firsts, strict=True):
         assert call["first"] == first

@@ -14,7 +14,14 @@ from PIL import Image
 
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.data import augment, shapes
-from condiff_jax.evaluation import controllability, evaluate, image_quality, protocols, reference
+from condiff_jax.evaluation import (
+    controllability,
+    evaluate,
+    feature_networks,
+    image_quality,
+    protocols,
+    reference,
+)
 from condiff_jax.evaluation.metrics.clip_score import ClipScore
 from condiff_jax.evaluation.metrics.features import FeatureNetwork
 from condiff_jax.evaluation.records import describe, measurement_dir, summary
@@ -49,7 +56,12 @@ def small(monkeypatch):
     """Small networks in place of Inception and CLIP, and small parts."""
     texts = lambda captions: np.eye(6, dtype=np.float32)[[len(c) % 6 for c in captions]]  # noqa: E731
     found = {"inception": network(), "clip": ClipScore(network(), texts)}
-    monkeypatch.setattr(image_quality, "_network", lambda name, path: found[name])
+
+    def load_network(config, name):
+        resize = config.evaluation.resize
+        return feature_networks.resized(found[name], resize) if name == "inception" else found[name]
+
+    monkeypatch.setattr(image_quality, "load_network", load_network)
     monkeypatch.setattr(image_quality, "PART", 4)
     return found
 
@@ -72,8 +84,9 @@ def picture(i):
     return np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
 
 
-def measure(path, fake):
-    return image_quality.measure(fake, {}, Workdir(str(path)), epath.Path(path) / "parts")
+def measure(path, fake, parts="parts"):
+    evaluation = tiny.evaluation(fake.system.config, path)
+    return image_quality.measure(evaluation, fake, {}, epath.Path(path) / parts)[0]
 
 
 def test_a_killed_generation_goes_on_where_it_was(tmp_path):
@@ -96,9 +109,7 @@ def test_each_metric_alone_is_what_it_is_among_others(tmp_path):
     expected = measure(tmp_path, Fake(tiny.config(**FIELDS)))
     for metric in METRICS:
         fake = Fake(tiny.config(**FIELDS | {"evaluation.metrics": (metric,)}))
-        values = image_quality.measure(
-            fake, {}, Workdir(str(tmp_path)), epath.Path(tmp_path) / metric
-        )
+        values = measure(tmp_path, fake, metric)
         assert values == {name: expected[name] for name in values} and values
 
 
@@ -141,15 +152,14 @@ def test_only_the_first_host_writes(tmp_path, monkeypatch):
         gather = SimpleNamespace(process_allgather=lambda found: [np.stack([a, a]) for a in found])
         other.setattr(reference, "multihost_utils", gather)
         other.setattr(reference, "barrier", lambda name: None)
-        meshes = mock.patch.object(
-            image_quality, "create_networks", wraps=image_quality.create_networks
-        )
-        with meshes as asked:
-            measure(tmp_path, fake)
-        # All devices look at what all have made, each host's own at its share of the data.
-        assert [call.args[1] for call in asked.call_args_list] == [fake.mesh, sharding.local_mesh()]
+        measure(tmp_path, fake)
+        # All devices see what all have made, each host's own its share of the data.
+        evaluation = tiny.evaluation(fake.system.config, tmp_path)
+        assert {network.mesh for network in evaluation.networks.values()} == {fake.mesh}
+        local = {network.mesh for network in evaluation.local_networks.values()}
+        assert local == {sharding.local_mesh()}
         assert not list(tmp_path.iterdir())
-        measure_all = evaluate.measure(fake, {}, 2, Workdir(str(tmp_path)), ema=True)
+        measure_all = evaluation.measure(fake, {}, 2)
         assert measure_all["metrics"] and not list(tmp_path.iterdir())
     measure(tmp_path, fake)
     parts = epath.Path(tmp_path / "parts")
@@ -195,7 +205,7 @@ def test_features_of_the_reference_are_kept_and_used_again(tmp_path, small):
         assert measure(tmp_path, Fake(config)) == first
     small["inception"] = network(2.0)  # other weights
     other = Fake(tiny.config(**FIELDS | {"evaluation.metrics": ("fid",)}))
-    values = image_quality.measure(other, {}, Workdir(str(tmp_path)), tmp_path / "others")
+    values = measure(tmp_path, other, "others")
     assert values["fid"] == pytest.approx(4 * first["fid"], rel=1e-3)
 
 
@@ -210,9 +220,7 @@ def test_another_resizing_is_another_network(tmp_path, small):
     small["inception"] = FeatureNetwork("colours", "sha", 6, np.float32(1), colours)
     fields = FIELDS | {"evaluation.metrics": ("fid",)}
     tf, clean = (tiny.config(**fields | {"evaluation.resize": how}) for how in ("tf", "clean"))
-    values = [
-        evaluate.measure(Fake(c), {}, 2, Workdir(str(tmp_path)), ema=True) for c in (tf, clean)
-    ]
+    values = [tiny.evaluation(c, tmp_path).measure(Fake(c), {}, 2) for c in (tf, clean)]
     assert len(list((tmp_path / "references").iterdir())) == 2
     plain = {"name": "colours", "sha256": "sha"}
     assert [v["features"]["inception"] for v in values] == [plain, plain | {"resize": "clean"}]
@@ -220,9 +228,9 @@ def test_another_resizing_is_another_network(tmp_path, small):
     assert abs(first - second) > 0.01 * first  # the spread of noise is another when it is smoothed
     statistics = {"evaluation.statistics": str(tmp_path / "clean.npz")}
     image_quality.run_reference(tiny.config(**fields | statistics | {"evaluation.resize": "clean"}))
-    evaluate.check(tiny.config(**fields | statistics | {"evaluation.resize": "clean"}))
+    tiny.evaluation(tiny.config(**fields | statistics | {"evaluation.resize": "clean"}))
     with pytest.raises(ConfigError, match="evaluation.statistics: .*resize=clean, not tf"):
-        evaluate.check(tiny.config(**fields | statistics))
+        tiny.evaluation(tiny.config(**fields | statistics))
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b[:-30]])
@@ -276,10 +284,11 @@ def test_pictures_are_kept_in_order_of_their_numbers(tmp_path, save):
 
 def test_a_recorded_measurement_leaves_no_parts(tmp_path):
     config = tiny.config(**FIELDS)
-    parts = measurement_dir(Workdir(str(tmp_path)), describe(config, 2, ema=True))
+    evaluation = tiny.evaluation(config, tmp_path)
+    parts = measurement_dir(evaluation.folder, evaluation.identity | {"step": 2})
     parts.mkdir(parents=True)
     (parts / "00000000-4-png.npz.tmp").write_bytes(b"killed")
-    record = evaluate.measure(Fake(config), {}, 2, Workdir(str(tmp_path)), ema=True)
+    record = evaluation.measure(Fake(config), {}, 2)
     assert record["metrics"]["fid"] > 0
     assert not list((tmp_path / "evaluations").iterdir())
     assert record["features"] == {
@@ -309,14 +318,13 @@ def test_a_recorded_measurement_leaves_no_parts(tmp_path):
 )
 def test_bad_configs(fields, message):
     with pytest.raises(ConfigError, match=message):
-        evaluate.check(tiny.config(**FIELDS | fields))
+        tiny.evaluation(tiny.config(**FIELDS | fields))
 
 
 def test_statistics_are_read_for_fids_network_alone():
     fields = {"evaluation.metrics": ("clip_score",), "evaluation.statistics": "/no/such.npz"}
     config = tiny.config(**FIELDS | fields)
-    evaluate.check(config)
-    assert "statistics" not in describe(config, 2, ema=True)["evaluation"]
+    assert "statistics" not in tiny.evaluation(config).identity["evaluation"]
 
 
 def test_statistics_are_described_by_their_content(tmp_path):
@@ -324,7 +332,8 @@ def test_statistics_are_described_by_their_content(tmp_path):
     for name, content in {"a": b"one", "b": b"one", "c": b"other"}.items():
         (tmp_path / name).write_bytes(content)
         given = {"evaluation.statistics": str(tmp_path / name)}
-        found.append(describe(tiny.config(**FIELDS | given), 2, ema=True)["evaluation"])
+        config = tiny.config(**FIELDS | given)
+        found.append(describe(config, {"inception": network()}, None)["evaluation"])
     assert found[0] == found[1] != found[2]
 
 
@@ -334,7 +343,7 @@ def test_networks_that_are_not_there_are_named(monkeypatch):
         metric = {"inception": "fid", "clip": "clip_score"}[field]
         config = tiny.config(**{"evaluation.metrics": (metric,)})
         with pytest.raises(ConfigError, match=f"evaluation.{field}: no path to .*; give "):
-            evaluate.check(config)
+            tiny.evaluation(config)
 
 
 def test_protocols_set_what_the_paper_says_and_keep_the_rest():
@@ -391,7 +400,7 @@ def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     assert asked == [(1, 2), (2.5, 2)]
     checkpoints = mock.Mock(latest=2)
     checkpoints.restore_params.return_value = (2, {})
-    monkeypatch.setattr(evaluate, "Checkpoints", lambda *_: checkpoints)
+    monkeypatch.setattr("condiff_jax.runs.run.Checkpoints", lambda *_: checkpoints)
     monkeypatch.setattr(sampler.Sampler, "__call__", Fake(config).__call__)
     folder = Workdir(str(tmp_path))
     folder.open(config, tiny.system(config).vocabulary)
@@ -424,7 +433,8 @@ def test_evaluations_in_training_are_of_fewer_pictures(tmp_path, monkeypatch):
     config = tiny.config(**FIELDS | fields)
     monkeypatch.setattr(sampler.Sampler, "__call__", Fake(config).__call__)
     folder = Workdir(str(tmp_path))
-    reporter = Reporter(tiny.system(config), sharding.create_mesh(), folder, {})
+    evaluation = tiny.evaluation(config, tmp_path)
+    reporter = Reporter(tiny.system(config), sharding.create_mesh(), folder, {}, evaluation)
     reporter.early(3, {})
     reporter.early(3, {})  # once is enough
     reporter.finish(4, {})
@@ -447,5 +457,6 @@ def test_a_run_that_goes_back_forgets_what_was_measured_beyond(tmp_path):
     for step in (2, 4, 10):
         (tmp_path / f"evaluations/{step}-abc").mkdir(parents=True)
         (tmp_path / f"evaluations/{step}-abc/00000000-4.npz").write_bytes(b"features")
-    Reporter(tiny.system(config), sharding.create_mesh(), folder, {}, first=4)
+    evaluation = tiny.evaluation(config, tmp_path)
+    Reporter(tiny.system(config), sharding.create_mesh(), folder, {}, evaluation, first=4)
     assert sorted(path.name for path in (tmp_path / "evaluations").iterdir()) == ["2-abc", "4-abc"]

@@ -15,10 +15,9 @@ from condiff_jax.config.errors import ConfigError
 from condiff_jax.data import augment
 from condiff_jax.data.builders.prepare import prepare
 from condiff_jax.data.shapes import FINE_CLASSES
-from condiff_jax.evaluation import evaluate, image_quality, reference
+from condiff_jax.evaluation import image_quality, reference
 from condiff_jax.evaluation.metrics import fid
 from condiff_jax.evaluation.metrics.frechet import Moments
-from condiff_jax.evaluation.records import describe
 from condiff_jax.evaluation.reference import Reference
 from tests import tiny
 from tests.evaluation.test_image_quality import FIELDS, Fake, measure, network, small  # noqa: F401
@@ -66,7 +65,7 @@ def test_it_can_be_another_data_set(prepared, monkeypatch):
     with pytest.raises(
         ConfigError, match="evaluation.samples: the metrics need 2 images or more, got 9 and 1"
     ):
-        evaluate.check(of(prepared, **one))
+        tiny.evaluation(of(prepared, **one))
     classes = of(prepared, **{"data.semantics": "class", "model.name": "dit_ln"})
     with pytest.raises(ConfigError, match="evaluation.path: its classes are not those"):
         Reference(classes).asked(3, tiny.system(classes))
@@ -180,12 +179,12 @@ def test_it_is_known_by_its_files_wherever_they_are(prepared, tmp_path):
     assert Reference(of(other)).digest() != one
     assert Reference(of(prepared, **{"data.resolution": 32})).digest() != one
     assert Reference(of(prepared)).digest("a network") != one
-    record = describe(of(prepared), 2, ema=True)["evaluation"]
+    record = tiny.evaluation(of(prepared)).identity["evaluation"]
     assert record["path"] == prepared and record["reference_sha256"] == one
     # Of an evaluation it says with what was compared, and who was asked for.
     for metric in ("fid", "size_response"):
         records = [
-            describe(config, 2, ema=True)["evaluation"]
+            tiny.evaluation(config).identity["evaluation"]
             for path in (prepared, str(tmp_path / "copy"), other)
             for fields in [{"evaluation.metrics": (metric,), "evaluation.reference": "train"}]
             for config in [
@@ -237,11 +236,11 @@ def test_mode_reference_writes_what_fid_compares_with(tmp_path, capsys, request)
     assert values["frechet_shapes"] == pytest.approx(9 * expected["fid"], rel=1e-4)
     dataclasses.replace(statistics, sha256="other" * 5).save(path)
     with pytest.raises(ConfigError, match="evaluation.statistics: the reference is of means"):
-        evaluate.check(given)  # before any picture is made
+        tiny.evaluation(given)  # before any picture is made
     with pytest.raises(ConfigError, match="evaluation.statistics: the reference is of means"):
         measure(tmp_path / "other", Fake(given))
     dataclasses.replace(statistics, resolution=(32, 32)).save(path)
     with pytest.raises(ConfigError, match="pictures of 32 x 32 pixels, not 16 x 16"):
-        evaluate.check(given)
+        tiny.evaluation(given)
     with pytest.raises(ConfigError, match="evaluation.statistics: empty"):
         image_quality.run_reference(tiny.config(**FIELDS))

@@ -53,6 +53,6 @@ def test_progress_is_measured_in_the_middle_of_each_quarter(system, tmp_path, mo
     """At t = 125, 375, 625 and 875."""
     monkeypatch.setattr(classifier, "PICTURES", 3)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    reporter = classifier.Reporter(system, mesh, Workdir(str(tmp_path)), {})
+    reporter = classifier.Reporter(system, mesh, Workdir(str(tmp_path)), {}, None)
     probabilities, *_ = reporter.measure({"classifier": {}})
     np.testing.assert_array_equal(probabilities.argmax(-1), [[n] * 3 for n in (1, 3, 6, 8)])

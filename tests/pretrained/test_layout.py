@@ -1,4 +1,4 @@
-"""Our parameters in PyTorch's layout, by small examples; pytorch/test_models.py has whole models."""
+"""Our parameters in PyTorch's layout, by small examples; ../pytorch has whole models."""
 
 import jax
 import numpy as np

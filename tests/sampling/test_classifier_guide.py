@@ -16,7 +16,6 @@ from condiff_jax.config.errors import ConfigError
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.diffusion.loss import add_noise
 from condiff_jax.evaluation import evaluate
-from condiff_jax.evaluation.records import describe
 from condiff_jax.models import unet
 from condiff_jax.models.unet import Size
 from condiff_jax.objectives import classification
@@ -279,7 +278,7 @@ def test_a_grid_of_weights_has_one_program_and_its_own_records(trained, run):
     with mock.patch.object(sampler_lib.Sampler, "__call__", side_effect=AssertionError("sampled")):
         assert evaluate.run(config, str(run[0])) == records
     # Records from before there were classifiers stay what they are.
-    plain = describe(tiny.config(**DENOISER), 2, ema=True)["sampling"]
+    plain = tiny.evaluation(tiny.config(**DENOISER)).identity["sampling"]
     assert not {"classifier", "classifier_guidance"} & plain.keys()
 
 

@@ -12,7 +12,7 @@ from etils import epath
 from tqdm import tqdm
 
 from condiff_jax.data.augment import center
-from condiff_jax.data.pipeline import create_source
+from condiff_jax.data.pipeline import unseen_source
 from condiff_jax.models.autoencoder import to_float, to_uint8
 from condiff_jax.models.kl import AutoencoderKL
 from condiff_jax.objectives.reconstruction import ReconstructionObjective
@@ -74,14 +74,18 @@ class Reporter(Log):
     """The log of an autoencoder's training: reconstructions of unseen pictures, and the result."""
 
     def __init__(
-        self, system: ReconstructionObjective, mesh: Any, folder: Any, frozen: dict, *, first=0
+        self,
+        system: ReconstructionObjective,
+        mesh: Any,
+        folder: Any,
+        frozen: dict,
+        evaluation: Any,
+        *,
+        first: int = 0,
     ):
         super().__init__(folder, first=first)
         self.system, config = system, system.config
-        try:
-            source = create_source(config, "validation")
-        except (OSError, ValueError):
-            source = create_source(config, "train")
+        source = unseen_source(config)
         side, n = config.data.resolution, min(PICTURES, len(source))
         pictures = [center(source[i]["image"], side)[0] for i in range(n)]
         self.batches = np.array_split(np.stack(pictures), -(-n // BATCH))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from condiff_jax.data.augment import center
-from condiff_jax.data.pipeline import create_source
+from condiff_jax.data.pipeline import unseen_source
 from condiff_jax.objectives.classification import QUARTERS, ClassificationObjective
 from condiff_jax.runtime.files import append_json
 from condiff_jax.sampling.image_grid import caption_grid
@@ -30,15 +30,13 @@ class Reporter(Log):
         mesh: Any,
         folder: Any,
         frozen: dict,
+        evaluation: Any,
         *,
         first: int = 0,
     ):
         super().__init__(folder, first=first)
         self.system, self.frozen = system, frozen
-        try:
-            source = create_source(system.config, "validation")
-        except (OSError, ValueError):
-            source = create_source(system.config, "train")
+        source = unseen_source(system.config)
         records = [source[i] for i in range(min(PICTURES, len(source)))]
         side = system.config.data.resolution
         self.images = np.stack([center(record["image"], side)[0] for record in records])

@@ -7,9 +7,9 @@ from jax.sharding import Mesh
 
 from condiff_jax.config.build import with_fields
 from condiff_jax.config.schema import Config
-from condiff_jax.data.pipeline import create_source
-from condiff_jax.evaluation import evaluate
-from condiff_jax.evaluation.records import describe, find_record, summary
+from condiff_jax.data.pipeline import unseen_source
+from condiff_jax.evaluation.evaluate import Evaluation
+from condiff_jax.evaluation.records import summary
 from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.sampling.image_grid import caption_grid
@@ -20,10 +20,7 @@ from condiff_jax.training.reporters.base import Log
 
 def example_captions(config: Config, n: int) -> list[str]:
     """The first n different captions of the validation data, or of the training data if none."""
-    try:
-        source = create_source(config, "validation")
-    except (OSError, ValueError):
-        source = create_source(config, "train")
+    source = unseen_source(config)
     captions: dict[str, None] = {}
     for i in range(min(len(source), 20 * n)):
         captions.setdefault(source[i]["caption"] or "(no caption)")
@@ -41,10 +38,11 @@ class Reporter(Log):
         mesh: Mesh,
         folder: Workdir,
         frozen: dict,
+        evaluation: Evaluation,
         *,
         first: int = 0,
     ):
-        self.system = system
+        self.system, self.evaluation = system, evaluation
         self.config = config = system.config
         self.sampler = Sampler(system, mesh, config.sampling, frozen)
         named = config.sampling.prompts or config.sampling.prompt_file
@@ -71,30 +69,31 @@ class Reporter(Log):
         self.picture(step, caption_grid(pictures, titles(self.system, asked), title=title))
         return pictures
 
-    def finish(self, step: int, params: dict) -> None:
-        """The evaluation the config asks for, the final grid, and where everything is.
+    def finish(self, step: int, params: dict) -> dict | None:
+        """The record of the evaluation that the config asks for, if any; and the final grid.
 
         The grid comes last: where it is there, nothing is left to do.
         """
-        lines = [f"Finished {step} steps."]
+        lines, record = [f"Finished {step} steps."], None
         if self.config.evaluation.metrics:
-            lines += summary(self.evaluate(step, params, self.config))
+            record = self.evaluate(step, params, self.evaluation)
+            lines += summary(record)
         self.samples(step, params, self.config.sampling.n)
         self.close([*lines, f"  pictures     {self.folder.grid(step)}"])
+        return record
 
     def early(self, step: int, params: dict) -> None:
-        """An evaluation in the middle of training, on evaluation.every_samples pictures."""
+        """An evaluation in the middle of training, on evaluation.every_samples images."""
         samples = self.config.evaluation.every_samples
-        self.evaluate(step, params, with_fields(self.config, {"evaluation.samples": samples}))
+        config = with_fields(self.config, {"evaluation.samples": samples})
+        self.evaluate(step, params, self.evaluation.at(config))
 
-    def evaluate(self, step: int, params: dict, config: Config) -> dict:
-        """The evaluation that `config` asks for, if it is not there yet, also in TensorBoard."""
-        ema = config.sampling.ema
-        found = find_record(self.folder, describe(config, step, ema=ema))
-        if found:
-            return found
-        found = evaluate.measure(self.sampler.at(config), params, step, self.folder, ema=ema)
-        for name, value in found["metrics"].items() if self.chief else ():
+    def evaluate(self, step: int, params: dict, evaluation: Evaluation) -> dict:
+        """The record of an evaluation, measured if it is not there yet; also in TensorBoard."""
+        if record := evaluation.find(step):
+            return record
+        record = evaluation.measure(self.sampler.at(evaluation.config), params, step)
+        for name, value in record["metrics"].items() if self.chief else ():
             if value is not None:
                 self.events.add_scalar(f"evaluation/{name}", value, step)
-        return found
+        return record

@@ -107,7 +107,7 @@ def asked_for(config: Config, system: DiffusionObjective) -> list[str] | list[in
         if not asked:
             raise ConfigError(
                 "sampling.prompts",
-                'is empty; set it to "one; another", or set sampling.prompt_file',
+                'empty; set it to "one; another", or set sampling.prompt_file',
             )
     return [asked[i % len(asked)] for i in range(settings.n)]
 

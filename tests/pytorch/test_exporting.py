@@ -338,8 +338,8 @@ def test_autoencoders_that_are_left_out(fields, word, tmp_path, monkeypatch, cap
     with small():
         system, params = create("dit_ln", **fields, **{"autoencoder.size": "tiny"})
         Workdir(str(tmp_path)).open(system.config, system.vocabulary)
-        checkpoints = mock.Mock(**{"restore_params.return_value": (2, params)})
-        monkeypatch.setattr(exporting, "Checkpoints", lambda *_: checkpoints)
+        checkpoints = mock.Mock(latest=2, **{"restore_params.return_value": (2, params)})
+        monkeypatch.setattr("condiff_jax.runs.run.Checkpoints", lambda *_: checkpoints)
         out = exporting.run(system.config, str(tmp_path))
     assert f"no autoencoder, as {word}" in (told := capsys.readouterr().out)
     assert "samples end as latents" in told and len(told.splitlines()) == 3

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from condiff_jax.config.errors import ConfigError
+from condiff_jax.data.augment import center
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.diffusion.loss import add_noise
 from condiff_jax.evaluation import evaluate
@@ -113,7 +114,7 @@ def system():
 def pictures(n):
     source = create_source(tiny.config(**FIELDS), "validation")
     records = [source[i] for i in range(n)]
-    images = [classification.center(record["image"], 16)[0] for record in records]
+    images = [center(record["image"], 16)[0] for record in records]
     return {
         "image": jnp.asarray(np.stack(images)),
         "label": jnp.array([record["label"] for record in records]),
@@ -364,7 +365,10 @@ def test_a_classifier_in_the_latents_of_another_autoencoder_is_refused(tmp_path)
 
 
 def test_a_folder_without_a_classifier_is_refused(run, tmp_path):
-    for path, message in ((tmp_path / "none", "no run here"), (run[0], "objective=diffusion")):
+    for path, message in (
+        (tmp_path / "none", "no run here"),
+        (run[0], "has trained diffusion, where"),
+    ):
         config = guided(path)
         with pytest.raises(ConfigError, match=f"sampling.classifier: .*{message}"):
             sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
@@ -398,12 +402,12 @@ def test_what_classification_has_not_is_named(fields, message):
 def test_settings_of_sampling_that_make_no_sense_are_named():
     with pytest.raises(ConfigError, match="sampling.classifier: guides to a class"):
         tiny.config(**{"sampling.classifier": "x"})
-    with pytest.raises(ConfigError, match="classifier_guidance needs sampling.classifier"):
+    with pytest.raises(ConfigError, match="classifier_guidance: needs sampling.classifier"):
         tiny.config(**CLASSES, **{"sampling.classifier_guidance": 2.0})
 
 
 def test_a_classifier_is_not_sampled():
-    with pytest.raises(ConfigError, match="objective=classification has no denoiser"):
+    with pytest.raises(ConfigError, match="objective: classification has no denoiser"):
         tiny.system(tiny.config(**FIELDS))
 
 

@@ -177,7 +177,7 @@ def test_no_memory_has_its_exit_code(capsys, monkeypatch, text):
         (["--size=Z/2"], "model.size"),
         (["--side=7"], "multiple of"),
         (["--model=unet", "--size=tiny", "--unroll=2"], "model.unroll"),
-        (["--cores=x"], "--cores=x: choose from"),
+        (["--cores=x"], "--cores: must be among"),
     ],
 )
 def test_bad_input_is_one_line(capsys, flags, message):

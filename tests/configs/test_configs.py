@@ -484,17 +484,17 @@ def test_readme_is_up_to_date():
 @pytest.mark.parametrize(
     "args, fields, message",
     [
-        ("data=imagenet1k,resolution=256", {}, "config: data.path: empty, but data.name=tfds"),
-        ("", {"data.path": "DATA"}, "config: autoencoder.path is empty"),
+        ("data=imagenet1k,resolution=256", {}, "data.path: empty, but data.name=tfds"),
+        ("", {"data.path": "DATA"}, "autoencoder.path: empty"),
         (
             "data=cc12m",
             {"data.path": "DATA", "autoencoder.path": "VAE"},
-            "config: text_encoder.path is empty",
+            "text_encoder.path: empty",
         ),
         (
             "resolution=512",
             {"data.path": "DATA", "autoencoder.path": "VAE"},
-            "config: init.pretrain.data.path: empty",
+            "init.pretrain.data.path: empty",
         ),
         (
             "",
@@ -503,7 +503,7 @@ def test_readme_is_up_to_date():
                 "autoencoder.path": "VAE",
                 "evaluation.metrics": ("fid",),
             },
-            "config: evaluation.inception is empty",
+            "evaluation.inception: empty",
         ),
     ],
 )

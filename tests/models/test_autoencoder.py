@@ -125,7 +125,7 @@ def test_scale_and_shift_come_from_the_config(name):
     assert (space.scale, space.shift) == (0.5, 0.25)
 
 
-@pytest.mark.parametrize("place, message", [("", "is empty"), ("/no/such", "does not exist")])
+@pytest.mark.parametrize("place, message", [("", "empty; latents"), ("/no/such", "does not exist")])
 def test_missing_weights_are_named(place, message):
     config = tiny.config(**LATENT, **{"autoencoder.path": place})
     with pytest.raises(ConfigError, match=f"autoencoder.path.*{message}"):

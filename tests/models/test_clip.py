@@ -186,10 +186,10 @@ NORM = "encoder.layers.0.layer_norm1.weight"
         (lambda f: config_with(f, hidden_act="relu"), "text_encoder.path: .*hidden_act 'relu'"),
         (lambda f: config_with(f, vocab_size=20), "text_encoder.path: config.json has 20 tokens"),
         (lambda f: config_with(f, eos_token_id=7), "text_encoder.path: .* and end token 7, but"),
-        (lambda f: config_with(f, hidden_size=32), "text_encoder.width=16, but the tower at .* 32"),
+        (lambda f: config_with(f, hidden_size=32), "text_encoder.width: must be 32, .*got 16"),
         (
             lambda f: config_with(f, max_position_embeddings=77),
-            "text_encoder.length=8, but the tower at text_encoder.path=.* has 77",
+            "text_encoder.length: must be 77, .*got 8",
         ),
         (
             change_weights(lambda s: s.pop(NORM)),

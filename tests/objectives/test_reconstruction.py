@@ -26,6 +26,7 @@ from condiff_jax.objectives import reconstruction
 from condiff_jax.objectives.validate import create_config
 from condiff_jax.pretrained import lpips
 from condiff_jax.training import loop
+from condiff_jax.training.reporters import autoencoder as autoencoder_reporter
 from condiff_jax.training.reporters.autoencoder import standardise
 from configs import autoencoder, emoji_64, latent_shapes
 from tests import tiny
@@ -200,7 +201,7 @@ def coder(tmp_path_factory):
     """The folder of an autoencoder after two steps."""
     path = tmp_path_factory.mktemp("coder")
     with (
-        mock.patch.object(autoencoder, "PICTURES", 8),
+        mock.patch.object(autoencoder_reporter, "PICTURES", 8),
         mock.patch.dict(kl.SIZES, {"tiny": SMALL}),
         tiny.few_layers(),
     ):

@@ -154,7 +154,7 @@ def test_summary_tells_what_is_frozen_besides(folder, capsys, monkeypatch):
     assert f"Frozen besides: text_encoder, {count:,} parameters" in lines
     assert json.loads(lines[-1]).keys() == {"parameters", "gflop_forward"}
     monkeypatch.setattr(summary, "summarize", lambda system: {})  # nothing new
-    for path, why in (("", "config: text_encoder.path is em"), ("/no/such", "text_encoder.path: ")):
+    for path, why in (("", "text_encoder.path: empty"), ("/no/such", "text_encoder.path: ")):
         summary.run(config(path))
         told = capsys.readouterr().out
         assert f"Frozen besides: text_encoder, of unknown size ({why}" in told

@@ -322,7 +322,7 @@ def test_misfits_are_one_line_that_names_them(overrides, edit, message, tmp_path
 
 def test_sources_that_are_not_there_are_named(tmp_path):
     for source, message in [
-        ("", "convert.source is empty"),
+        ("", "convert.source: empty"),
         (str(tmp_path / "none.pt"), "does not exist"),
         (str(tmp_path), "no weights"),
     ]:

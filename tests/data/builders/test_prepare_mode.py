@@ -104,13 +104,13 @@ def test_imagenet22k_has_the_classes_that_its_config_expects(tmp_path):
     prepare.run(config)
     assert len(create_vocabulary(config, open_source(config)).classes) == 30
     paper = created(configured("imagenet22k", tmp_path / "out", None))
-    with pytest.raises(ConfigError, match="data.classes=21841, but the data has 30 classes"):
+    with pytest.raises(ConfigError, match="data.classes: is 21841, but the data has 30 classes"):
         create_vocabulary(paper, open_source(paper))
 
 
 def test_a_path_that_nothing_is_read_from_is_an_error():
     config = created(imagenet1k_256.get_config("scale=tiny"), data__path="/prepared")
-    with pytest.raises(ConfigError, match="config: data.path=/prepared, but data.name=shapes"):
+    with pytest.raises(ConfigError, match="data.path: is /prepared, but data.name=shapes"):
         open_source(config)
 
 
@@ -125,10 +125,10 @@ def test_recipes_name_their_builder():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prepare__builder": ""}, "config: prepare.builder is empty; mode prepare needs it"),
-        ({"prepare__source": ""}, "config: prepare.source is empty"),
-        ({"data__path": ""}, "config: data.path is empty"),
-        ({"prepare__builder": "imagenet"}, "prepare.builder='imagenet' is unknown; choose from im"),
+        ({"prepare__builder": ""}, "prepare.builder: empty; mode prepare needs it"),
+        ({"prepare__source": ""}, "prepare.source: empty"),
+        ({"data__path": ""}, "data.path: empty"),
+        ({"prepare__builder": "imagenet"}, "prepare.builder: unknown value 'imagenet'; choose"),
         ({"prepare__source": "/no/such"}, "prepare.source: /no/such does not exist"),
         ({"prepare__boxes": "/no/boxes"}, "prepare.boxes: /no/boxes cannot be read"),
         ({"data__path": "FILE"}, "data.path: .*holds other files"),

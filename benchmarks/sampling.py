@@ -70,7 +70,7 @@ def create_autoencoder() -> diffusers.AutoencoderKL:
 
 
 def create_system(asked: argparse.Namespace, autoencoder: str) -> DiffusionObjective:
-    """Our system; autoencoder: the folder of its weights."""
+    """Our objective; autoencoder: the folder of its weights."""
     values = base.get_config()
     values.model.update(name="dit_ln", size=asked.size, position="extrapolate")
     values.model.update(dtype=asked.dtype, attention=asked.attention)
@@ -78,24 +78,26 @@ def create_system(asked: argparse.Namespace, autoencoder: str) -> DiffusionObjec
     values.conditioning.control = ()
     values.autoencoder.update(name="kl", size="tiny", scale=SCALE, path=autoencoder)
     values.sampling.update(steps=asked.steps, guidance=GUIDANCE, batch_size=asked.batch)
-    system = create(create_config(values), Vocabulary((), tuple(map(str, range(CLASSES)))))
-    depth = asked.depth or system.model.depth
-    return dataclasses.replace(system, model=system.model.clone(depth=depth))
+    objective = create(create_config(values), Vocabulary((), tuple(map(str, range(CLASSES)))))
+    depth = asked.depth or objective.model.depth
+    return dataclasses.replace(objective, model=objective.model.clone(depth=depth))
 
 
-def create_params(system: DiffusionObjective) -> dict:
+def create_params(objective: DiffusionObjective) -> dict:
     """Random ones, of which the blocks' modulations are small.
 
     With larger ones the network is chaotic: 1% of its output in f32 is rounding error.
     """
-    params = parity.random_like(jax.eval_shape(system.init, jax.random.key(0)))
+    params = parity.random_like(jax.eval_shape(objective.init, jax.random.key(0)))
     params["model"]["blocks"]["modulation"]["linear"]["kernel"] *= 0.1
     return params
 
 
-def create_transformer(system: DiffusionObjective, params: dict) -> diffusers.DiTTransformer2DModel:
+def create_transformer(
+    objective: DiffusionObjective, params: dict
+) -> diffusers.DiTTransformer2DModel:
     """diffusers' DiT with our weights, and with DiT's frequencies (see `parity`)."""
-    model, (side, _, channels) = system.model, system.latent_shape
+    model, (side, _, channels) = objective.model, objective.latent_shape
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=model.heads,
         attention_head_dim=model.width // model.heads,
@@ -115,37 +117,39 @@ def create_transformer(system: DiffusionObjective, params: dict) -> diffusers.Di
 
 
 def create_pipeline(
-    system: DiffusionObjective, params: dict, vae: diffusers.AutoencoderKL
+    objective: DiffusionObjective, params: dict, vae: diffusers.AutoencoderKL
 ) -> diffusers.DiTPipeline:
     """diffusers' pipeline with our weights."""
-    scheduler = diffusers.DDIMScheduler.from_config(exporting.scheduler_config(system))
-    pipeline = diffusers.DiTPipeline(create_transformer(system, params), vae, scheduler)
+    scheduler = diffusers.DDIMScheduler.from_config(exporting.scheduler_config(objective))
+    pipeline = diffusers.DiTPipeline(create_transformer(objective, params), vae, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def undecoded(system: DiffusionObjective) -> DiffusionObjective:
-    """The same system, whose pictures are the latents in uint8."""
+def undecoded(objective: DiffusionObjective) -> DiffusionObjective:
+    """The same objective, whose pictures are the latents in uint8."""
     latents = Pixels(factor=VAE.factor, channels=VAE.latent)
-    settings = dataclasses.replace(system.config.sampling, clip=False)
-    config = dataclasses.replace(system.config, sampling=settings)
-    return dataclasses.replace(system, config=config, autoencoder=latents)
+    settings = dataclasses.replace(objective.config.sampling, clip=False)
+    config = dataclasses.replace(objective.config, sampling=settings)
+    return dataclasses.replace(objective, config=config, autoencoder=latents)
 
 
-def denoiser_calls(system: DiffusionObjective, params: dict, x: jax.Array, batch: dict) -> Callable:
+def denoiser_calls(
+    objective: DiffusionObjective, params: dict, x: jax.Array, batch: dict
+) -> Callable:
     """A function that calls the denoiser as the sampler does, on the guidance's batch of branches.
 
     Each call takes the last one's output, or XLA could make them one.
     """
-    settings, inputs = system.config.sampling, []
+    settings, inputs = objective.config.sampling, []
     guided = dual_guidance(lambda *given: inputs.append(given) or given[0], GUIDANCE)
-    guided(x, jnp.zeros(len(x), jnp.int32), system.condition(params, batch, None))
+    guided(x, jnp.zeros(len(x), jnp.int32), objective.condition(params, batch, None))
     x, _, cond = jax.device_put(inputs[0], jax.devices()[0])
-    times = timesteps(system.schedule.timesteps, settings.steps, settings.spacing)
+    times = timesteps(objective.schedule.timesteps, settings.steps, settings.spacing)
 
     @jax.jit
     def run(params, x, cond):
-        denoise = system.denoise(params)
+        denoise = objective.denoise(params)
 
         def step(x, t):
             return denoise(x, jnp.full(len(x), t), cond), None
@@ -156,18 +160,18 @@ def denoiser_calls(system: DiffusionObjective, params: dict, x: jax.Array, batch
 
 
 def our_methods(
-    system: DiffusionObjective, params: dict, frozen: dict, labels: np.ndarray, x: jax.Array
+    objective: DiffusionObjective, params: dict, frozen: dict, labels: np.ndarray, x: jax.Array
 ):
     """{name: function that samples once}; the first two give pictures."""
     params = jax.device_put(params, jax.devices()[0])
     frozen = jax.device_put(frozen, jax.devices()[0])
-    batch, latents = requests(system, labels), undecoded(system)
-    whole = Sampler(system, timing.one_device(), system.config.sampling, frozen)
+    batch, latents = requests(objective, labels), undecoded(objective)
+    whole = Sampler(objective, timing.one_device(), objective.config.sampling, frozen)
     bare = Sampler(latents, timing.one_device(), latents.config.sampling)
     return {
         OURS: lambda: whole(params, batch),
         UNDECODED: lambda: bare(params, batch),
-        CALLS: denoiser_calls(system, params, x, batch),
+        CALLS: denoiser_calls(objective, params, x, batch),
     }
 
 
@@ -267,18 +271,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     vae = create_autoencoder()
     with tempfile.TemporaryDirectory() as folder:
         vae.save_pretrained(folder)
-        system = create_system(asked, folder)
-        frozen = system.load_frozen()
-    params = create_params(system)
+        objective = create_system(asked, folder)
+        frozen = objective.load_frozen()
+    params = create_params(objective)
     labels = np.random.default_rng(0).integers(CLASSES, size=asked.batch)
-    keys = noise_keys(system.config.sampling.seed, jnp.arange(asked.batch))[:, 1]
-    x = initial_noise(keys, system.latent_shape)
+    keys = noise_keys(objective.config.sampling.seed, jnp.arange(asked.batch))[:, 1]
+    x = initial_noise(keys, objective.latent_shape)
     record = timing.surroundings() | {
-        "settings": vars(asked) | {"guidance": GUIDANCE, "latents": system.latent_shape}
+        "settings": vars(asked) | {"guidance": GUIDANCE, "latents": objective.latent_shape}
     }
     with timing.precision(asked.dtype):
-        methods = our_methods(system, params, frozen, labels, x)
-        methods |= their_methods(create_pipeline(system, params, vae), asked, labels, x)
+        methods = our_methods(objective, params, frozen, labels, x)
+        methods |= their_methods(create_pipeline(objective, params, vae), asked, labels, x)
         made, record["left_out"] = timing.warm_up(methods)
         seconds = timing.measure(methods, asked.repetitions)
     record |= summarise(seconds, asked.batch, clock=0 if gpu else 1)

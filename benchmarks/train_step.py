@@ -82,17 +82,17 @@ def agree(record: dict, dtype: str) -> bool:
     )
 
 
-def with_backend(system: DiffusionObjective, backend: str) -> DiffusionObjective:
-    """The same system with attention by another backend."""
-    return dataclasses.replace(system, model=system.model.clone(backend=backend))
+def with_backend(objective: DiffusionObjective, backend: str) -> DiffusionObjective:
+    """The same objective with attention by another backend."""
+    return dataclasses.replace(objective, model=objective.model.clone(backend=backend))
 
 
-def compare_attention(system: DiffusionObjective, size: int) -> dict[str, dict[str, float]]:
+def compare_attention(objective: DiffusionObjective, size: int) -> dict[str, dict[str, float]]:
     """Our first loss and norm of the gradient by the backend of attention: plain XLA, and ours."""
-    batch, noise = create_batch(system, size), system.draw_noise(jax.random.key(0), size)
-    params, made = jax.device_put(create_params(system), jax.devices()[0]), {}
-    for backend in ("xla", system.model.backend):
-        loss_fn = with_backend(system, backend).loss
+    batch, noise = create_batch(objective, size), objective.draw_noise(jax.random.key(0), size)
+    params, made = jax.device_put(create_params(objective), jax.devices()[0]), {}
+    for backend in ("xla", objective.model.backend):
+        loss_fn = with_backend(objective, backend).loss
         (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, noise)
         made[backend] = {"loss": float(loss), "grad_norm": float(optax.global_norm(grads))}
     return agreement(made, "xla")
@@ -134,13 +134,13 @@ def run(asked: argparse.Namespace) -> dict:
         jax.config.update("jax_platforms", "cpu")
     gpu = timing.start(asked.cores) or (alone and torch.cuda.is_available())
     with timing.precision(asked.dtype):
-        system = create_system(asked)
-        gflop = system.forward_flops() / 1e9
+        objective = create_system(asked)
+        gflop = objective.forward_flops() / 1e9
         record = timing.surroundings() | {"settings": vars(asked), "gflop_forward": gflop}
         record |= {"peak_tflops": flops.peak_tflops(), "attention": {}, "rows": []}
-        if not asked.only and system.model.backend != "xla":
-            record["attention"] = compare_attention(system, min(asked.batch, UNIT))
-        methods = create_methods(asked, system, "cuda" if gpu else "cpu")
+        if not asked.only and objective.model.backend != "xla":
+            record["attention"] = compare_attention(objective, min(asked.batch, UNIT))
+        methods = create_methods(asked, objective, "cuda" if gpu else "cpu")
         made, record["left_out"] = timing.warm_up({n: m.first for n, m in methods.items()})
         record["agreement"] = agreement(made, OURS)
         if not asked.repetitions or not agree(record, asked.dtype):

@@ -98,7 +98,7 @@ def test_kills_change_nothing(tmp_path, counts):
         checkpoints = Checkpoints(Workdir(str(path)).checkpoints, config)
         assert checkpoints.latest == last
         with tiny.few_layers():
-            states.append(checkpoints.restore(tiny.system(config), sharding.local_mesh()))
+            states.append(checkpoints.restore(tiny.objective(config), sharding.local_mesh()))
         lines = [json.loads(line) for line in (path / "metrics.jsonl").open()]
         curves.append([(line["step"], line["loss"], line["grad_norm"]) for line in lines])
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):

@@ -51,7 +51,7 @@ def config(**overrides) -> Config:
     return create_config(values(**overrides))
 
 
-def system(config: Config) -> system_lib.DiffusionObjective:
+def objective(config: Config) -> system_lib.DiffusionObjective:
     """Its modules, on the vocabulary of its data."""
     return system_lib.create(config, create_vocabulary(config, create_source(config)))
 
@@ -75,11 +75,11 @@ def random_start() -> Iterator[None]:
     To compile `init` takes longer than a run of a few steps.
     """
 
-    def compile_step(system, mesh):
-        return partial(start, system, mesh), compiled(system, mesh)[1]
+    def compile_step(objective, mesh):
+        return partial(start, objective, mesh), compiled(objective, mesh)[1]
 
-    def start(system, mesh, key):
-        shapes = abstract_state(system, mesh)
+    def start(objective, mesh, key):
+        shapes = abstract_state(objective, mesh)
         params = random_params(shapes.params, int(jax.random.key_data(key).sum()))
         zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
         values = zeros.replace(params=params, ema=params)
@@ -102,7 +102,7 @@ def random_params(shapes, seed: int = 0):
 
 def finished(config: Config, path: Path) -> dict:
     """Makes `path` the folder of a finished training with random parameters; these."""
-    own, folder = system(config), Workdir(str(path))
+    own, folder = objective(config), Workdir(str(path))
     folder.open(config, own.vocabulary)
     params = random_params(own.shapes)
     train_state = state.create(params, optimizer.create(config))

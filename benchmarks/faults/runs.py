@@ -47,10 +47,10 @@ FAULTS = [
     ),
     *of(
         "training/step.py", "training/test_loop.py",
-        ("noise of seed 0", NOISE, "jax.random.key(system.config.seed), train",
+        ("noise of seed 0", NOISE, "jax.random.key(objective.config.seed), train",
          "jax.random.key(0), train"),
-        ("one noise for all steps", NOISE, "(system.config.seed), train_state.step)",
-         "(system.config.seed), 0)"),
+        ("one noise for all steps", NOISE, "(objective.config.seed), train_state.step)",
+         "(objective.config.seed), 0)"),
         ("gradients summed over parts of a batch", "test_accumulation_equals_one_big_batch",
          "lambda a: a / parts, total", "lambda a: a, total"),
     ),
@@ -67,7 +67,8 @@ FAULTS = [
          "alpha=8.0"),
         ("k among the noise levels before Eq. 3",
          "test_low_level_control_steps_in_at_noise_level_k_of_what_is_trained",
-         "sigma=schedule.sigma", "sigma=schedule.sigma * config.diffusion.base_resolution / config.data.resolution"),
+         "sigma=schedule.sigma",
+         "sigma=schedule.sigma * config.diffusion.base_resolution / config.data.resolution"),
     ),
     *of(
         "objectives/base.py", "objectives/test_diffusion.py",

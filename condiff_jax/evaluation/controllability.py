@@ -30,16 +30,16 @@ FIRST_INDEX = {"prompt_accuracy": 10**6, "size_response": 2 * 10**6}
 SIZE_PART = 32  # prompts of size_response whose pictures are in memory at a time
 
 
-def subjects(system: DiffusionObjective, n: int, reference: Reference | None) -> list[Any]:
+def subjects(objective: DiffusionObjective, n: int, reference: Reference | None) -> list[Any]:
     """What to sample in turn: the scenes of n unseen prompts, or n times the next label."""
-    if system.text_encoder is None:
-        return [i % len(system.vocabulary.classes) for i in range(n)]
-    if system.config.data.name == "shapes":
+    if objective.text_encoder is None:
+        return [i % len(objective.vocabulary.classes) for i in range(n)]
+    if objective.config.data.name == "shapes":
         return shapes.prompts(n)
-    return reference.asked(n, system)
+    return reference.asked(n, objective)
 
 
-def asked_for(system: DiffusionObjective, wanted: Sequence[Any]) -> list[Any]:
+def asked_for(objective: DiffusionObjective, wanted: Sequence[Any]) -> list[Any]:
     """The prompts of `subjects`, or their classes."""
     return [getattr(subject, "caption", subject) for subject in wanted]
 
@@ -48,18 +48,18 @@ def prompt_accuracy(
     evaluation: Evaluation, sampler: Sampler, params: dict, parts: epath.Path
 ) -> tuple[dict, dict]:
     """Share of pictures that show what they were asked for, by attribute, and a grid of them."""
-    system, config = sampler.system, sampler.system.config
+    objective, config = sampler.objective, sampler.objective.config
     first = FIRST_INDEX["prompt_accuracy"]
-    wanted = subjects(system, config.evaluation.prompts, evaluation.reference)
-    asked = asked_for(system, wanted)
-    batch = requests(system, asked, first=first, seen=evaluation.folder.load_control())
+    wanted = subjects(objective, config.evaluation.prompts, evaluation.reference)
+    asked = asked_for(objective, wanted)
+    batch = requests(objective, asked, first=first, seen=evaluation.folder.load_control())
     pictures = sampler(params, batch, first=first, label="prompt accuracy")
-    if system.text_encoder is None:
-        values = prompt.class_accuracy(pictures, wanted, system.vocabulary.classes)
+    if objective.text_encoder is None:
+        values = prompt.class_accuracy(pictures, wanted, objective.vocabulary.classes)
     else:
         values = prompt.prompt_accuracy(pictures, wanted)
     shown = pictures[: config.sampling.n]
-    grid = caption_grid(shown, titles(system, asked[: len(shown)]))
+    grid = caption_grid(shown, titles(objective, asked[: len(shown)]))
     return values, {"grid": grid}
 
 
@@ -67,9 +67,9 @@ def size_response(
     evaluation: Evaluation, sampler: Sampler, params: dict, parts: epath.Path
 ) -> tuple[dict, dict]:
     """How pictures change with size control alone, and grids of that (Fig. 2), and of flips."""
-    system, config = sampler.system, sampler.system.config
+    objective, config = sampler.objective, sampler.objective.config
     settings, resolution = config.evaluation, config.data.resolution
-    wanted = asked_for(system, subjects(system, settings.size_prompts, evaluation.reference))
+    wanted = asked_for(objective, subjects(objective, settings.size_prompts, evaluation.reference))
     distance = lpips.create(settings.lpips) if settings.lpips else None
     sides = [{"height": size, "width": size, "aspect": 1.0} for size in settings.sizes]
     found, shown = [], wanted[:SIZE_PART]
@@ -87,14 +87,14 @@ def size_response(
         )
         if not low:
             names = [f"{n} px" for n in settings.sizes]
-            grids["sizes"] = comparison(system, pictures, shown, names)
+            grids["sizes"] = comparison(objective, pictures, shown, names)
         elif jax.process_index() == 0:
             parts.mkdir(parents=True, exist_ok=True)
             write(file, json.dumps(found[-1][1]))
     if "flip" in config.conditioning.control:
         flips = [{"flip": 0.0}, {"flip": 1.0}]
         pictures = controlled(sampler, params, shown, flips, "flips", 0)
-        grids["flip"] = comparison(system, pictures, shown, ["not flipped", "flipped"])
+        grids["flip"] = comparison(objective, pictures, shown, ["not flipped", "flipped"])
     return response.mean_response(found, settings.sizes), grids
 
 
@@ -110,24 +110,24 @@ def controlled(
 
     first: the number of the first request.
     """
-    base, columns = asked_control(sampler.system.config), []
+    base, columns = asked_control(sampler.objective.config), []
     for variant in tqdm(variants, desc=label, leave=False, disable=jax.process_index() != 0):
         control = {
             name: np.full(len(asked), value, np.float32) for name, value in (base | variant).items()
         }
-        batch = requests(sampler.system, asked, control)
+        batch = requests(sampler.objective, asked, control)
         index = FIRST_INDEX["size_response"] + first
         columns.append(sampler(params, batch, first=index, label=label))
     return np.stack(columns, 1)
 
 
 def comparison(
-    system: DiffusionObjective, pictures: np.ndarray, asked: Sequence[Any], names: Sequence[str]
+    objective: DiffusionObjective, pictures: np.ndarray, asked: Sequence[Any], names: Sequence[str]
 ):
     """A grid of pictures (P, V, R, R, 3): a row for each request, a column for each name."""
     captions = [
         f"{name}: {title}" if column == 0 else name
-        for title in titles(system, asked)
+        for title in titles(objective, asked)
         for column, name in enumerate(names)
     ]
     pictures = pictures.reshape(-1, *pictures.shape[2:])

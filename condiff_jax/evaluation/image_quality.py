@@ -110,7 +110,7 @@ def measure(
     """
     config, folder, reference = evaluation.config, evaluation.folder, evaluation.reference
     settings = config.evaluation
-    asked = reference.asked(settings.samples, sampler.system)
+    asked = reference.asked(settings.samples, sampler.objective)
     seen = folder.load_control()
     features = generate(sampler, params, asked, evaluation.networks, parts, seen)
     values: dict[str, float | bool | None] = {}
@@ -161,7 +161,7 @@ def generate(
     evaluation.save=png the pictures are in folder/pictures, with npz in folder/pictures.npz, as
     arr_0 uint8 (N, R, R, 3), which ADM's evaluator reads.
     """
-    save, found = sampler.system.config.evaluation.save, []
+    save, found = sampler.objective.config.evaluation.save, []
     chief = jax.process_index() == 0
     with tqdm(total=len(asked), desc="pictures", unit="img", disable=not chief) as bar:
         for low in range(0, len(asked), PART):
@@ -169,7 +169,7 @@ def generate(
             file = folder / f"{low:08d}-{len(some)}{save and '-' + save}.npz"
             values = load_cached(file, read_arrays)
             if values is None or set(values) != set(networks):
-                batch = requests(sampler.system, some, first=FIRST_INDEX + low, seen=seen)
+                batch = requests(sampler.objective, some, first=FIRST_INDEX + low, seen=seen)
                 pictures = sampler(params, batch, first=FIRST_INDEX + low)
                 values = {name: _look(networks, name, pictures, some) for name in networks}
                 if chief:
@@ -179,7 +179,7 @@ def generate(
             found.append(values)
             bar.update(len(some))
     if save == "npz" and chief:
-        side = sampler.system.config.data.resolution
+        side = sampler.objective.config.data.resolution
         _join(folder, (len(asked), side, side, 3))
     return {name: np.concatenate([values[name] for values in found]) for name in networks}
 

@@ -148,13 +148,13 @@ class Reference:
                 whole = whole[: len(part)]
                 yield part[whole], features[: len(part)][whole]
 
-    def asked(self, n: int, system: DiffusionObjective) -> list[Any]:
+    def asked(self, n: int, objective: DiffusionObjective) -> list[Any]:
         """Captions or labels of n of them in a random order, those of `shapes` as they come.
 
         ConfigError where their classes are not the model's.
         """
-        what = "label" if system.text_encoder is None else "caption"
-        if what == "label" and tuple(self.source.classes) != system.vocabulary.classes:
+        what = "label" if objective.text_encoder is None else "caption"
+        if what == "label" and tuple(self.source.classes) != objective.vocabulary.classes:
             raise ConfigError("evaluation.path", "its classes are not those of the model")
         order = np.arange(len(self.numbers))
         if not self._made:

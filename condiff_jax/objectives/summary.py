@@ -26,15 +26,15 @@ def count_parameters(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def summarize(system: Objective) -> dict[str, float]:
+def summarize(objective: Objective) -> dict[str, float]:
     """{"parameters": of the denoiser, "gflop_forward": one image, multiply-add = 2}.
 
     Of other objectives than diffusion, the parameters of all that is trained.
     """
-    params = system.shapes
+    params = objective.shapes
     return {
         "parameters": count_parameters(params.get("model", params)),
-        "gflop_forward": round(system.forward_flops() / 1e9, 3),
+        "gflop_forward": round(objective.forward_flops() / 1e9, 3),
     }
 
 
@@ -60,12 +60,12 @@ def run(config: Config, workdir: str | None = None) -> None:
         check(config)
     if config.data.path and is_absent(config.data.path):
         print(f"Without the data: data.path={config.data.path} is not on this machine")
-    system = create_objective(config, load_vocabulary(config))
-    params = system.shapes
+    objective = create_objective(config, load_vocabulary(config))
+    params = objective.shapes
     print(parameter_overview.get_parameter_overview(params, include_stats=False))
-    for name, encoder in system.frozen.items():
+    for name, encoder in objective.frozen.items():
         try:
             print(f"Frozen besides: {name}, {count_parameters(encoder.shapes()):,} parameters")
         except (ConfigError, ImportError) as error:  # such as a bucket without the extra gcs
             print(f"Frozen besides: {name}, of unknown size ({error})")
-    print(json.dumps(summarize(system)))
+    print(json.dumps(summarize(objective)))

@@ -56,22 +56,22 @@ def place(tree: Any, where: Any) -> Any:
     )
 
 
-def frozen(system: DiffusionObjective, mesh: Mesh) -> dict:
+def frozen(objective: DiffusionObjective, mesh: Mesh) -> dict:
     """The placed shapes of what is not trained; ConfigError where a folder does not tell them."""
-    shapes = {name: encoder.shapes() for name, encoder in system.frozen.items()}
+    shapes = {name: encoder.shapes() for name, encoder in objective.frozen.items()}
     return jax.tree.map(place, shapes, sharding.tree_shardings(mesh, shapes))
 
 
-def example(system: DiffusionObjective, mesh: Mesh, size: int) -> dict:
+def example(objective: DiffusionObjective, mesh: Mesh, size: int) -> dict:
     """The placed shapes of a training batch."""
-    config = system.config
-    batch = jax.eval_shape(lambda: system.example(size))
+    config = objective.config
+    batch = jax.eval_shape(lambda: objective.example(size))
     if config.data.name == "latents":  # see `data.encoded.Cache.batch`
         image = batch.pop("image")
-        shapes = system.frozen["autoencoder"].shapes()
-        moments = jax.eval_shape(system.autoencoder.moments, shapes, image)
+        shapes = objective.frozen["autoencoder"].shapes()
+        moments = jax.eval_shape(objective.autoencoder.moments, shapes, image)
         batch["moments"] = jax.ShapeDtypeStruct(moments.shape, jnp.float16)
-        if "text_encoder" in system.frozen and config.encode.text:
+        if "text_encoder" in objective.frozen and config.encode.text:
             text = config.text_encoder
             tokens = jax.ShapeDtypeStruct((size, text.length, text.width), jnp.bfloat16)
             pooled = jax.ShapeDtypeStruct((size, text.width), jnp.bfloat16)
@@ -80,11 +80,11 @@ def example(system: DiffusionObjective, mesh: Mesh, size: int) -> dict:
     return place(batch, sharding.batch_sharding(mesh))
 
 
-def lower_step(system: DiffusionObjective, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+def lower_step(objective: DiffusionObjective, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """The train step of mode train, lowered, and the arrays that it is given by what they are."""
-    train_state = abstract_state(system, mesh)
-    batch, others = example(system, mesh, system.config.batch_size), frozen(system, mesh)
-    lowered = compile_step(system, mesh)[1].lower(train_state, batch, others)
+    train_state = abstract_state(objective, mesh)
+    batch, others = example(objective, mesh, objective.config.batch_size), frozen(objective, mesh)
+    lowered = compile_step(objective, mesh)[1].lower(train_state, batch, others)
     return lowered, {
         "parameters": train_state.params,
         "average": train_state.ema,
@@ -99,17 +99,17 @@ def divisible(size: int, devices: int) -> int:
     return -(-size // devices) * devices
 
 
-def lower_sampler(system: DiffusionObjective, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+def lower_sampler(objective: DiffusionObjective, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """The sampler of mode sample at `sampling.batch_size`, lowered, and what it is given."""
-    settings = dataclasses.replace(system.config.sampling, classifier="")  # not trained yet
+    settings = dataclasses.replace(objective.config.sampling, classifier="")  # not trained yet
     size = divisible(settings.batch_size, mesh.size)
-    params, others = abstract_state(system, mesh).params, frozen(system, mesh)
-    requests = example(system, mesh, size)
+    params, others = abstract_state(objective, mesh).params, frozen(objective, mesh)
+    requests = example(objective, mesh, size)
     for name in ("image", "moments", "broken"):
         requests.pop(name, None)
     index = place(np.zeros(size, np.int32), sharding.batch_sharding(mesh))
-    program, scales = SamplingProgram.create(settings, system.config.data.resolution)
-    sampler = Sampler(system, mesh, settings)
+    program, scales = SamplingProgram.create(settings, objective.config.data.resolution)
+    sampler = Sampler(objective, mesh, settings)
     lowered = sampler.program.lower(params, others, requests, index, scales, program=program)
     return lowered, {"parameters": params, "encoders": others, "requests": requests}
 

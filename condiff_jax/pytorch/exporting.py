@@ -38,19 +38,19 @@ from condiff_jax.sampling.requests import asked_control, guidance_scale
 HERE = epath.Path(__file__).parent
 
 
-def denoiser_config(system: DiffusionObjective) -> dict[str, Any]:
+def denoiser_config(objective: DiffusionObjective) -> dict[str, Any]:
     """What `models.create` needs to build the denoiser."""
-    config, model = system.config, system.model
+    config, model = objective.config, objective.model
     out = {
         "architecture": config.model.name,
-        "channels": system.latent_shape[-1],
+        "channels": objective.latent_shape[-1],
         "classes": model.classes,
         "qk_norm": model.qk_norm,
-        "high": len(system.control.high),
-        "low": len(system.control.low),
+        "high": len(objective.control.high),
+        "low": len(objective.control.low),
         "weighting": dataclasses.asdict(model.weighting),
     }
-    if system.text_encoder is not None:
+    if objective.text_encoder is not None:
         out["text_width"] = config.text_encoder.width
     if isinstance(model, UNet):
         return {**out, "size": dataclasses.asdict(model.size)}
@@ -58,22 +58,22 @@ def denoiser_config(system: DiffusionObjective) -> dict[str, Any]:
         out[field] = getattr(model, field)
     if isinstance(model, MMDiT):
         out["streams"] = model.streams
-        if model.pooled and system.text_encoder is not None:
+        if model.pooled and objective.text_encoder is not None:
             out["pooled_width"] = config.text_encoder.width
     if isinstance(model, MDT):
-        out["grid"] = system.latent_shape[0] // model.patch
+        out["grid"] = objective.latent_shape[0] // model.patch
     return out
 
 
-def network_config(system: DiffusionObjective, frozen: dict) -> dict[str, Any]:
+def network_config(objective: DiffusionObjective, frozen: dict) -> dict[str, Any]:
     """network/config.json: every module for `models.create`, and what sampling needs to know."""
-    config, space = system.config, system.autoencoder
-    height, width, channels = system.latent_shape
-    out = {"model": denoiser_config(system)}
-    if isinstance(system.text_encoder, WordEmbedding):
+    config, space = objective.config, objective.autoencoder
+    height, width, channels = objective.latent_shape
+    out = {"model": denoiser_config(objective)}
+    if isinstance(objective.text_encoder, WordEmbedding):
         out["text_encoder"] = {
             "architecture": "words",
-            "vocabulary": system.text_encoder.vocabulary,
+            "vocabulary": objective.text_encoder.vocabulary,
             "width": config.text_encoder.width,
             "length": config.text_encoder.length,
         }
@@ -84,21 +84,21 @@ def network_config(system: DiffusionObjective, frozen: dict) -> dict[str, Any]:
         "shape": [channels, height, width],
         "scale": space.scale,
         "shift": space.shift,
-        "classes": list(system.vocabulary.classes),
+        "classes": list(objective.vocabulary.classes),
         "steps": config.sampling.steps,
         "guidance": guidance_scale(config.sampling, config.data.resolution),
         "control_guidance": config.sampling.control_guidance,
-        "high": list(system.control.high),
-        "low": list(system.control.low),
+        "high": list(objective.control.high),
+        "low": list(objective.control.low),
         "control_scale": {name: SCALE.get(name, DEFAULT_SCALE) for name in SCALARS},
         "control": asked_control(config),
     }
-    if isinstance(system.text_encoder, WordEmbedding):
-        words = system.vocabulary.tokenizer.get_vocab()
+    if isinstance(objective.text_encoder, WordEmbedding):
+        words = objective.vocabulary.tokenizer.get_vocab()
         out["settings"]["words"] = sorted(words, key=words.get)
-    elif system.text_encoder is not None:
-        out["settings"]["clip"] = system.text_encoder.name
-    if system.text_encoder is not None:
+    elif objective.text_encoder is not None:
+        out["settings"]["clip"] = objective.text_encoder.name
+    if objective.text_encoder is not None:
         out["settings"] |= {
             "text_shape": [config.text_encoder.length, config.text_encoder.width],
             "padding": config.conditioning.padding,
@@ -107,18 +107,18 @@ def network_config(system: DiffusionObjective, frozen: dict) -> dict[str, Any]:
     return out
 
 
-def scheduler_config(system: DiffusionObjective) -> dict[str, Any]:
+def scheduler_config(objective: DiffusionObjective) -> dict[str, Any]:
     """scheduler_config.json of diffusers' DDIMScheduler; the betas are those of Eq. 3."""
-    alpha_bar = np.asarray(system.schedule.alpha_bar, np.float64)
+    alpha_bar = np.asarray(objective.schedule.alpha_bar, np.float64)
     betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
-    settings, bound = system.config.sampling, system.autoencoder.bound
+    settings, bound = objective.config.sampling, objective.autoencoder.bound
     clip = settings.clip and bound is not None
     kinds = {"epsilon": "epsilon", "v": "v_prediction"}
     return {
         "_class_name": "DDIMScheduler",
-        "num_train_timesteps": system.schedule.timesteps,
+        "num_train_timesteps": objective.schedule.timesteps,
         "trained_betas": betas.tolist(),
-        "prediction_type": kinds[system.config.diffusion.prediction],
+        "prediction_type": kinds[objective.config.diffusion.prediction],
         "timestep_spacing": settings.spacing,
         "clip_sample": clip,
         "clip_sample_range": float(bound) if clip else 1.0,
@@ -137,9 +137,9 @@ class Diffusers:
     extra: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def for_diffusers(system: DiffusionObjective) -> Diffusers:
+def for_diffusers(objective: DiffusionObjective) -> Diffusers:
     """The denoiser for diffusers; ValueError says why there is none."""
-    config, model = system.config, system.model
+    config, model = objective.config, objective.model
     if config.conditioning.control:
         raise ValueError("diffusers' models know no control metadata")
     make: dict[str, Callable] = {"pixart": _pixart, "mmdit": _sd3, "unet": _unet}
@@ -151,12 +151,12 @@ def for_diffusers(system: DiffusionObjective) -> Diffusers:
         raise ValueError(f"diffusers has no {config.model.name}")
     if model.classes is not None:
         raise ValueError(f"diffusers' {config.model.name} knows no classes")
-    return make[config.model.name](system)
+    return make[config.model.name](objective)
 
 
-def _transformer(system: DiffusionObjective) -> dict[str, Any]:
-    side, _, channels = system.latent_shape
-    model: Transformer = system.model
+def _transformer(objective: DiffusionObjective) -> dict[str, Any]:
+    side, _, channels = objective.latent_shape
+    model: Transformer = objective.model
     return {
         "sample_size": side,
         "patch_size": model.patch,
@@ -168,16 +168,16 @@ def _transformer(system: DiffusionObjective) -> dict[str, Any]:
     }
 
 
-def _pixart(system: DiffusionObjective) -> Diffusers:
-    model: Transformer = system.model
+def _pixart(objective: DiffusionObjective) -> Diffusers:
+    model: Transformer = objective.model
     if model.qk_norm:
         raise ValueError("diffusers' PixArt does not normalise queries and keys (model.qk_norm)")
-    grid = system.latent_shape[0] // model.patch
+    grid = objective.latent_shape[0] // model.patch
     resample = model.position == "resample"  # linspace(0, base, grid) as a multiple of arange
     config = {
-        **_transformer(system),
+        **_transformer(objective),
         "cross_attention_dim": model.width,
-        "caption_channels": system.config.text_encoder.width,
+        "caption_channels": objective.config.text_encoder.width,
         "norm_eps": 1e-6,
         "use_additional_conditions": False,
         "interpolation_scale": (grid - 1) / model.base_grid if resample else 1,
@@ -185,31 +185,31 @@ def _pixart(system: DiffusionObjective) -> Diffusers:
     return Diffusers("PixArtTransformer2DModel", config, key_maps.pixart(model.patch))
 
 
-def _sd3(system: DiffusionObjective) -> Diffusers:
-    model: MMDiT = system.model
+def _sd3(objective: DiffusionObjective) -> Diffusers:
+    model: MMDiT = objective.model
     if model.streams != "full":
         raise ValueError("diffusers' mmDiT has two full streams (model.streams=full)")
-    width = system.config.text_encoder.width
+    width = objective.config.text_encoder.width
     config = {
-        **_transformer(system),
+        **_transformer(objective),
         "joint_attention_dim": width,
         "caption_projection_dim": model.width,
         "pooled_projection_dim": width,
-        "pos_embed_max_size": system.latent_shape[0] // model.patch,
+        "pos_embed_max_size": objective.latent_shape[0] // model.patch,
         "qk_norm": "rms_norm" if model.qk_norm else None,
     }
-    positions = model.positions(np.zeros((1, *system.latent_shape)))
+    positions = model.positions(np.zeros((1, *objective.latent_shape)))
     rules = key_maps.sd3(model.patch, model.depth)
     extra = {"pos_embed.pos_embed": positions[None]}
     return Diffusers("SD3Transformer2DModel", config, rules, extra)
 
 
-def _unet(system: DiffusionObjective) -> Diffusers:
-    model: UNet = system.model
+def _unet(objective: DiffusionObjective) -> Diffusers:
+    model: UNet = objective.model
     if model.qk_norm:
         raise ValueError("diffusers' UNet does not normalise queries and keys (model.qk_norm)")
     size = model.size
-    side, _, channels = system.latent_shape
+    side, _, channels = objective.latent_shape
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in size.attention]
     up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in size.attention[::-1]]
     config = {
@@ -219,7 +219,7 @@ def _unet(system: DiffusionObjective) -> Diffusers:
         "block_out_channels": list(size.channels),
         "layers_per_block": size.resnets,
         "norm_num_groups": size.groups,
-        "cross_attention_dim": system.config.text_encoder.width,
+        "cross_attention_dim": objective.config.text_encoder.width,
         "attention_head_dim": [size.heads_at(width) for width in size.channels],  # their number
         "down_block_types": down,
         "up_block_types": up,
@@ -227,7 +227,7 @@ def _unet(system: DiffusionObjective) -> Diffusers:
     return Diffusers("UNet2DConditionModel", config, key_maps.UNET)
 
 
-def export(system: DiffusionObjective, params: dict, frozen: dict, out: epath.Path) -> list[str]:
+def export(objective: DiffusionObjective, params: dict, frozen: dict, out: epath.Path) -> list[str]:
     """Write the folder; returns what to tell.
 
     params: all that is trained. frozen: {"autoencoder": its parameters}, {} for pixels or to leave
@@ -235,11 +235,11 @@ def export(system: DiffusionObjective, params: dict, frozen: dict, out: epath.Pa
     """
     tree = {**params, **frozen}
     network = out / "network"
-    write_json(network / "config.json", network_config(system, frozen))
+    write_json(network / "config.json", network_config(objective, frozen))
     write_tensors(network / "model.safetensors", to_torch(tree))
     (HERE / "models.py").copy(network / "models.py", overwrite=True)
     (HERE / "pipeline.py").copy(out / "pipeline.py", overwrite=True)
-    scheduler = scheduler_config(system)
+    scheduler = scheduler_config(objective)
     write_json(out / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": ["pipeline", "ConditionedPipeline"],
@@ -248,7 +248,7 @@ def export(system: DiffusionObjective, params: dict, frozen: dict, out: epath.Pa
     }
     write_json(out / "model_index.json", index)
     try:
-        theirs = for_diffusers(system)
+        theirs = for_diffusers(objective)
     except ValueError as error:
         return [f"no folder of a diffusers model: {error}"]
     folder = out / "diffusers"
@@ -266,22 +266,22 @@ def run(config: Config, workdir: str) -> epath.Path:
     if jax.process_count() > 1:
         raise ConfigError("--processes", "mode export runs in one process")
     trained = runs.load(workdir, config, ema=not config.convert.raw, mesh=sharding.create_mesh())
-    system = trained.objective
+    objective = trained.objective
     out = trained.folder.path / "export" / f"{trained.step}{'-raw' if config.convert.raw else ''}"
     left_out = ""
-    if isinstance(system.autoencoder, Latents):
+    if isinstance(objective.autoencoder, Latents):
         if not config.autoencoder.path:
             left_out = "autoencoder.path is empty"
         elif config.autoencoder.name == "vq":
             left_out = "network/ has no VQModel; diffusers reads the one in autoencoder.path"
     frozen = trained.folder.load_frozen(
-        system, {"text_encoder", *(("autoencoder",) if left_out else ())}
+        objective, {"text_encoder", *(("autoencoder",) if left_out else ())}
     )
-    messages = export(system, jax.device_get(trained.params), frozen, out)
+    messages = export(objective, jax.device_get(trained.params), frozen, out)
     if left_out:
         messages.append(f"no autoencoder, as {left_out}: samples end as latents")
-    if "text_encoder" in system.frozen:
-        messages.append(f"CLIP is not in it: the pipeline loads {system.text_encoder.name}")
+    if "text_encoder" in objective.frozen:
+        messages.append(f"CLIP is not in it: the pipeline loads {objective.text_encoder.name}")
     print(
         f"Step {trained.step} for PyTorch in {out}\n" + "\n".join(f"  {line}" for line in messages)
     )

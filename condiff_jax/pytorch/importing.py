@@ -50,11 +50,11 @@ DDPM = UNSET | {"schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
 def _patch(rules: Callable) -> Callable:
-    return lambda system: rules(system.model.patch)
+    return lambda objective: rules(objective.model.patch)
 
 
 def _patch_and_depth(rules: Callable) -> Callable:
-    return lambda system: rules(system.model.patch, system.model.depth)
+    return lambda objective: rules(objective.model.patch, objective.model.depth)
 
 
 # The first layout whose sign is among the tensors is taken.
@@ -160,12 +160,12 @@ def with_schedule(
     return config, [message]
 
 
-def check_schedule(system: DiffusionObjective, source: str) -> None:
+def check_schedule(objective: DiffusionObjective, source: str) -> None:
     """ValueError where an export of ours, a folder, was trained with other noise levels."""
     path = epath.Path(source) / "scheduler" / "scheduler_config.json"
     if not path.exists():
         return
-    theirs, expected = json.loads(path.read_text()), scheduler_config(system)
+    theirs, expected = json.loads(path.read_text()), scheduler_config(objective)
     same = np.shape(theirs["trained_betas"]) == np.shape(expected["trained_betas"])
     if not same or not np.allclose(theirs["trained_betas"], expected["trained_betas"], rtol=1e-6):
         raise ValueError(
@@ -180,55 +180,57 @@ def check_schedule(system: DiffusionObjective, source: str) -> None:
 
 
 def convert(
-    system: DiffusionObjective, tensors: Mapping[str, np.ndarray]
+    objective: DiffusionObjective, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict, list[str]]:
     """(parameters, messages) from an export of ours or published tensors; ValueError on misfit."""
     if is_export(tensors):
         kept = {key: a for key, a in tensors.items() if not key.startswith("autoencoder.")}
-        return from_torch(kept, system.shapes), ["our own export"]
-    model, messages = convert_published(system, tensors)
+        return from_torch(kept, objective.shapes), ["our own export"]
+    model, messages = convert_published(objective, tensors)
     params = {"model": model}
-    if "text_encoder" in system.shapes:
-        fresh = jax.jit(lambda key: system.init(key)["text_encoder"])  # compiles no more than this
-        params["text_encoder"] = fresh(jax.random.key(system.config.seed))
+    if "text_encoder" in objective.shapes:
+        fresh = jax.jit(
+            lambda key: objective.init(key)["text_encoder"]
+        )  # compiles no more than this
+        params["text_encoder"] = fresh(jax.random.key(objective.config.seed))
         messages.append("the text encoder is new: train it before you sample")
     return params, messages
 
 
 def convert_published(
-    system: DiffusionObjective, tensors: Mapping[str, np.ndarray]
+    objective: DiffusionObjective, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict, list[str]]:
     """(parameters of the denoiser, messages) from published tensors; ValueError on misfit."""
-    name = recognise(tensors, system.config.model.name)
+    name = recognise(tensors, objective.config.model.name)
     layout, messages = LAYOUTS[name], [f"layout of {name}"]
-    shapes = system.shapes["model"]
+    shapes = objective.shapes["model"]
     if "control" in shapes:
         raise ValueError(
             "published models know no control metadata; set --config.conditioning.control='()'"
         )
     kept = {key: a for key, a in tensors.items() if not re.fullmatch(layout.ignore, key)}
-    renamed = key_maps.from_published(kept, layout.rules(system))
+    renamed = key_maps.from_published(kept, layout.rules(objective))
     if layout.note:
         messages.append(layout.note)
     if layout.model != "unet":
-        if drop_sigma(renamed, system.latent_shape[-1], shapes["final"]["bias"].size):
+        if drop_sigma(renamed, objective.latent_shape[-1], shapes["final"]["bias"].size):
             messages.append("learned variances (half of the final layer's outputs) dropped")
-        messages += check_positions(system, tensors)
+        messages += check_positions(objective, tensors)
     return from_torch(renamed, shapes), messages
 
 
-def check_positions(system: DiffusionObjective, tensors: Mapping[str, np.ndarray]) -> list[str]:
+def check_positions(objective: DiffusionObjective, tensors: Mapping[str, np.ndarray]) -> list[str]:
     """A message on the fixed positions; ValueError where ours would differ from published ones."""
-    if "positions" in system.shapes["model"]:
+    if "positions" in objective.shapes["model"]:
         return []
-    if system.config.model.position != "extrapolate":
+    if objective.config.model.position != "extrapolate":
         raise ValueError(
             "published models count positions 0, 1, 2, ...; set --config.model.position=extrapolate"
         )
     table = tensors.get("pos_embed")
     if table is None:
         return ["positions not stored; counted 0, 1, 2, ..."]
-    ours = system.model.positions(np.zeros((1, *system.latent_shape)))
+    ours = objective.model.positions(np.zeros((1, *objective.latent_shape)))
     if table[0].shape != ours.shape or np.abs(table[0] - ours).max() > 1e-3:
         raise ValueError(f"pos_embed {table.shape} is not the table of {ours.shape[0]} tokens")
     return ["positions as stored"]
@@ -249,10 +251,10 @@ def run(config: Config, workdir: str, chosen: Container[str] = ()) -> None:
     try:
         tensors = weights.read(source)
         config, notes = with_schedule(config, tensors, chosen)
-        system = create_system(config, vocabulary)
+        objective = create_system(config, vocabulary)
         if is_export(tensors):
-            check_schedule(system, source)
-        params, messages = convert(system, tensors)
+            check_schedule(objective, source)
+        params, messages = convert(objective, tensors)
     except (OSError, ValueError) as error:
         raise ConfigError("convert.source", one_line(error)) from error
     params = jax.tree.map(jnp.asarray, params)

@@ -24,10 +24,10 @@ from condiff_jax.runtime import sharding
 ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
 
 
-def abstract_state(system: Objective, mesh: Mesh) -> state.State:
+def abstract_state(objective: Objective, mesh: Mesh) -> state.State:
     """Shapes, types and places of the training state; nothing is allocated."""
-    tx = optimizer.create(system.config)
-    shapes = jax.eval_shape(lambda params: state.create(params, tx), system.shapes)
+    tx = optimizer.create(objective.config)
+    shapes = jax.eval_shape(lambda params: state.create(params, tx), objective.shapes)
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         shapes,
@@ -86,18 +86,18 @@ class Checkpoints:
             force=True,
         )
 
-    def restore(self, system: Objective, mesh: Mesh) -> state.State:
+    def restore(self, objective: Objective, mesh: Mesh) -> state.State:
         """The newest state, placed on `mesh`, whatever devices it was saved from."""
-        target = ocp.args.StandardRestore(abstract_state(system, mesh))
+        target = ocp.args.StandardRestore(abstract_state(objective, mesh))
         return self.manager.restore(self.latest, args=ocp.args.Composite(state=target))["state"]
 
     def restore_params(
-        self, system: Objective, mesh: Mesh, *, ema: bool = True
+        self, objective: Objective, mesh: Mesh, *, ema: bool = True
     ) -> tuple[int, dict]:
         """(step, parameters) of the newest checkpoint: averaged ones, or the raw ones."""
         if self.latest is None:
             raise ConfigError(str(self.path), "no finished checkpoint here; train first")
-        return self.latest, state.to_sample(self.restore(system, mesh), ema)
+        return self.latest, state.to_sample(self.restore(objective, mesh), ema)
 
     def wait(self) -> None:
         """Block until what was saved is on disk."""

@@ -127,12 +127,12 @@ class Workdir:
             return None
         return np.load(io.BytesIO(self.control.read_bytes()), allow_pickle=False)
 
-    def load_frozen(self, system: Objective, without: Container[str] = ()) -> dict:
+    def load_frozen(self, objective: Objective, without: Container[str] = ()) -> dict:
         """`Objective.load_frozen`; ConfigError unless from the files that this run began with.
 
         without: networks to leave out.
         """
-        parts = {name: part for name, part in system.frozen.items() if name not in without}
+        parts = {name: part for name, part in objective.frozen.items() if name not in without}
         known = json.loads(self.encoders.read_text()) if self.encoders.exists() else {}
         found = {name: weights.sha256(part.files()) for name, part in parts.items()}
         for name, digest in found.items():
@@ -140,7 +140,7 @@ class Workdir:
                 field = parts[name].field
                 raise ConfigError(
                     field,
-                    f"the files in {get(system.config, field)} are not those that this run "
+                    f"the files in {get(objective.config, field)} are not those that this run "
                     f"began with (sha256 {digest[:12]}, but {known[name][:12]} in "
                     f"{self.encoders}); name those, or use another --workdir",
                 )

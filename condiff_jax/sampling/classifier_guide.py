@@ -71,40 +71,40 @@ def load_run(settings: Sampling, mesh: Mesh | None = None) -> runs.Run:
         )
 
 
-def load(system: DiffusionObjective, mesh: Mesh, settings: Sampling) -> tuple[nn.Module, dict]:
+def load(objective: DiffusionObjective, mesh: Mesh, settings: Sampling) -> tuple[nn.Module, dict]:
     """(network, parameters) of the classifier in the work directory `sampling.classifier`.
 
     ConfigError unless it fits the denoiser: classes, pictures, latents and noise levels.
     """
     run = load_run(settings, mesh)
     with _classifier_errors():
-        _check(run.objective, system, run.folder)
+        _check(run.objective, objective, run.folder)
         return run.objective.model, run.params["classifier"]
 
 
-def _check(found: ClassificationObjective, system: DiffusionObjective, folder: Workdir) -> None:
-    ours, theirs = system.vocabulary.classes, found.vocabulary.classes
+def _check(found: ClassificationObjective, objective: DiffusionObjective, folder: Workdir) -> None:
+    ours, theirs = objective.vocabulary.classes, found.vocabulary.classes
     if ours != theirs:
         raise ConfigError(
             FIELD,
             f"its classes ({_some(theirs)}) are not those of this model ({_some(ours)})",
         )
     fields = SPACE
-    if not np.array_equal(found.schedule.alpha_bar, system.schedule.alpha_bar):
+    if not np.array_equal(found.schedule.alpha_bar, objective.schedule.alpha_bar):
         fields += SCHEDULE
     for field in fields:
-        before, after = (get(one.config, field) for one in (found, system))
+        before, after = (get(one.config, field) for one in (found, objective))
         if before != after:
             raise ConfigError(
                 FIELD, f"it has {field}={before}, this model {after}; train one like it"
             )
-    if "autoencoder" in system.frozen:
+    if "autoencoder" in objective.frozen:
         known = json.loads(folder.encoders.read_text())["autoencoder"]
-        if known != weights.sha256(system.frozen["autoencoder"].files()):
+        if known != weights.sha256(objective.frozen["autoencoder"].files()):
             raise ConfigError(
                 FIELD,
                 "it was trained in the latents of other files than those at autoencoder.path="
-                f"{system.config.autoencoder.path}",
+                f"{objective.config.autoencoder.path}",
             )
 
 

@@ -65,7 +65,7 @@ def control_values(
 
 
 def requests(
-    system: DiffusionObjective,
+    objective: DiffusionObjective,
     asked: Sequence[str] | Sequence[int],
     control: dict | None = None,
     *,
@@ -77,22 +77,22 @@ def requests(
     control: values instead of `control_values`, to which `first` and `seen` go.
     """
     n = len(asked)
-    batch = system.example(n)
+    batch = objective.example(n)
     del batch["image"], batch["broken"]
-    batch["control"] = control or control_values(system.config, n, first=first, seen=seen)
-    if system.text_encoder is None:
+    batch["control"] = control or control_values(objective.config, n, first=first, seen=seen)
+    if objective.text_encoder is None:
         batch["label"] = np.asarray(asked, np.int32)
     else:
-        pairs = [system.encode_text(prompt) for prompt in asked]
+        pairs = [objective.encode_text(prompt) for prompt in asked]
         batch["ids"], batch["mask"] = (np.stack(part) for part in zip(*pairs, strict=True))
     return batch
 
 
-def asked_for(config: Config, system: DiffusionObjective) -> list[str] | list[int]:
+def asked_for(config: Config, objective: DiffusionObjective) -> list[str] | list[int]:
     """The prompts or classes that config.sampling names, repeated or cut to sampling.n."""
     settings = config.sampling
-    if system.text_encoder is None:
-        classes = len(system.vocabulary.classes)
+    if objective.text_encoder is None:
+        classes = len(objective.vocabulary.classes)
         for label in settings.labels:
             if not 0 <= label < classes:
                 raise ConfigError(
@@ -127,8 +127,8 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def titles(system: DiffusionObjective, asked: Sequence[str] | Sequence[int]) -> list[str]:
+def titles(objective: DiffusionObjective, asked: Sequence[str] | Sequence[int]) -> list[str]:
     """What to write under the pictures."""
-    if system.text_encoder is None:
-        return [system.vocabulary.classes[label] for label in asked]
+    if objective.text_encoder is None:
+        return [objective.vocabulary.classes[label] for label in asked]
     return list(asked)

@@ -19,14 +19,16 @@ from condiff_jax.sampling.sampler import Sampler
 def run(config: Config, workdir: str) -> epath.Path:
     """Mode `sample`: PNGs and a grid from the newest checkpoint; returns the folder."""
     trained = runs.load(workdir, config)
-    system, step = trained.objective, trained.step
-    asked = asked_for(config, system)
-    sampler = Sampler(system, trained.mesh, config.sampling, trained.frozen)
-    pictures = sampler(trained.params, requests(system, asked, seen=trained.folder.load_control()))
+    objective, step = trained.objective, trained.step
+    asked = asked_for(config, objective)
+    sampler = Sampler(objective, trained.mesh, config.sampling, trained.frozen)
+    pictures = sampler(
+        trained.params, requests(objective, asked, seen=trained.folder.load_control())
+    )
     out = trained.folder.samples / f"{step}-seed{config.sampling.seed}"
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        save_pictures(out, pictures, titles(system, asked))
+        save_pictures(out, pictures, titles(objective, asked))
         print(f"{len(pictures)} pictures of step {step} and grid.png in {out}")
     return out
 

@@ -65,7 +65,7 @@ def generate(
     index: jax.Array,
     scales: jax.Array,
     *,
-    system: DiffusionObjective,
+    objective: DiffusionObjective,
     program: SamplingProgram,
 ) -> jax.Array:
     """Pictures uint8 (B, R, R, 3) for the requests in `batch`; pure, to be jitted.
@@ -77,45 +77,54 @@ def generate(
     params = {**params, **frozen}
     keys = noise_keys(program.seed, index)
     text_noise = None
-    if system.text_encoder is not None:
-        shape = (system.config.text_encoder.length, system.config.text_encoder.width)
+    if objective.text_encoder is not None:
+        shape = (objective.config.text_encoder.length, objective.config.text_encoder.width)
         text_noise = jax.vmap(partial(jax.random.normal, shape=shape))(keys[:, 0])
-    cond = system.condition(params, batch, text_noise)
-    denoise, shift = dual_guidance(system.denoise(params), *scales[:2], program.needed), {}
+    cond = objective.condition(params, batch, text_noise)
+    denoise, shift = dual_guidance(objective.denoise(params), *scales[:2], program.needed), {}
     if program.classifier is not None:
         log_prob = classifier_guide.log_prob(program.classifier, params["classifier"])
         if program.sampler == "ddpm":
             shift = {"gradient": classifier_gradient(log_prob, scales[2])}
         else:
-            denoise = classifier_guidance(denoise, log_prob, system.schedule, scales[2])
+            denoise = classifier_guidance(denoise, log_prob, objective.schedule, scales[2])
     x = SAMPLERS[program.sampler](
         denoise,
-        system.schedule,
-        initial_noise(keys[:, 1], system.latent_shape),
+        objective.schedule,
+        initial_noise(keys[:, 1], objective.latent_shape),
         cond,
         keys[:, 1],
         steps=program.steps,
         spacing=program.spacing,
         eta=program.eta,
-        clip=system.autoencoder.bound if program.clip else None,
+        clip=objective.autoencoder.bound if program.clip else None,
         **shift,
     )
-    return system.autoencoder.decode(params.get("autoencoder"), x)
+    return objective.autoencoder.decode(params.get("autoencoder"), x)
 
 
 class Sampler:
     """`generate` for batches of one size spread over a mesh, compiled once a `Program`.
 
-    The classifier that settings name is loaded; ConfigError unless it fits the system.
+    The classifier that settings name is loaded; ConfigError unless it fits the objective.
     """
 
     def __init__(
-        self, system: DiffusionObjective, mesh: Mesh, settings: Sampling, frozen: dict | None = None
+        self,
+        objective: DiffusionObjective,
+        mesh: Mesh,
+        settings: Sampling,
+        frozen: dict | None = None,
     ):
-        self.system, self.mesh, self.settings, self.frozen = system, mesh, settings, frozen or {}
+        self.objective, self.mesh, self.settings, self.frozen = (
+            objective,
+            mesh,
+            settings,
+            frozen or {},
+        )
         self._load_classifier()
         self.program = jax.jit(
-            sharding.traced_on(mesh, partial(generate, system=system)),
+            sharding.traced_on(mesh, partial(generate, objective=objective)),
             static_argnames="program",
             out_shardings=sharding.replicated(mesh),
         )
@@ -123,7 +132,7 @@ class Sampler:
     def at(self, config: Config) -> Sampler:
         """The same model sampled as another config's `sampling` says; what is compiled is kept."""
         other = copy.copy(self)
-        other.system = dataclasses.replace(self.system, config=config)
+        other.objective = dataclasses.replace(self.objective, config=config)
         other.settings = config.sampling
         if other.settings.classifier != self.settings.classifier:
             other._load_classifier()
@@ -133,7 +142,9 @@ class Sampler:
         self.frozen = {name: part for name, part in self.frozen.items() if name != "classifier"}
         self.classifier = None
         if self.settings.classifier:
-            self.classifier, params = classifier_guide.load(self.system, self.mesh, self.settings)
+            self.classifier, params = classifier_guide.load(
+                self.objective, self.mesh, self.settings
+            )
             self.frozen["classifier"] = params
 
     def __call__(self, params: dict, batch: dict, *, first: int = 0, label: str = "") -> np.ndarray:
@@ -142,7 +153,7 @@ class Sampler:
         devices = self.mesh.size
         size = -(-min(self.settings.batch_size, n) // devices) * devices
         out = []
-        resolution = self.system.config.data.resolution
+        resolution = self.objective.config.data.resolution
         program, scales = SamplingProgram.create(self.settings, resolution, self.classifier)
         starts = tqdm(range(0, n, size), desc=label or "sampling", disable=n <= size, leave=False)
         for start in starts:

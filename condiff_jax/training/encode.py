@@ -63,21 +63,21 @@ SOURCE_FIELDS = ("data.name", "data.sizes", "data.classes", "data.entangled", "m
 SOURCE_FIELDS += ("encode.views", "encode.text", "encode.records", "encode.shard_mb")
 
 
-def settings(system: DiffusionObjective, fields: tuple[str, ...]) -> dict[str, Any]:
+def settings(objective: DiffusionObjective, fields: tuple[str, ...]) -> dict[str, Any]:
     """The values of config fields as JSON has them; of an encoder's path, its files' sha256."""
-    encoders = {part.field: part for part in system.frozen.values()}
+    encoders = {part.field: part for part in objective.frozen.values()}
     values = {
         field: weights.sha256(encoders[field].files())
         if field in encoders
-        else get(system.config, field)
+        else get(objective.config, field)
         for field in fields
     }
     return json.loads(json.dumps(values))
 
 
-def check(system: DiffusionObjective, source: Cache) -> None:
+def check(objective: DiffusionObjective, source: Cache) -> None:
     """ConfigError that names the field in which a cache is not what a config trains on."""
-    asked = settings(system, IMAGE_FIELDS + (TEXT_FIELDS if source.features else ()))
+    asked = settings(objective, IMAGE_FIELDS + (TEXT_FIELDS if source.features else ()))
     for field, before, now in differing(source.manifest["settings"], asked):
         raise ConfigError(
             field,
@@ -144,26 +144,26 @@ class ReadRecord:
 
 
 class Encoder:
-    """The encoders of a system on all devices of this host, for batches of one shape."""
+    """The encoders of an objective on all devices of this host, for batches of one shape."""
 
-    def __init__(self, system: DiffusionObjective):
-        self.system, config = system, system.config
+    def __init__(self, objective: DiffusionObjective):
+        self.objective, config = objective, objective.config
         mesh = sharding.local_mesh()
         self.views = config.encode.views * (1 + config.data.flip)
         self.batch = mesh.size * math.ceil(config.encode.batch_size / self.views / mesh.size)
         self.place = sharding.batch_sharding(mesh)
         parts = ("autoencoder", *(("text_encoder",) if config.encode.text else ()))
-        params = {name: system.frozen[name].load() for name in parts}
+        params = {name: objective.frozen[name].load() for name in parts}
         self.params = jax.device_put(params, sharding.replicated(mesh))
         self.code = jax.jit(self._code, out_shardings=self.place)
         image = jax.ShapeDtypeStruct((1, *2 * (config.data.resolution,), 3), np.uint8)
-        shapes = jax.eval_shape(system.autoencoder.moments, params["autoencoder"], image)
+        shapes = jax.eval_shape(objective.autoencoder.moments, params["autoencoder"], image)
         self.shape = shapes.shape[1:]  # of a view's moments, (h, w, C)
 
     @property
     def size(self) -> int:
         """Bytes that a picture takes with all views, about; captions fill a quarter of T."""
-        config = self.system.config
+        config = self.objective.config
         length, width = config.text_encoder.length // 4 + 1, config.text_encoder.width
         features = length * width * FEATURES.itemsize * config.encode.text
         return HEAD + features + self.views * math.prod(self.shape) * MOMENTS.itemsize
@@ -171,11 +171,11 @@ class Encoder:
     def _code(self, params: dict, batch: dict) -> dict:
         images = batch["images"]  # (B, V, R, R, 3)
         flat = images.reshape(-1, *images.shape[2:])
-        moments = self.system.autoencoder.moments(params["autoencoder"], flat).astype(MOMENTS)
+        moments = self.objective.autoencoder.moments(params["autoencoder"], flat).astype(MOMENTS)
         out = {"moments": moments.reshape(*images.shape[:2], *moments.shape[1:])}
         if "ids" in batch:
             variables = {"params": params["text_encoder"]}
-            text = self.system.text_encoder.apply(variables, batch["ids"], batch["mask"])
+            text = self.objective.text_encoder.apply(variables, batch["ids"], batch["mask"])
             out |= {"tokens": text.tokens.astype(FEATURES), "pooled": text.pooled.astype(FEATURES)}
         return out
 
@@ -215,10 +215,10 @@ def run(config: Config) -> None:
     """Encode, resume, or notice that all is done."""
     _check_config(config)
     source = open_source(config)
-    system = create_system(config, create_vocabulary(config, source))
+    objective = create_system(config, create_vocabulary(config, source))
     out = Path(config.encode.path).expanduser()
     try:
-        manifest = encode(system, source, out)
+        manifest = encode(objective, source, out)
     except (OutputError, OSError) as error:
         raise ConfigError("encode.path", one_line(error)) from error
     except KeyboardInterrupt:
@@ -254,21 +254,21 @@ def _check_config(config: Config) -> None:
             raise ConfigError(field, reason)
 
 
-def encode(system: DiffusionObjective, source, out: Path) -> dict | None:
+def encode(objective: DiffusionObjective, source, out: Path) -> dict | None:
     """Make the cache `out` of a source, or go on with that; its manifest.
 
     None when it was finished before. OutputError or OSError for what a user can mend.
     """
-    config, process = system.config, jax.process_index()
+    config, process = objective.config, jax.process_index()
     texts = TEXT_FIELDS if config.encode.text else ()
-    made_of = settings(system, IMAGE_FIELDS + texts + SOURCE_FIELDS)
+    made_of = settings(objective, IMAGE_FIELDS + texts + SOURCE_FIELDS)
     made_of |= {"data.path": fingerprint(source), "format": FORMAT}
     if (out / MANIFEST).exists():
         compare(out, json.loads((out / MANIFEST).read_text())["settings"], made_of)
         shutil.rmtree(out / BEGUN, ignore_errors=True)  # left when killed at the very end
         return None
     pictures = min(config.encode.records or len(source), len(source))
-    encoder = Encoder(system)
+    encoder = Encoder(objective)
     shards = shards_of(pictures, encoder.size, config.encode.shard_mb)
     with locked(out, out / BEGUN, f"lock-{process}"):
         begun = out / BEGUN / "begun.json"
@@ -299,7 +299,7 @@ def work(encoder: Encoder, source, out: Path, shards: list[Shard]) -> None:
             f"it needs about {format_bytes(size)}, and {out} has {format_bytes(free)} free; give a "
             "folder on a larger disk"
         )
-    records, chief = read(encoder.system, source, left), jax.process_index() == 0
+    records, chief = read(encoder.objective, source, left), jax.process_index() == 0
     if chief and len(left) < len(shards):
         print(f"{len(shards) - len(left)} of {len(shards)} shards are done.", flush=True)
     with (
@@ -311,14 +311,14 @@ def work(encoder: Encoder, source, out: Path, shards: list[Shard]) -> None:
             write(coded, shard, out, partial(bar.update, encoder.views))
 
 
-def read(system: DiffusionObjective, source, left: list[Shard]) -> Iterator[dict]:
+def read(objective: DiffusionObjective, source, left: list[Shard]) -> Iterator[dict]:
     """What `Read` gives for all pictures of these shards in order, read ahead in threads."""
     if not left:
         return
-    config, data = system.config, system.config.data
+    config, data = objective.config, objective.config.data
     how = {"count": config.encode.views, "resolution": data.resolution, "crop": data.crop}
     how["flip"] = data.flip
-    text = system.encode_text if config.encode.text else None
+    text = objective.encode_text if config.encode.text else None
     spans = [grain.MapDataset.range(shard.start, shard.stop) for shard in left]
     dataset = grain.MapDataset.concatenate(spans).map(ReadRecord(source, how, config.seed, text))
     yield from read_ahead(dataset, data.workers)
@@ -348,7 +348,7 @@ def write(coded: Iterator[dict], shard: Shard, out: Path, step) -> None:
 
 def finish(encoder: Encoder, source, out: Path, shards: list[Shard], made_of: dict) -> dict:
     """Write the manifest of a cache whose shards are all there."""
-    config, text = encoder.system.config, encoder.system.config.text_encoder
+    config, text = encoder.objective.config, encoder.objective.config.text_encoder
     missing = [shard.name for shard in shards if not shard.ledger(out).exists()]
     if missing:
         raise OutputError(f"{missing[0]} is not there; do all hosts write into the same {out}?")
@@ -365,7 +365,7 @@ def finish(encoder: Encoder, source, out: Path, shards: list[Shard], made_of: di
         "features": [text.length, text.width] if config.encode.text else None,
         "shards": [row for row in rows if row["pictures"]],
         "classes": source.classes,
-        "words": encoder.system.vocabulary.words,
+        "words": encoder.objective.vocabulary.words,
         "versions": {
             "condiff_jax": __version__,
             **{name: importlib.metadata.version(name) for name in PACKAGES},

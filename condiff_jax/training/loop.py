@@ -60,9 +60,9 @@ def _run(config: Config, workdir: str) -> Outcome | None:
     evaluation = Evaluation.create(config, folder, mesh)
     source = open_source(config)
     vocabulary = create_vocabulary(config, source)
-    system = create_objective(config, vocabulary)
+    objective = create_objective(config, vocabulary)
     if config.data.name == "latents":
-        encode.check(system, source)
+        encode.check(objective, source)
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)
     first = checkpoints.latest
     folder.open(config, vocabulary, begun=first is not None)
@@ -70,19 +70,19 @@ def _run(config: Config, workdir: str) -> Outcome | None:
     if done and folder.grid(first).exists():  # the last thing that a run leaves
         print(f"Nothing to do: {workdir} has finished its {config.steps} steps.")
         return Outcome(evaluation.find(first))
-    frozen = sharding.put(mesh, folder.load_frozen(system))
-    encode_text = system.encode_text if system.text_encoder is not None else None
+    frozen = sharding.put(mesh, folder.load_frozen(objective))
+    encode_text = objective.encode_text if objective.text_encoder is not None else None
     data = batches(
         config, source, encode_text, first=first or 0,
         process=jax.process_index(), processes=jax.process_count(),
     )  # fmt: skip
-    init, step = compile_step(system, mesh)
+    init, step = compile_step(objective, mesh)
     step_fn = lambda train_state, batch: step(train_state, batch, frozen)  # noqa: E731
     if first is not None:
-        train_state = checkpoints.restore(system, mesh)
+        train_state = checkpoints.restore(objective, mesh)
         logging.info("resumed %s at step %d", workdir, first)
     elif config.init.pretrain or config.init.path:
-        train_state = start(system, mesh, folder)
+        train_state = start(objective, mesh, folder)
         if train_state is None:
             return None
     else:
@@ -90,12 +90,12 @@ def _run(config: Config, workdir: str) -> Outcome | None:
     if config.objective == "diffusion" and (first is None or folder.load_control() is None):
         folder.save_control(first_controls(config, source))
     reporter = REPORTERS[config.objective](
-        system, mesh, folder, frozen, evaluation, first=first or 0
+        objective, mesh, folder, frozen, evaluation, first=first or 0
     )
     # SIGTERM may come again while the last checkpoint is being written.
     with Interrupt() as interrupt, contextlib.closing(checkpoints):
         train_state = train_steps(
-            system, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
+            objective, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
         )
     if interrupt.asked:
         reporter.close()
@@ -105,46 +105,46 @@ def _run(config: Config, workdir: str) -> Outcome | None:
     return Outcome(reporter.finish(int(train_state.step), params))
 
 
-def start(system: DiffusionObjective, mesh: Mesh, folder: Workdir) -> state.State | None:
+def start(objective: DiffusionObjective, mesh: Mesh, folder: Workdir) -> state.State | None:
     """The state at step 0 from the run that config.init names, with a report of what is kept.
 
     An earlier stage, init.pretrain, is trained first; None when SIGTERM stopped that.
     """
-    config, settings = system.config, system.config.init
+    config, settings = objective.config, objective.config.init
     earlier, path = settings.pretrain, settings.path or str(folder.path / "pretrain")
     if earlier is None:
         old = transfer.origin(path)
     else:
         old = create_system(earlier, create_vocabulary(earlier, open_source(earlier)))
-    moves = transfer.plan(old, system)  # before days of training for nothing
+    moves = transfer.plan(old, objective)  # before days of training for nothing
     if earlier is not None:
         print(f"First stage: {earlier.steps} steps in {path}")
         if not run(earlier, path):
             return None
     steps = earlier.steps if earlier else None
     params = transfer.load(path, mesh, ema=settings.ema, step=steps)
-    text = transfer.report(moves, transfer.shapes_of(old), transfer.shapes_of(system))
+    text = transfer.report(moves, transfer.shapes_of(old), transfer.shapes_of(objective))
     print(f"Start from {path}:\n{text}")
     if jax.process_index() == 0:
         write(folder.path / "transfer.txt", text + "\n")
     tx = optimizer.create(config)
 
     def create(params: dict, key: jax.Array) -> state.State:
-        return state.create(transfer.move(moves, params, system.init(key)), tx)
+        return state.create(transfer.move(moves, params, objective.init(key)), tx)
 
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(system, mesh))
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(objective, mesh))
     return jax.jit(create, out_shardings=places)(params, jax.random.key(config.seed))
 
 
 def train_steps(
-    system: Objective, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
+    objective: Objective, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
 ) -> state.State:
     """Steps until config.steps or an interrupt; logs, saves and shows samples on the way."""
-    config = system.config
+    config = objective.config
     first = int(train_state.step)
     meter, watchdog = Meter(first * config.batch_size), Watchdog(config.log.stall)
     trace = Trace(config, reporter.folder.path)
-    flop_image = system.forward_flops()
+    flop_image = objective.forward_flops()
     bar = tqdm(
         total=config.steps, initial=first, desc="train", unit="step", smoothing=0.05,
         disable=jax.process_index() != 0,

@@ -42,17 +42,17 @@ def train_step(
     batch: dict,
     frozen: dict | None = None,
     *,
-    system: Objective,
+    objective: Objective,
     tx: optax.GradientTransformation,
 ) -> tuple[state.State, dict]:
     """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted.
 
     frozen: parameters that are not trained, see `Objective.load_frozen`.
     """
-    settings = system.config.optimizer
-    key = jax.random.fold_in(jax.random.key(system.config.seed), train_state.step)
-    noise = system.draw_noise(key, batch["label"].shape[0], train_state.step)
-    value_and_grad = jax.value_and_grad(partial(system.loss, frozen=frozen), has_aux=True)
+    settings = objective.config.optimizer
+    key = jax.random.fold_in(jax.random.key(objective.config.seed), train_state.step)
+    noise = objective.draw_noise(key, batch["label"].shape[0], train_state.step)
+    value_and_grad = jax.value_and_grad(partial(objective.loss, frozen=frozen), has_aux=True)
     (mean, parts), grads = accumulated(
         value_and_grad, train_state.params, (batch, noise), settings.accumulate
     )
@@ -68,16 +68,16 @@ def train_step(
     return train_state, metrics
 
 
-def compile_step(system: Objective, mesh: Mesh):
+def compile_step(objective: Objective, mesh: Mesh):
     """(init, step): jitted `State` creation from a key, and the sharded, donating train step.
 
     step(state, batch, frozen) -> (state, metrics).
     """
-    tx = optimizer.create(system.config)
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(system, mesh))
-    init = jax.jit(lambda key: state.create(system.init(key), tx), out_shardings=places)
+    tx = optimizer.create(objective.config)
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(objective, mesh))
+    init = jax.jit(lambda key: state.create(objective.init(key), tx), out_shardings=places)
     step = jax.jit(
-        sharding.traced_on(mesh, partial(train_step, system=system, tx=tx)),
+        sharding.traced_on(mesh, partial(train_step, objective=objective, tx=tx)),
         in_shardings=(places, sharding.batch_sharding(mesh), None),  # frozen: as they are placed
         out_shardings=(places, sharding.replicated(mesh)),
         donate_argnums=0,

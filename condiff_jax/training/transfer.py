@@ -56,9 +56,9 @@ class Move:
     resize: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
 
-def shapes_of(system: DiffusionObjective) -> dict[str, jax.ShapeDtypeStruct]:
-    """Parameters of a system by name, "model/final/bias"; nothing is allocated."""
-    return by_name(system.shapes)
+def shapes_of(objective: DiffusionObjective) -> dict[str, jax.ShapeDtypeStruct]:
+    """Parameters of an objective by name, "model/final/bias"; nothing is allocated."""
+    return by_name(objective.shapes)
 
 
 def by_name(params) -> dict:
@@ -135,9 +135,9 @@ def left(moves: Mapping[str, Move], source: Mapping) -> list[str]:
     return [name for name in source if name not in used]
 
 
-def grid(system: DiffusionObjective) -> tuple[int, int]:
+def grid(objective: DiffusionObjective) -> tuple[int, int]:
     """Tokens per column and row of a transformer's pictures."""
-    return tuple(side // system.model.patch for side in system.latent_shape[:2])
+    return tuple(side // objective.model.patch for side in objective.latent_shape[:2])
 
 
 def resizing_matrix(old: int, new: int, mode: str = "resample") -> np.ndarray:
@@ -158,8 +158,8 @@ def _resize_positions(old: DiffusionObjective, new: DiffusionObjective) -> Calla
     So an untrained table becomes that of the new grid, as for models whose table is fixed.
     """
     before, after = (
-        jnp.asarray(system.model.positions(np.zeros((1, *system.latent_shape))))
-        for system in (old, new)
+        jnp.asarray(objective.model.positions(np.zeros((1, *objective.latent_shape))))
+        for objective in (old, new)
     )
     rows, columns = (
         resizing_matrix(*sides, new.config.model.position)

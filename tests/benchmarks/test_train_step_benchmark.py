@@ -76,9 +76,9 @@ def test_unets_are_compared_too(monkeypatch):
     small = unet.Size((8, 16), (False, True), 16, head_size=8, resnets=1)
     monkeypatch.setitem(unet.SIZES, "tiny", small)
     asked = train_step.parse(["--model=unet", "--size=tiny", "--side=8", "--batch=2"])
-    system = train_methods.create_system(asked)
-    params = parity.random_like(system.shapes)
-    network = train_methods.create_reference(system, params)
+    objective = train_methods.create_system(asked)
+    params = parity.random_like(objective.shapes)
+    network = train_methods.create_reference(objective, params)
     assert train_methods.count(params) == sum(p.numel() for p in network.parameters())
     x, ones = torch.zeros(2, 4, 8, 8), torch.ones(2, dtype=torch.long)
     assert network(x, ones, ones).sample.shape == x.shape
@@ -87,13 +87,13 @@ def test_unets_are_compared_too(monkeypatch):
 def test_their_step_is_adam_with_an_average():
     """Of a gradient of one sign, Adam's first step moves every weight by the rate."""
     asked = train_step.parse(TINY)
-    system = train_methods.create_system(asked)
+    objective = train_methods.create_system(asked)
     network = torch.nn.Conv2d(4, 4, 1)
-    step = train_methods.Theirs(network, system, train_methods.create_batch(system, 2), 1)
+    step = train_methods.Theirs(network, objective, train_methods.create_batch(objective, 2), 1)
     step.call = lambda x, t, labels: SimpleNamespace(sample=network(x))
     before = [p.detach().clone() for p in network.parameters()]
     step.run()
-    settings = system.config.optimizer
+    settings = objective.config.optimizer
     for old, new, average in zip(before, network.parameters(), step.average, strict=True):
         moved = new.detach() - old
         torch.testing.assert_close(moved.abs(), torch.full_like(moved, settings.learning_rate))

@@ -45,14 +45,14 @@ SHAPES = {}  # of systems, by what they depend on: to trace those of a UNet take
 
 
 def with_shapes(config):
-    """The system, which takes its parameters' shapes from one with the same settings."""
-    system = create(config, load_vocabulary(config))
+    """The objective, which takes its parameters' shapes from one with the same settings."""
+    objective = create(config, load_vocabulary(config))
     parts = config.model, config.conditioning, config.text_encoder, config.autoencoder
     key = repr((parts, config.data.semantics, config.data.classes, config.data.resolution))
     if key not in SHAPES:
-        SHAPES[key] = system.shapes
-    system.__dict__["shapes"] = SHAPES[key]  # as the cached property keeps it
-    return system
+        SHAPES[key] = objective.shapes
+    objective.__dict__["shapes"] = SHAPES[key]  # as the cached property keeps it
+    return objective
 
 
 @pytest.mark.parametrize("name, row", [item for item in ROWS if item[0] in ("table1", "tableA1")])
@@ -62,10 +62,12 @@ def test_tables_of_architectures_build_what_they_name(name, row):
     assert config.model.name == given["arch"]
     assert config.data.resolution == int(given["resolution"])
     assert config.data.semantics == ("text" if given["data"] == "cc12m" else "class")
-    system = create(config, load_vocabulary(config))
+    objective = create(config, load_vocabulary(config))
     side = int(given["resolution"]) // 8
-    assert system.latent_shape == (side, side, 4)
-    assert (system.model.classes or 0) == config.data.classes == (given["data"] != "cc12m") * 1000
+    assert objective.latent_shape == (side, side, 4)
+    assert (
+        (objective.model.classes or 0) == config.data.classes == (given["data"] != "cc12m") * 1000
+    )
     assert (config.text_encoder.name == "clip") == (given["data"] == "cc12m")
     assert (config.conditioning.weighting == "cosine") == (given["arch"] == "ours")
     assert (config.init.pretrain is None) == (given["resolution"] == "256")

@@ -14,7 +14,7 @@ CONFIG = tiny.config()
 
 
 def stream(config=CONFIG, **hosts):
-    return batches(config, create_source(config), tiny.system(config).encode_text, **hosts)
+    return batches(config, create_source(config), tiny.objective(config).encode_text, **hosts)
 
 
 def assert_equal(a, b):
@@ -23,7 +23,7 @@ def assert_equal(a, b):
 
 
 def test_batches_have_the_shapes_the_system_expects():
-    batch, example = next(stream()), tiny.system(CONFIG).example(16)
+    batch, example = next(stream()), tiny.objective(CONFIG).example(16)
     assert jax.tree.structure(batch) == jax.tree.structure(example)
     for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(example), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
@@ -52,7 +52,7 @@ def test_any_number_of_hosts_see_the_batches_of_one(processes, first):
 def test_every_epoch_has_another_order_and_augmentation():
     source = create_source(CONFIG)
     few = [source[i] for i in range(16)]
-    data = batches(CONFIG, few, tiny.system(CONFIG).encode_text)
+    data = batches(CONFIG, few, tiny.objective(CONFIG).encode_text)
     first, second = next(data), next(data)
     assert sorted(first["label"]) == sorted(second["label"])  # the same records
     assert not np.array_equal(first["ids"], second["ids"])

@@ -210,7 +210,7 @@ def test_vocabulary_is_that_of_the_captions(captioned, tmp_path, monkeypatch):
 
 def test_original_size_reaches_the_control_metadata(captioned):
     config = tiny.config(**{"data.name": "tfds", "data.path": str(captioned), "data.flip": False})
-    control = next(batches(config, create_source(config), tiny.system(config).encode_text))[
+    control = next(batches(config, create_source(config), tiny.objective(config).encode_text))[
         "control"
     ]
     assert set(control["height"]) == {200} and set(control["width"]) == {280}

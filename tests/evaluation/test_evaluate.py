@@ -50,7 +50,7 @@ def trained(request, tmp_path_factory):
     path, config = tmp_path_factory.mktemp(request.param), tiny.config(**fields)
     params, folder = tiny.finished(config, path), Workdir(str(path))
     evaluation = tiny.evaluation(config, folder.path)
-    Reporter(tiny.system(config), sharding.create_mesh(), folder, None, evaluation).finish(
+    Reporter(tiny.objective(config), sharding.create_mesh(), folder, None, evaluation).finish(
         2, params
     )
     return path, fields
@@ -121,15 +121,15 @@ def test_a_checkpoint_past_the_asked_step_is_an_error(trained):
 
 def test_noise_is_one_for_all_sizes_and_no_metric_shares_it(tmp_path):
     """The requests of each metric, with a sampler that returns their noise's numbers."""
-    system, calls = tiny.system(tiny.config(**FIELDS)), []
+    objective, calls = tiny.objective(tiny.config(**FIELDS)), []
 
     def sampler(params, batch, *, first=0, label=""):
         control = {name: values[0] for name, values in batch["control"].items()}
         calls.append((len(batch["label"]), first, control))
         return np.random.default_rng(0).integers(0, 255, (len(batch["label"]), 16, 16, 3), np.uint8)
 
-    fake = mock.Mock(side_effect=sampler, system=system, mesh=None)
-    record = tiny.evaluation(system.config, tmp_path).measure(fake, {}, 2)
+    fake = mock.Mock(side_effect=sampler, objective=objective, mesh=None)
+    record = tiny.evaluation(objective.config, tmp_path).measure(fake, {}, 2)
     assert record["metrics"]["size_l2"] == 0  # the same noise: the same pictures
     accuracy, *sized, frechet = calls
     assert (accuracy[0], frechet[0], [call[0] for call in sized]) == (3, 9, [2] * 5)
@@ -144,16 +144,16 @@ def test_reference_is_unseen_and_asked_alike(tmp_path):
     """Pictures that equal the reference's own have a distance of 0."""
     for reference in ("train", "validation"):
         config = tiny.config(**FIELDS | {"evaluation.reference": reference})
-        system, start = tiny.system(config), 2**30 if reference == "train" else 0
+        objective, start = tiny.objective(config), 2**30 if reference == "train" else 0
         source = shapes.Shapes(reference, config.data.sizes)
         rows = [source[start + i] for i in range(9)]
-        asked = [system.encode_text(row["caption"])[0] for row in rows]
+        asked = [objective.encode_text(row["caption"])[0] for row in rows]
 
         def sampler(params, batch, *, first=0, label="", rows=rows, asked=asked):
             np.testing.assert_array_equal(batch["ids"], asked)
             return np.stack([augment.center(row["image"], 16)[0] for row in rows])
 
-        fake = mock.Mock(side_effect=sampler, system=system, mesh=None)
+        fake = mock.Mock(side_effect=sampler, objective=objective, mesh=None)
         evaluation = tiny.evaluation(config, tmp_path)
         values, _ = image_quality.measure(evaluation, fake, {}, tmp_path / reference)
         assert values["frechet_shapes"] == pytest.approx(0, abs=1e-5)
@@ -279,7 +279,7 @@ def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, m
     """In mode evaluate and at the end of training, with a model that is not run."""
     fields = FIELDS | {"evaluation.metrics": ("prompt_accuracy",), "sampling.ema": ema}
     config, restored = tiny.config(**fields), []
-    system = tiny.system(config)
+    objective = tiny.objective(config)
 
     class Restored:
         latest = 2
@@ -287,7 +287,7 @@ def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, m
         def __init__(self, path, config):
             pass
 
-        def restore_params(self, system, mesh, *, ema):
+        def restore_params(self, objective, mesh, *, ema):
             restored.append(ema)
             return 2, {}
 
@@ -299,14 +299,14 @@ def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, m
 
     def finish(folder):
         evaluation = tiny.evaluation(config, folder.path)
-        Reporter(system, sharding.create_mesh(), folder, {}, evaluation).finish(2, {})
+        Reporter(objective, sharding.create_mesh(), folder, {}, evaluation).finish(2, {})
 
     def evaluated(folder):
         evaluate.run(config, str(folder.path))
 
     for name, steps in {"a": (evaluated, finish), "b": (finish, evaluated)}.items():
         folder = Workdir(str(tmp_path / name))
-        folder.open(config, system.vocabulary)
+        folder.open(config, objective.vocabulary)
         for step in steps:  # the second finds what the first has measured
             step(folder)
             assert [row["sampling"]["ema"] for row in records(folder.path)] == [ema]
@@ -314,17 +314,17 @@ def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, m
 
 
 def test_classes_are_asked_for_in_turn():
-    system = tiny.system(
+    objective = tiny.objective(
         tiny.config(**FIELDS | {"data.semantics": "class", "model.name": "dit_ln"})
     )
-    assert controllability.subjects(system, 12, None) == [*range(10), 0, 1]
-    text = tiny.system(tiny.config(**FIELDS))
+    assert controllability.subjects(objective, 12, None) == [*range(10), 0, 1]
+    text = tiny.objective(tiny.config(**FIELDS))
     assert controllability.asked_for(text, controllability.subjects(text, 3, None)) == [
         scene.caption for scene in shapes.prompts(3)
     ]
 
 
-def noted(calls, params, batch, *, first=0, label="", system=None):
+def noted(calls, params, batch, *, first=0, label="", objective=None):
     """A sampler: pictures whose contrast is the height that is asked for, the same for all."""
     calls.append(
         {name: values.copy() for name, values in batch["control"].items()} | {"first": first}
@@ -336,8 +336,8 @@ def noted(calls, params, batch, *, first=0, label="", system=None):
 
 def responded(folder, **overrides):
     """(values, grids, requests) of size_response."""
-    system, calls = tiny.system(tiny.config(**FIELDS | overrides)), []
-    fake = mock.Mock(side_effect=partial(noted, calls), system=system)
+    objective, calls = tiny.objective(tiny.config(**FIELDS | overrides)), []
+    fake = mock.Mock(side_effect=partial(noted, calls), objective=objective)
     evaluation = mock.Mock(reference=None, folder=folder)
     values, grids = controllability.size_response(evaluation, fake, {}, folder.path / "parts")
     return values, grids, calls
@@ -368,7 +368,7 @@ def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monke
 
 def test_a_killed_response_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(controllability, "SIZE_PART", 2)
-    system, calls = tiny.system(tiny.config(**FIELDS | {"evaluation.size_prompts": 5})), []
+    objective, calls = tiny.objective(tiny.config(**FIELDS | {"evaluation.size_prompts": 5})), []
 
     def sampler(params, batch, *, first=0, label="", dies_at=9):
         number = first - controllability.FIRST_INDEX["size_response"]
@@ -379,7 +379,7 @@ def test_a_killed_response_goes_on_where_it_was(tmp_path, monkeypatch):
         return rng.integers(0, 256, (len(batch["label"]), 16, 16, 3), np.uint8)
 
     def respond(parts, **dies):
-        fake = mock.Mock(side_effect=partial(sampler, **dies), system=system)
+        fake = mock.Mock(side_effect=partial(sampler, **dies), objective=objective)
         evaluation = mock.Mock(reference=None)
         return controllability.size_response(evaluation, fake, {}, tmp_path / parts)[0]
 
@@ -414,14 +414,14 @@ def test_lpips_is_measured_where_there_are_weights(tmp_path, monkeypatch):
 
 def test_drawn_sizes_are_those_of_the_samples_numbers(tmp_path):
     fields = FIELDS | {"sampling.size": "tied", "sampling.size_range": (20, 40)}
-    system, calls = tiny.system(tiny.config(**fields)), []
-    fake = mock.Mock(side_effect=partial(noted, calls), system=system, mesh=None)
-    evaluation = tiny.evaluation(system.config, tmp_path)
+    objective, calls = tiny.objective(tiny.config(**fields)), []
+    fake = mock.Mock(side_effect=partial(noted, calls), objective=objective, mesh=None)
+    evaluation = tiny.evaluation(objective.config, tmp_path)
     controllability.prompt_accuracy(evaluation, fake, {}, tmp_path)
     image_quality.measure(evaluation, fake, {}, tmp_path)
     firsts = controllability.FIRST_INDEX["prompt_accuracy"], image_quality.FIRST_INDEX
     for call, first in zip(calls, firsts, strict=True):
         assert call["first"] == first
-        expected = control_values(system.config, len(call["height"]), first=first)
+        expected = control_values(objective.config, len(call["height"]), first=first)
         np.testing.assert_array_equal(call["height"], expected["height"])
     assert calls[0]["height"][0] != calls[1]["height"][0]

@@ -70,7 +70,7 @@ class Fake:
     """A sampler that draws a picture from the number of each sample; it may be killed."""
 
     def __init__(self, config, dies_at=None):
-        self.system, self.calls, self.dies_at = tiny.system(config), [], dies_at
+        self.objective, self.calls, self.dies_at = tiny.objective(config), [], dies_at
         self.mesh = sharding.create_mesh()
 
     def __call__(self, params, batch, *, first=0, label=""):
@@ -85,7 +85,7 @@ def picture(i):
 
 
 def measure(path, fake, parts="parts"):
-    evaluation = tiny.evaluation(fake.system.config, path)
+    evaluation = tiny.evaluation(fake.objective.config, path)
     return image_quality.measure(evaluation, fake, {}, epath.Path(path) / parts)[0]
 
 
@@ -136,7 +136,7 @@ def test_sizes_are_drawn_from_those_of_training(tmp_path):
     with mock.patch.object(Fake, "__call__", side_effect=Fake.__call__, autospec=True) as call:
         measure(tmp_path, fake)
     heights = np.concatenate([one.args[2]["control"]["height"] for one in call.call_args_list])
-    asked = control_values(fake.system.config, 9, first=image_quality.FIRST_INDEX, seen=seen)
+    asked = control_values(fake.objective.config, 9, first=image_quality.FIRST_INDEX, seen=seen)
     np.testing.assert_array_equal(heights, asked["height"])
 
 
@@ -154,7 +154,7 @@ def test_only_the_first_host_writes(tmp_path, monkeypatch):
         other.setattr(reference, "barrier", lambda name: None)
         measure(tmp_path, fake)
         # All devices see what all have made, each host's own its share of the data.
-        evaluation = tiny.evaluation(fake.system.config, tmp_path)
+        evaluation = tiny.evaluation(fake.objective.config, tmp_path)
         assert {network.mesh for network in evaluation.networks.values()} == {fake.mesh}
         local = {network.mesh for network in evaluation.local_networks.values()}
         assert local == {sharding.local_mesh()}
@@ -182,14 +182,14 @@ def test_the_references_own_pictures_are_at_no_distance(tmp_path):
     rows = [source[i] for i in range(9)]
     pictures = np.stack([augment.center(row["image"], 16)[0] for row in rows])
     fake = Fake(config)
-    asked = [fake.system.encode_text(row["caption"])[0] for row in rows]
+    asked = [fake.objective.encode_text(row["caption"])[0] for row in rows]
 
     def own(params, batch, *, first=0, label=""):
         low = first - image_quality.FIRST_INDEX
         np.testing.assert_array_equal(batch["ids"], asked[low : low + len(batch["ids"])])
         return pictures[low : low + len(batch["ids"])]
 
-    values = measure(tmp_path, mock.Mock(side_effect=own, system=fake.system, mesh=None))
+    values = measure(tmp_path, mock.Mock(side_effect=own, objective=fake.objective, mesh=None))
     assert values["fid"] == pytest.approx(0, abs=1e-6) and values["fid_rank_deficient"] is False
     assert values["precision"] == values["recall"] == 1
     features = np.asarray(means(1.0, pictures))
@@ -403,7 +403,7 @@ def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("condiff_jax.runs.run.Checkpoints", lambda *_: checkpoints)
     monkeypatch.setattr(sampler.Sampler, "__call__", Fake(config).__call__)
     folder = Workdir(str(tmp_path))
-    folder.open(config, tiny.system(config).vocabulary)
+    folder.open(config, tiny.objective(config).vocabulary)
     found = evaluate.run(config, str(tmp_path))
     assert [record["sampling"]["guidance"] for record in found] == [1, 2.5]
     assert [json.loads(line) for line in folder.evaluation.open()] == found
@@ -434,7 +434,7 @@ def test_evaluations_in_training_are_of_fewer_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(sampler.Sampler, "__call__", Fake(config).__call__)
     folder = Workdir(str(tmp_path))
     evaluation = tiny.evaluation(config, tmp_path)
-    reporter = Reporter(tiny.system(config), sharding.create_mesh(), folder, {}, evaluation)
+    reporter = Reporter(tiny.objective(config), sharding.create_mesh(), folder, {}, evaluation)
     reporter.early(3, {})
     reporter.early(3, {})  # once is enough
     reporter.finish(4, {})
@@ -458,5 +458,5 @@ def test_a_run_that_goes_back_forgets_what_was_measured_beyond(tmp_path):
         (tmp_path / f"evaluations/{step}-abc").mkdir(parents=True)
         (tmp_path / f"evaluations/{step}-abc/00000000-4.npz").write_bytes(b"features")
     evaluation = tiny.evaluation(config, tmp_path)
-    Reporter(tiny.system(config), sharding.create_mesh(), folder, {}, evaluation, first=4)
+    Reporter(tiny.objective(config), sharding.create_mesh(), folder, {}, evaluation, first=4)
     assert sorted(path.name for path in (tmp_path / "evaluations").iterdir()) == ["2-abc", "4-abc"]

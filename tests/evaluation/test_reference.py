@@ -68,14 +68,14 @@ def test_it_can_be_another_data_set(prepared, monkeypatch):
         tiny.evaluation(of(prepared, **one))
     classes = of(prepared, **{"data.semantics": "class", "model.name": "dit_ln"})
     with pytest.raises(ConfigError, match="evaluation.path: its classes are not those"):
-        Reference(classes).asked(3, tiny.system(classes))
+        Reference(classes).asked(3, tiny.objective(classes))
 
 
 def test_requests_are_its_own_in_another_order_and_come_again(prepared):
     data = Reference(of(prepared))
     vocabulary = SimpleNamespace(classes=data.source.classes)
-    system = SimpleNamespace(text_encoder=None, vocabulary=vocabulary)
-    labels, asked = [data.source[i]["label"] for i in range(6)], data.asked(15, system)
+    objective = SimpleNamespace(text_encoder=None, vocabulary=vocabulary)
+    labels, asked = [data.source[i]["label"] for i in range(6)], data.asked(15, objective)
     assert sorted(labels) == sorted(asked[:6]) and labels != asked[:6]
     assert asked == (asked[:6] * 3)[:15]
 

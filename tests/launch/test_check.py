@@ -95,7 +95,10 @@ def whole(project, stubs):
             marks=pytest.mark.slow,
         ),
         (["tpu_vm.sh", "run", "n", *COMMAND, FILES[1], BUCKET], "data.path: empty"),
-        (["slurm.sbatch", *COMMAND, *FILES, BUCKET, "--config.model.name=x"], "model.name: unknown value 'x'"),
+        (
+            ["slurm.sbatch", *COMMAND, *FILES, BUCKET, "--config.model.name=x"],
+            "model.name: unknown value 'x'",
+        ),
         (["sweep_tpu.sh", "a,b", "configs/table1.py", BUCKET], "data.path: empty"),
         pytest.param(
             ["sweep.sbatch", "configs/table3.py", "--workdir=x", "--rows=y"],

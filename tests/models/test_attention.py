@@ -180,7 +180,7 @@ def trained():
 
 
 def create(row):
-    """The system of a row of Table 1 with cuDNN's attention."""
+    """The objective of a row of Table 1 with cuDNN's attention."""
     values = table1.get_config(row)
     values.model.attention, values.init.pretrain = "cudnn", None
     values.autoencoder.path = values.text_encoder.path = "not read"
@@ -194,7 +194,7 @@ def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, monkeypatch, 
 
     And the gradient of each attention in it, which rows and layers have in common.
     """
-    system = create(row)
+    objective = create(row)
     original, calls = lib.cudnn, set()
 
     def cudnn(*given):
@@ -202,9 +202,11 @@ def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, monkeypatch, 
         return original(*given)
 
     monkeypatch.setattr(lib, "cudnn", cudnn)
-    assert system.shapes and calls  # from a forward pass
+    assert objective.shapes and calls  # from a forward pass
     lengths = {queries[1] for (queries, _), *_ in calls}
-    assert system.config.model.name != "mdtv2" or len(lengths) == 2  # with tokens hidden, and all
+    assert (
+        objective.config.model.name != "mdtv2" or len(lengths) == 2
+    )  # with tokens hidden, and all
     for call in calls - trained:
         assert has_gradient(*(a and jax.ShapeDtypeStruct(*a) for a in call))
     trained |= calls
@@ -214,20 +216,20 @@ def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, monkeypatch, 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_gradient_of_every_model_of_the_paper_is_traced(gpu, row):
     """Of the whole model, of MDT with hidden tokens too."""
-    system = create(row)
-    x = jax.ShapeDtypeStruct((1, *system.latent_shape), jnp.float32)
-    t, cond = jax.ShapeDtypeStruct((1,), jnp.int32), jax.eval_shape(system.example_cond)
+    objective = create(row)
+    x = jax.ShapeDtypeStruct((1, *objective.latent_shape), jnp.float32)
+    t, cond = jax.ShapeDtypeStruct((1,), jnp.int32), jax.eval_shape(objective.example_cond)
     modes = [{}]
-    if system.config.model.name == "mdtv2":
-        tokens = (x.shape[1] // system.model.patch) ** 2
-        modes += [{"hidden": hide(jax.random.key(0), 1, tokens, system.model.mask_ratio)}]
+    if objective.config.model.name == "mdtv2":
+        tokens = (x.shape[1] // objective.model.patch) ** 2
+        modes += [{"hidden": hide(jax.random.key(0), 1, tokens, objective.model.mask_ratio)}]
 
     def loss(mode, params, x, t, cond):
-        return system.denoise(params, **mode)(x, t, cond).sum()
+        return objective.denoise(params, **mode)(x, t, cond).sum()
 
     for mode in modes:
         gradient = jax.grad(partial(loss, mode))
-        forward, backward = cudnn_calls(gradient, system.shapes, x, t, cond)
+        forward, backward = cudnn_calls(gradient, objective.shapes, x, t, cond)
         assert forward >= backward >= 1
 
 

@@ -78,9 +78,9 @@ LATENT = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "autoencoder.sca
 
 
 def test_a_system_on_latents_has_their_shape_and_these_weights(weights):
-    system = tiny.system(tiny.config(**LATENT, **{"autoencoder.path": str(weights)}))
-    assert system.latent_shape == (8, 8, 4)
-    loaded = system.load_frozen()["autoencoder"]
+    objective = tiny.objective(tiny.config(**LATENT, **{"autoencoder.path": str(weights)}))
+    assert objective.latent_shape == (8, 8, 4)
+    loaded = objective.load_frozen()["autoencoder"]
     jax.tree.map(np.testing.assert_array_equal, loaded, parameters())
 
 
@@ -105,23 +105,23 @@ def test_old_names_of_the_attention_are_known(weights, tmp_path):
     assert "decoder.mid_block.attentions.0.proj_attn.weight" in state
     save_file(state, tmp_path / "x.safetensors")
     systems = (
-        tiny.system(tiny.config(**LATENT, **{"autoencoder.path": str(place)}))
+        tiny.objective(tiny.config(**LATENT, **{"autoencoder.path": str(place)}))
         for place in (weights, tmp_path)
     )
-    jax.tree.map(np.testing.assert_array_equal, *(system.load_frozen() for system in systems))
+    jax.tree.map(np.testing.assert_array_equal, *(objective.load_frozen() for objective in systems))
 
 
 def test_loss_sees_the_latents(weights):
     config = tiny.config(**LATENT, **{"autoencoder.path": str(weights), "data.resolution": 16})
-    system = tiny.system(config)
-    noise = system.draw_noise(jax.random.key(0), 2)
+    objective = tiny.objective(config)
+    noise = objective.draw_noise(jax.random.key(0), 2)
     assert noise["latent"].shape == (2, 8, 8, 4)
 
 
 @pytest.mark.parametrize("name", ["pixels", "kl"])
 def test_scale_and_shift_come_from_the_config(name):
     fields = {"autoencoder.name": name, "autoencoder.scale": 0.5, "autoencoder.shift": 0.25}
-    space = tiny.system(tiny.config(**fields, **{"data.resolution": 32})).autoencoder
+    space = tiny.objective(tiny.config(**fields, **{"data.resolution": 32})).autoencoder
     assert (space.scale, space.shift) == (0.5, 0.25)
 
 
@@ -129,14 +129,14 @@ def test_scale_and_shift_come_from_the_config(name):
 def test_missing_weights_are_named(place, message):
     config = tiny.config(**LATENT, **{"autoencoder.path": place})
     with pytest.raises(ConfigError, match=f"autoencoder.path.*{message}"):
-        tiny.system(config).load_frozen()
+        tiny.objective(config).load_frozen()
 
 
 def test_misfit_weights_are_named(tmp_path):
     save_file({"encoder.conv_in.weight": np.zeros((1, 1), np.float32)}, tmp_path / "x.safetensors")
     config = tiny.config(**LATENT, **{"autoencoder.path": str(tmp_path)})
     with pytest.raises(ConfigError, match="autoencoder.path: weights do not fit: missing .* more"):
-        tiny.system(config).load_frozen()
+        tiny.objective(config).load_frozen()
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(ConfigError, match="autoencoder.path: .* cannot be read"):
-        tiny.system(config).load_frozen()
+        tiny.objective(config).load_frozen()

@@ -90,16 +90,16 @@ def test_side_block_and_mask_token_serve_the_masked_pass_only():
 def test_training_adds_the_masked_loss(ratio, trained):
     overrides = {"model.name": "mdtv2", "data.semantics": "class", "model.mask_ratio": ratio}
     with tiny.few_layers():
-        system = tiny.system(tiny.config(**overrides))
-    params, batch = random_like(system.shapes), system.example(4)
-    noise = system.draw_noise(jax.random.key(0), 4)
+        objective = tiny.objective(tiny.config(**overrides))
+    params, batch = random_like(objective.shapes), objective.example(4)
+    noise = objective.draw_noise(jax.random.key(0), 4)
     assert ("hidden" in noise) == trained
 
     @jit
     @jax.value_and_grad
     def loss_and_gradient(token, noise):
         given = params | {"model": params["model"] | {"mask_token": token}}
-        return system.loss(given, batch, noise)[0]
+        return objective.loss(given, batch, noise)[0]
 
     token = params["model"]["mask_token"]
     loss, gradient = loss_and_gradient(token, noise)

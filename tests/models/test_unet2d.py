@@ -218,7 +218,7 @@ def test_a_new_file_is_a_method_by_its_name(folder):
     ):
         tiny.config(**fields)
     (folder / "new_product.py").write_text(NEW)
-    assert tiny.system(tiny.config(**fields)).model.conditioner == "new_product"
+    assert tiny.objective(tiny.config(**fields)).model.conditioner == "new_product"
     model, params = build("new_product")
     assert changed(model, params, of_class(0, 1), of_class(2, 1)) == [True, False]
     added = predict(build("film")[0], params, of_class(0, 1))

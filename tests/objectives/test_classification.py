@@ -31,28 +31,28 @@ class Clock(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def system():
+def objective():
     config = tiny.config(**FIELDS)
     created = classification.create(config, create_vocabulary(config, create_source(config)))
     return dataclasses.replace(created, model=Clock())
 
 
-def test_every_timestep_belongs_to_a_quarter(system):
+def test_every_timestep_belongs_to_a_quarter(objective):
     t = jnp.array([0, 249, 250, 499, 500, 750, 999, 999])
     batch = {
         "image": jnp.zeros((8, 16, 16, 3), jnp.uint8),
         "label": jnp.array([0, 1, 2, 4, 1, 1, 9, 9]),
     }
     noise = {"t": t, "eps": jnp.zeros((8, 16, 16, 3))}
-    _, parts = system.loss({"classifier": {}}, batch, noise)
+    _, parts = objective.loss({"classifier": {}}, batch, noise)
     found = [float(parts[f"accuracy_{i + 1}"]) for i in range(4)]
     np.testing.assert_allclose(found, [0.5, 1, 0, 1])  # of two each
 
 
-def test_progress_is_measured_in_the_middle_of_each_quarter(system, tmp_path, monkeypatch):
+def test_progress_is_measured_in_the_middle_of_each_quarter(objective, tmp_path, monkeypatch):
     """At t = 125, 375, 625 and 875."""
     monkeypatch.setattr(classifier, "PICTURES", 3)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    reporter = classifier.Reporter(system, mesh, Workdir(str(tmp_path)), {}, None)
+    reporter = classifier.Reporter(objective, mesh, Workdir(str(tmp_path)), {}, None)
     probabilities, *_ = reporter.measure({"classifier": {}})
     np.testing.assert_array_equal(probabilities.argmax(-1), [[n] * 3 for n in (1, 3, 6, 8)])

@@ -50,9 +50,9 @@ def create(name):
     space = Latents.create(config)
     network = dataclasses.replace(space.network, size=SMALL)
     space = dataclasses.replace(space, network=network)
-    system = reconstruction.ReconstructionObjective(config, space, PatchDiscriminator((8, 16)))
-    loss = system.loss
-    return system, parity.jit(jax.value_and_grad(loss, has_aux=True))
+    objective = reconstruction.ReconstructionObjective(config, space, PatchDiscriminator((8, 16)))
+    loss = objective.loss
+    return objective, parity.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def evaluate(name, params, critic):
@@ -61,8 +61,8 @@ def evaluate(name, params, critic):
     return create(name)[1](params, {"image": jnp.asarray(IMAGES)}, noise)
 
 
-def parameters(system):
-    return parity.random_like(system.shapes)
+def parameters(objective):
+    return parity.random_like(objective.shapes)
 
 
 def norm(tree):
@@ -70,17 +70,17 @@ def norm(tree):
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts():
-    system, _ = create("kl")
-    params = parameters(system)
+    objective, _ = create("kl")
+    params = parameters(objective)
     (loss, parts), _ = evaluate("kl", params, critic=2.0)
     images = to_float(IMAGES)
 
     @parity.jit
     def run(params):
-        network, variables = system.space.network, {"params": params["autoencoder"]}
+        network, variables = objective.space.network, {"params": params["autoencoder"]}
         mean, std = mean_and_std(network.apply(variables, images, method="encode"))
         decoded = network.apply(variables, mean + std * NOISE, method="decode")
-        critic = functools.partial(system.critic.apply, {"params": params["critic"]})
+        critic = functools.partial(objective.critic.apply, {"params": params["critic"]})
         return mean, std, decoded, critic(images), critic(decoded)
 
     mean, std, decoded, *logits = jax.device_get(run(params))
@@ -120,10 +120,10 @@ def test_autoencoder_and_critic_get_their_own_gradients(name):
 
 
 def test_codes_move_to_latents_and_latents_to_codes():
-    system, _ = create("vq")
-    params = parameters(system)
+    objective, _ = create("vq")
+    params = parameters(objective)
     ((_, parts), gradient) = evaluate("vq", params, critic=0.0)
-    network = system.space.network
+    network = objective.space.network
     assert isinstance(network, AutoencoderVQ)
     variables = {"params": params["autoencoder"]}
 
@@ -148,9 +148,9 @@ def test_codes_move_to_latents_and_latents_to_codes():
 
 
 def test_the_critic_is_heard_from_its_first_step_on():
-    system, _ = create("kl")
+    objective, _ = create("kl")
     key = jax.random.key(0)
-    early, late = (system.draw_noise(key, 2, step) for step in (6, 7))
+    early, late = (objective.draw_noise(key, 2, step) for step in (6, 7))
     assert early["critic"].tolist() == [0, 0]
     np.testing.assert_allclose(late["critic"], 0.3)
     assert late["latent"].shape == NOISE.shape
@@ -173,8 +173,8 @@ def test_lpips_has_finite_gradients_where_features_are_zero():
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
 def test_standardised_latents_are_of_the_same_autoencoder(name):
-    system, _ = create(name)
-    network, old = system.space.network, parameters(system)["autoencoder"]
+    objective, _ = create(name)
+    network, old = objective.space.network, parameters(objective)["autoencoder"]
     shift, scale = np.array([0.5, -1.0, 2.0], np.float32), 0.25
     new = standardise(network, old, shift, scale)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old)
@@ -229,7 +229,7 @@ def test_training_shows_what_came_out(coder):
 
 def test_a_trained_autoencoder_is_what_latent_diffusion_and_diffusers_take(coder):
     config = latent_config(coder)
-    params = tiny.system(config).load_frozen()["autoencoder"]
+    params = tiny.objective(config).load_frozen()["autoencoder"]
     source = create_source(config, "validation")
     images = to_float(np.stack([center(source[i]["image"], 16)[0] for i in range(8)]))
     encode = functools.partial(Latents.create(config).network.apply, method="encode")
@@ -264,7 +264,7 @@ def test_what_reconstruction_has_not_is_named(fields, message):
 
 def test_an_autoencoder_is_not_sampled():
     with pytest.raises(ConfigError, match="objective: reconstruction has no denoiser"):
-        tiny.system(tiny.config(objective="reconstruction", **FIELDS))
+        tiny.objective(tiny.config(objective="reconstruction", **FIELDS))
 
 
 def test_configs_train_what_they_say():

@@ -54,10 +54,10 @@ def run(folder, tmp_path_factory):
 def test_training_leaves_the_tower_alone(run, folder):
     path, frozen = run
     asked = config(folder)
-    system, checkpoints = tiny.system(asked), Checkpoints(Workdir(path).checkpoints, asked)
-    assert system.vocabulary.words == system.vocabulary.classes == ()
-    jax.tree.map(np.testing.assert_array_equal, frozen, system.load_frozen())
-    _, params = checkpoints.restore_params(system, sharding.create_mesh())
+    objective, checkpoints = tiny.objective(asked), Checkpoints(Workdir(path).checkpoints, asked)
+    assert objective.vocabulary.words == objective.vocabulary.classes == ()
+    jax.tree.map(np.testing.assert_array_equal, frozen, objective.load_frozen())
+    _, params = checkpoints.restore_params(objective, sharding.create_mesh())
     assert params.keys() == {"model"}
     stored = (path / "checkpoints" / "2" / "state" / "_METADATA").read_text()
     assert "caption" in stored and "text_encoder" not in stored
@@ -66,12 +66,12 @@ def test_training_leaves_the_tower_alone(run, folder):
 
 
 def test_conditions_are_the_towers_features(folder):
-    system = tiny.system(config(folder, **{"conditioning.padding": "zero"}))
-    batch = requests.requests(system, ["a red circle", "", "blue " * 50])
-    frozen = system.load_frozen()
+    objective = tiny.objective(config(folder, **{"conditioning.padding": "zero"}))
+    batch = requests.requests(objective, ["a red circle", "", "blue " * 50])
+    frozen = objective.load_frozen()
     assert frozen.keys() == {"text_encoder"} and batch["mask"].sum(1).tolist() == [5, 2, 8]
-    text = jit(system.condition)(frozen, batch, None).semantics
-    tower = system.text_encoder
+    text = jit(objective.condition)(frozen, batch, None).semantics
+    tower = objective.text_encoder
     variables = {"params": frozen["text_encoder"]}
     expected = jit(tower.apply)(variables, batch["ids"], batch["mask"])
     tokens = np.where(batch["mask"][..., None], expected.tokens, 0)
@@ -101,7 +101,7 @@ def test_files_are_noted_once_and_others_refused(run, folder, tmp_path):
     assert noted.keys() == {"text_encoder"} and len(noted["text_encoder"]) == 64
     same = clips.write(tmp_path / "same", num_hidden_layers=1)
     other = clips.write(tmp_path / "other", seed=1, num_hidden_layers=1)
-    Workdir(path).load_frozen(tiny.system(config(same)))  # elsewhere, but the same files
+    Workdir(path).load_frozen(tiny.objective(config(same)))  # elsewhere, but the same files
     for mode, fields in ((loop, {"steps": 4}), (sample, {"sampling.prompts": "a ring"})):
         with pytest.raises(
             ConfigError, match=r"^text_encoder\.path: .* are not those .* another --workdir$"
@@ -119,15 +119,15 @@ def test_broken_weights_are_not_noted(tmp_path):
     (folder / "model.safetensors").write_bytes(b"no")
     work = Workdir(tmp_path / "run")
     work.path.mkdir()
-    system = tiny.system(config(folder))
+    objective = tiny.objective(config(folder))
     with pytest.raises(ConfigError, match="text_encoder.path: .* cannot be read"):
-        work.load_frozen(system)
+        work.load_frozen(objective)
     (folder / "model.safetensors").write_bytes(good)
-    assert work.load_frozen(system).keys() == {"text_encoder"}
+    assert work.load_frozen(objective).keys() == {"text_encoder"}
 
 
 def test_encoding_of_captions_can_be_sent_to_worker_processes(folder):
-    encode = tiny.system(config(folder)).encode_text
+    encode = tiny.objective(config(folder)).encode_text
     for _ in range(2):  # before anything is read, and after
         there = cloudpickle.loads(cloudpickle.dumps(encode))
         np.testing.assert_array_equal(there("a red ring"), encode("a red ring"))
@@ -135,25 +135,25 @@ def test_encoding_of_captions_can_be_sent_to_worker_processes(folder):
 
 def test_nothing_is_read_where_nothing_is_encoded():
     """Summary, plans and transfers work without the files."""
-    system = tiny.system(config(""))
-    assert isinstance(tiny.system(tiny.config()).text_encoder, WordEmbedding)
-    words = summary.summarize(tiny.system(tiny.config()))
-    assert summary.summarize(system) == words  # the tower is not counted
+    objective = tiny.objective(config(""))
+    assert isinstance(tiny.objective(tiny.config()).text_encoder, WordEmbedding)
+    words = summary.summarize(tiny.objective(tiny.config()))
+    assert summary.summarize(objective) == words  # the tower is not counted
     with pytest.raises(ConfigError, match="text_encoder.path: empty"):
-        system.load_frozen()
+        objective.load_frozen()
 
 
 def test_summary_tells_what_is_frozen_besides(folder, capsys, monkeypatch):
     latents = {"autoencoder.name": "kl", "autoencoder.size": "tiny"}
     summary.run(config(folder, **latents))
     lines = capsys.readouterr().out.splitlines()
-    network = tiny.system(config(folder, **latents)).frozen["autoencoder"].shapes()
+    network = tiny.objective(config(folder, **latents)).frozen["autoencoder"].shapes()
     count = summary.count_parameters(network)
     assert f"Frozen besides: autoencoder, {count:,} parameters" in lines
-    count = sum(a.size for a in jax.tree.leaves(tiny.system(config(folder)).load_frozen()))
+    count = sum(a.size for a in jax.tree.leaves(tiny.objective(config(folder)).load_frozen()))
     assert f"Frozen besides: text_encoder, {count:,} parameters" in lines
     assert json.loads(lines[-1]).keys() == {"parameters", "gflop_forward"}
-    monkeypatch.setattr(summary, "summarize", lambda system: {})  # nothing new
+    monkeypatch.setattr(summary, "summarize", lambda objective: {})  # nothing new
     for path, why in (("", "text_encoder.path: empty"), ("/no/such", "text_encoder.path: ")):
         summary.run(config(path))
         told = capsys.readouterr().out
@@ -163,23 +163,25 @@ def test_summary_tells_what_is_frozen_besides(folder, capsys, monkeypatch):
 
 
 def test_bf16_runs_encode_in_bf16(folder):
-    system = tiny.system(config(folder, **{"model.dtype": "bfloat16"}))
-    batch, frozen = requests.requests(system, ["a ring"]), system.load_frozen()
+    objective = tiny.objective(config(folder, **{"model.dtype": "bfloat16"}))
+    batch, frozen = requests.requests(objective, ["a ring"]), objective.load_frozen()
     text = jax.eval_shape(
-        lambda f: system.text_encoder.apply(
+        lambda f: objective.text_encoder.apply(
             {"params": f["text_encoder"]}, batch["ids"], batch["mask"]
         ),
         frozen,
     )
     assert text.tokens.dtype == text.pooled.dtype == jnp.bfloat16
-    shapes = jax.eval_shape(lambda: system.example_cond()).semantics
+    shapes = jax.eval_shape(lambda: objective.example_cond()).semantics
     assert shapes.tokens.dtype == jnp.bfloat16 and shapes.tokens.shape[1:] == text.tokens.shape[1:]
 
 
 @pytest.mark.parametrize("name", ["words", "clip"])
 def test_transfer_renews_what_hears_another_encoder(folder, name):
-    old = tiny.system(tiny.config(**{"text_encoder.name": name, "text_encoder.path": "elsewhere"}))
-    moves = transfer.plan(old, tiny.system(config(folder)))
+    old = tiny.objective(
+        tiny.config(**{"text_encoder.name": name, "text_encoder.path": "elsewhere"})
+    )
+    moves = transfer.plan(old, tiny.objective(config(folder)))
     hearing = {move.status for key, move in moves.items() if key.startswith("model/caption")}
     assert hearing == {"kept" if name == "clip" else "new"}
     assert not any(key.startswith("text_encoder") for key in moves)

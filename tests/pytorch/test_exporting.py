@@ -58,11 +58,11 @@ def create(name, **overrides):
 
     The last layer is small, as otherwise ten steps would amplify rounding errors without end.
     """
-    system = tiny.system(tiny.config(**VARIANTS[name], **overrides))
-    params = parity.random_like(system.shapes)
+    objective = tiny.objective(tiny.config(**VARIANTS[name], **overrides))
+    params = parity.random_like(objective.shapes)
     last = params["model"]["conv_out" if name == "unet" else "final"]
     last["kernel"] *= 0.1
-    return system, params
+    return objective, params
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def exported(tmp_path_factory):
     def get(name):
         if name not in made:
             with small():
-                system, params = create(name)
+                objective, params = create(name)
             out = exporting.epath.Path(tmp_path_factory.mktemp("export"))
-            made[name] = (system, params, out, exporting.export(system, params, {}, out))
+            made[name] = (objective, params, out, exporting.export(objective, params, {}, out))
         return made[name]
 
     return get
@@ -83,28 +83,28 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_exports_come_back_bit_for_bit(name, exported, tmp_path):
-    system, params, out, _ = exported(name)
+    objective, params, out, _ = exported(name)
     with small():
-        back, _ = importing.convert(system, importing.weights.read(str(out)))
+        back, _ = importing.convert(objective, importing.weights.read(str(out)))
     assert jax.tree.structure(back) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ten_steps_in_pytorch_are_ours(name, exported):
-    system, params, out, _ = exported(name)
-    text = system.text_encoder is not None
+    objective, params, out, _ = exported(name)
+    text = objective.text_encoder is not None
     asked = ["a red circle", "blue ring left"] if text else [1, 4]
-    batch, keys = requests(system, asked), jax.random.split(jax.random.key(3), 2)
+    batch, keys = requests(objective, asked), jax.random.split(jax.random.key(3), 2)
     noise = jax.random.normal(keys[0], (2, 8, 16)) if text else None
-    x = initial_noise(keys, system.latent_shape)
+    x = initial_noise(keys, objective.latent_shape)
 
     @parity.jit
     def sample(params, batch):
-        cond = system.condition(params, batch, noise)
-        denoise = dual_guidance(system.denoise(params), 3.0, 1.375)
+        cond = objective.condition(params, batch, noise)
+        denoise = dual_guidance(objective.denoise(params), 3.0, 1.375)
         return ddim(
-            denoise, system.schedule, x, cond, keys, steps=10, clip=system.autoencoder.bound
+            denoise, objective.schedule, x, cond, keys, steps=10, clip=objective.autoencoder.bound
         )
 
     expected = np.asarray(sample(params, batch))
@@ -148,8 +148,8 @@ def test_pipelines_are_moved_and_cast_as_diffusers_does(exported):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_half_precision_is_close_with_every_padding(name, exported):
-    system, _, out, _ = exported(name)
-    text = system.text_encoder is not None
+    objective, _, out, _ = exported(name)
+    text = objective.text_encoder is not None
     asked = {"prompt": ["a red circle", "ring"]} if text else {"class_labels": [1, 4]}
     draw = partial(torch.randn, generator=torch.manual_seed(0))
     x, noise = draw(2, 3, 16, 16), draw(2, 8, 16)
@@ -179,11 +179,11 @@ def test_half_precision_is_close_with_every_padding(name, exported):
 
 
 def test_what_is_left_out_is_as_configured(exported):
-    system, _, out, _ = exported("ours")
+    objective, _, out, _ = exported("ours")
     pipe = load(out)
     x = torch.randn(1, 3, 16, 16, generator=torch.manual_seed(0))
     common = {"latents": x, "text_noise": torch.zeros(1, 8, 16), "output_type": "latent"}
-    settings = system.config.sampling
+    settings = objective.config.sampling
     explicit = {
         "guidance_scale": settings.guidance,
         "control_guidance_scale": settings.control_guidance,
@@ -200,8 +200,8 @@ def test_what_is_left_out_is_as_configured(exported):
 
 @pytest.mark.parametrize("name", IN_DIFFUSERS)
 def test_diffusers_loads_the_denoiser(name, exported):
-    system, params, out, messages = exported(name)
-    side, _, channels = system.latent_shape
+    objective, params, out, messages = exported(name)
+    side, _, channels = objective.latent_shape
     theirs = getattr(
         diffusers, json.loads((out / "diffusers/config.json").read_text())["_class_name"]
     )
@@ -210,7 +210,7 @@ def test_diffusers_loads_the_denoiser(name, exported):
     draw = np.random.default_rng(0).normal
     x, tokens = (np.float32(draw(size=s)) for s in ((2, side, side, channels), (2, 5, 16)))
     cond = Cond.of(Text(jnp.asarray(tokens), jnp.ones((2, 5), bool), jnp.asarray(tokens[:, 0])))
-    eps = parity.jit(system.model.apply)({"params": params["model"]}, x, parity.T, cond)
+    eps = parity.jit(objective.model.apply)({"params": params["model"]}, x, parity.T, cond)
     call = {"pixart": parity.call_pixart, "mmdit full": parity.call_sd3}.get(name)
     args = (torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(parity.T).long())
     with torch.no_grad():
@@ -232,9 +232,9 @@ def test_diffusers_loads_the_denoiser(name, exported):
     ],
 )
 def test_what_diffusers_cannot_hold_is_said(name, overrides, reason):
-    system = tiny.system(tiny.config(**(VARIANTS[name] | overrides)))
+    objective = tiny.objective(tiny.config(**(VARIANTS[name] | overrides)))
     with pytest.raises(ValueError, match=reason):
-        exporting.for_diffusers(system)
+        exporting.for_diffusers(objective)
 
 
 def test_unet2d_has_no_pytorch_model(tmp_path):
@@ -279,12 +279,12 @@ def test_control_values_are_named(exported):
 def test_latents_are_decoded_if_the_autoencoder_is_there(whole, tmp_path):
     latents = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "autoencoder.scale": 0.5}
     with small():
-        system, params = create("dit_ln", **latents, **{"autoencoder.shift": 0.1})
-    network = system.autoencoder.network
+        objective, params = create("dit_ln", **latents, **{"autoencoder.shift": 0.1})
+    network = objective.autoencoder.network
     image = jnp.zeros((1, 16, 16, 3))
     frozen = parity.random_like(jax.eval_shape(network.init, jax.random.key(0), image)["params"])
     parts = {"autoencoder": frozen} if whole else {}
-    exporting.export(system, params, parts, exporting.epath.Path(tmp_path))
+    exporting.export(objective, params, parts, exporting.epath.Path(tmp_path))
     pipe = load(tmp_path)
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
     theirs = torch.tensor(x).permute(0, 3, 1, 2)
@@ -295,7 +295,7 @@ def test_latents_are_decoded_if_the_autoencoder_is_there(whole, tmp_path):
         return
     pictures = pipe.network.decode(theirs).permute(0, 2, 3, 1).detach().numpy()
     pictures = np.clip(np.round((pictures + 1) * 127.5), 0, 255)
-    assert np.abs(parity.jit(system.autoencoder.decode)(frozen, x) - pictures).max() <= 1
+    assert np.abs(parity.jit(objective.autoencoder.decode)(frozen, x) - pictures).max() <= 1
     half = pipe.to(torch.bfloat16)(class_labels=1, num_inference_steps=2, output_type="np")
     assert half.images.shape == (1, 16, 16, 3) and np.isfinite(half.images).all()
 
@@ -305,15 +305,15 @@ def test_clip_is_named_and_its_features_are_ours(tmp_path, form):
     source = form(clips.write(tmp_path / "clip"))
     fields = {"text_encoder.name": "clip", "text_encoder.path": str(source)}
     with small():
-        system, params = create("mmdit", **fields)
+        objective, params = create("mmdit", **fields)
     out = exporting.epath.Path(tmp_path / "export")
-    exporting.export(system, params, {}, out)
+    exporting.export(objective, params, {}, out)
     pipe = load(out)
     assert set(pipe.network) == {"model"} and pipe.network.settings["clip"] == str(source)
     asked = ["a red circle", "", "blue " * 20]
     noise = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)
-    params = {**params, **system.load_frozen()}
-    ours = parity.jit(system.condition)(params, requests(system, asked), noise).semantics
+    params = {**params, **objective.load_frozen()}
+    ours = parity.jit(objective.condition)(params, requests(objective, asked), noise).semantics
     with torch.no_grad():
         theirs = pipe.embed(asked, torch.tensor(noise))
     np.testing.assert_allclose(theirs.tokens, ours.tokens, atol=1e-5)
@@ -336,33 +336,33 @@ def test_clip_is_named_and_its_features_are_ours(tmp_path, form):
 )
 def test_autoencoders_that_are_left_out(fields, word, tmp_path, monkeypatch, capsys):
     with small():
-        system, params = create("dit_ln", **fields, **{"autoencoder.size": "tiny"})
-        Workdir(str(tmp_path)).open(system.config, system.vocabulary)
+        objective, params = create("dit_ln", **fields, **{"autoencoder.size": "tiny"})
+        Workdir(str(tmp_path)).open(objective.config, objective.vocabulary)
         checkpoints = mock.Mock(latest=2, **{"restore_params.return_value": (2, params)})
         monkeypatch.setattr("condiff_jax.runs.run.Checkpoints", lambda *_: checkpoints)
-        out = exporting.run(system.config, str(tmp_path))
+        out = exporting.run(objective.config, str(tmp_path))
     assert f"no autoencoder, as {word}" in (told := capsys.readouterr().out)
     assert "samples end as latents" in told and len(told.splitlines()) == 3
     names = importing.weights.read(str(out))
     assert names and all(name.startswith("model.") for name in names)
 
 
-def system_control(system, **values):
+def system_control(objective, **values):
     """(high, low) as the JAX model hears these values."""
-    control = dataclasses.replace(system.config.sampling.control, **values)
-    sampling = dataclasses.replace(system.config.sampling, control=control)
-    config = dataclasses.replace(system.config, sampling=sampling)
-    batch = requests(dataclasses.replace(system, config=config), ["a", "b"])
-    told = system.control.control(batch["control"])
+    control = dataclasses.replace(objective.config.sampling.control, **values)
+    sampling = dataclasses.replace(objective.config.sampling, control=control)
+    config = dataclasses.replace(objective.config, sampling=sampling)
+    batch = requests(dataclasses.replace(objective, config=config), ["a", "b"])
+    told = objective.control.control(batch["control"])
     return np.asarray(told.high), np.asarray(told.low)
 
 
 def test_a_run_is_exported_as_averaged_or_as_trained(tmp_path, capsys):
     with small():
-        system, params = create("dit_ln")
-        config = system.config
+        objective, params = create("dit_ln")
+        config = objective.config
         folder = Workdir(str(tmp_path))
-        folder.open(config, system.vocabulary)
+        folder.open(config, objective.vocabulary)
         trained = state.create(params, optimizer.create(config))
         trained = trained.replace(params=jax.tree.map(lambda a: np.asarray(a) + 1, params))
         checkpoints = Checkpoints(folder.checkpoints, config, create=True)

@@ -74,12 +74,12 @@ def small():
         yield
 
 
-def weights(system, layout, *, sigma=False):
+def weights(objective, layout, *, sigma=False):
     """(our random parameters, the published tensors that hold them, with learned sigma or not)."""
-    params = parity.random_like(system.shapes["model"])
-    state = key_maps.to_published(to_torch(params), importing.LAYOUTS[layout].rules(system))
+    params = parity.random_like(objective.shapes["model"])
+    state = key_maps.to_published(to_torch(params), importing.LAYOUTS[layout].rules(objective))
     if sigma:
-        channels = system.latent_shape[-1]
+        channels = objective.latent_shape[-1]
         for name in [n for n in state if n.startswith(("final_layer.linear", "proj_out"))]:
             if name.startswith("proj_out_1"):
                 continue
@@ -89,12 +89,12 @@ def weights(system, layout, *, sigma=False):
     return params, state
 
 
-def imported(system, source, folder):
+def imported(objective, source, folder):
     """The parameters of the work directory that an import made."""
-    importing.run(system.config, str(folder))
+    importing.run(objective.config, str(folder))
     mesh = sharding.create_mesh(1)
-    checkpoints = Checkpoints(Workdir(str(folder)).checkpoints, system.config)
-    step, params = checkpoints.restore_params(system, mesh)
+    checkpoints = Checkpoints(Workdir(str(folder)).checkpoints, objective.config)
+    step, params = checkpoints.restore_params(objective, mesh)
     assert step == 0
     return params["model"]
 
@@ -114,12 +114,12 @@ def runs(tmp_path_factory):
             source = folder / "source" / ("unet" if name == "unet" else "transformer")
             source.mkdir(parents=True)  # a pipeline's folder
             with small(), contextlib.redirect_stdout(said):
-                system = tiny.system(config(name, **{"convert.source": str(source.parent)}))
-                params, state = weights(system, layout, sigma=name in ("dit_ln", "pixart"))
+                objective = tiny.objective(config(name, **{"convert.source": str(source.parent)}))
+                params, state = weights(objective, layout, sigma=name in ("dit_ln", "pixart"))
                 file = source / "diffusion_pytorch_model.safetensors"
                 save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, file)
-                back = imported(system, source.parent, folder / "run")
-            made[layout] = system, params, Workdir(str(folder / "run")), back, said.getvalue()
+                back = imported(objective, source.parent, folder / "run")
+            made[layout] = objective, params, Workdir(str(folder / "run")), back, said.getvalue()
         return made[layout]
 
     return get
@@ -137,17 +137,17 @@ def test_pickled_weights_come_back_without_running_code(name, layout, tmp_path):
     source = tmp_path / "weights.pt"
     with small():
         fields = {"convert.source": str(source), "model.dtype": "bfloat16"}
-        system = tiny.system(config(name, **fields))
-        params, state = weights(system, layout)
+        objective = tiny.objective(config(name, **fields))
+        params, state = weights(objective, layout)
         tensors = {key: torch.tensor(np.array(a)) for key, a in state.items()}
         if name == "dit_ln":
             tensors["pos_embed"] = torch.tensor(
-                np.array(system.model.positions(jnp.zeros((1, *system.latent_shape))))
+                np.array(objective.model.positions(jnp.zeros((1, *objective.latent_shape))))
             )[None]
         else:  # a buffer of the published code
             tensors["sideblocks.0.attn.rel_pos_bias.relative_position_index"] = torch.zeros(4, 4)
         torch.save({"ema": tensors}, source)
-        same(imported(system, source, tmp_path / "run"), params)
+        same(imported(objective, source, tmp_path / "run"), params)
 
         class Evil:
             def __reduce__(self):
@@ -155,7 +155,7 @@ def test_pickled_weights_come_back_without_running_code(name, layout, tmp_path):
 
         torch.save({"ema": Evil()}, source)
         with pytest.raises(ConfigError, match="cannot be read"):
-            importing.run(system.config, str(tmp_path / "evil"))
+            importing.run(objective.config, str(tmp_path / "evil"))
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "evil").exists()
 
 
@@ -163,17 +163,17 @@ def test_an_import_predicts_what_the_original_does_and_trains_on(tmp_path):
     source = tmp_path / "weights.safetensors"
     with small():
         settings = {"convert.source": str(source), "sampling.labels": (1, 2), "sampling.n": 2}
-        system = tiny.system(config("dit_ln", **settings))
-        _, state = weights(system, "facebookresearch/DiT")
+        objective = tiny.objective(config("dit_ln", **settings))
+        _, state = weights(objective, "facebookresearch/DiT")
         save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, source)
-        params = imported(system, source, tmp_path / "run")
-        model = system.model
-        positions = parity.tensor(model.positions(jnp.zeros((1, *system.latent_shape))))
+        params = imported(objective, source, tmp_path / "run")
+        model = objective.model
+        positions = parity.tensor(model.positions(jnp.zeros((1, *objective.latent_shape))))
         theirs = parity.references.DiT(
             model.depth, model.width, model.heads, model.patch, 3, model.classes, positions
         )
         parity.load(theirs, state)
-        x = np.random.default_rng(0).normal(size=(2, *system.latent_shape)).astype(np.float32)
+        x = np.random.default_rng(0).normal(size=(2, *objective.latent_shape)).astype(np.float32)
         labels = np.array([1, 3])
         eps = parity.jit(model.apply)({"params": params}, x, parity.T, Cond.of(labels))
         t = torch.tensor(parity.T).long()
@@ -182,7 +182,7 @@ def test_an_import_predicts_what_the_original_does_and_trains_on(tmp_path):
         assert np.abs(eps - expected).max() < 1e-4 * np.abs(expected).max()
 
         with pytest.raises(ConfigError, match="diffusion.schedule: linear -> scaled_linear"):
-            sample.run(system.config, str(tmp_path / "run"))
+            sample.run(objective.config, str(tmp_path / "run"))
         settings |= LINEAR
         sample.run(config("dit_ln", **settings), str(tmp_path / "run"))
         loop.run(config("dit_ln", steps=2, **settings), str(tmp_path / "run"))
@@ -197,17 +197,17 @@ def diffusers_scheduler(run):
 
 
 def reopened(folder):
-    """The system of a work directory."""
+    """The objective of a work directory."""
     with small():
         return create_system(folder.load_config(), folder.load_vocabulary())
 
 
 @pytest.mark.parametrize("name, layout", PAIRS)
 def test_published_models_bring_their_noise_levels(name, layout, runs):
-    system, _, folder, _, said = runs(name, layout)
+    objective, _, folder, _, said = runs(name, layout)
     run = reopened(folder)
     if name in ("unet", "mmdit"):  # published with several, or as flows: said, and left as it is
-        np.testing.assert_array_equal(run.schedule.alpha_bar, system.schedule.alpha_bar)
+        np.testing.assert_array_equal(run.schedule.alpha_bar, objective.schedule.alpha_bar)
         assert "noise levels" in said or "rectified flow" in said
         return
     assert "linear, beta 0.0001 to 0.02" in said
@@ -248,7 +248,7 @@ def test_other_noise_levels_than_a_layouts_are_refused(field, tmp_path):
     source = tmp_path / "weights.safetensors"
     other = {"diffusion.schedule": "cosine", "diffusion.base_resolution": 8}.get(field, 0.01)
     with small():
-        _, state = weights(tiny.system(config("dit_ln")), "facebookresearch/DiT")
+        _, state = weights(tiny.objective(config("dit_ln")), "facebookresearch/DiT")
         save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, source)
         fields = {"convert.source": str(source)}
         with pytest.raises(ConfigError, match=f"{field}=.*--config.diffusion.schedule=linear"):
@@ -263,8 +263,8 @@ def test_other_noise_levels_than_a_layouts_are_refused(field, tmp_path):
 
 def test_the_command_line_says_which_fields_were_chosen(tmp_path):
     source = tmp_path / "weights.safetensors"
-    system = tiny.system(config("dit_ln"))
-    _, state = weights(system, "facebookresearch/DiT")
+    objective = tiny.objective(config("dit_ln"))
+    _, state = weights(objective, "facebookresearch/DiT")
     save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, source)
     command = [sys.executable, "-m", "condiff_jax.main", "--mode=import", f"--workdir={tmp_path}/r"]
     command += ["--config=configs/quickstart.py", "--config.model.name=dit_ln"]
@@ -278,9 +278,9 @@ def test_the_command_line_says_which_fields_were_chosen(tmp_path):
 
 def test_an_export_of_ours_wants_its_own_noise_levels(tmp_path):
     with small():
-        system = tiny.system(config("dit_ln", **LINEAR))
-        params = parity.random_like(system.shapes)
-        exporting.export(system, params, {}, exporting.epath.Path(tmp_path / "export"))
+        objective = tiny.objective(config("dit_ln", **LINEAR))
+        params = parity.random_like(objective.shapes)
+        exporting.export(objective, params, {}, exporting.epath.Path(tmp_path / "export"))
         fields = {"convert.source": str(tmp_path / "export")}
         for other, message in [
             ({}, "trained with other noise levels; set --config.diffusion"),
@@ -307,7 +307,7 @@ def test_an_export_of_ours_wants_its_own_noise_levels(tmp_path):
 def test_misfits_are_one_line_that_names_them(overrides, edit, message, tmp_path):
     source = tmp_path / "weights.safetensors"
     with small():
-        _, state = weights(tiny.system(config("dit_ln")), "facebookresearch/DiT")
+        _, state = weights(tiny.objective(config("dit_ln")), "facebookresearch/DiT")
         if edit:
             edit(state)
         save_file({key: np.float32(np.ascontiguousarray(a)) for key, a in state.items()}, source)

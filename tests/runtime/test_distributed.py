@@ -69,7 +69,7 @@ def final(folder, step):
     checkpoints = Checkpoints(Workdir(str(folder)).checkpoints, config)
     assert checkpoints.latest == step
     with tiny.few_layers():
-        return checkpoints.restore(tiny.system(config), sharding.local_mesh())
+        return checkpoints.restore(tiny.objective(config), sharding.local_mesh())
 
 
 def stop_one(folder, n):

@@ -31,7 +31,7 @@ METHODS = [("unet2d", "auto", "class", method) for method in conditioners.names(
 
 
 def create(name="ours", streams="auto", semantics="text", **overrides):
-    """A system of the default config, small and with every group of control scalars."""
+    """An objective of the default config, small and with every group of control scalars."""
     values = base.get_config()
     overrides |= {
         "model.name": name,

@@ -80,9 +80,9 @@ def trained(tmp_path_factory):
 
 def restored(path, config):
     vocabulary = Workdir(str(path)).load_vocabulary()
-    system = classification.create(config, vocabulary)
+    objective = classification.create(config, vocabulary)
     checkpoints = Checkpoints(Workdir(str(path)).checkpoints, config)
-    return jax.device_get(checkpoints.restore(system, sharding.create_mesh()))
+    return jax.device_get(checkpoints.restore(objective, sharding.create_mesh()))
 
 
 def test_two_steps_and_two_are_four_bit_for_bit(trained, tmp_path):
@@ -106,7 +106,7 @@ def test_two_steps_and_two_are_four_bit_for_bit(trained, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def system():
+def objective():
     config = tiny.config(**FIELDS)
     return classification.create(config, create_vocabulary(config, create_source(config)))
 
@@ -121,16 +121,18 @@ def pictures(n):
     }
 
 
-def test_the_loss_is_the_cross_entropy_of_noised_pictures(system):
+def test_the_loss_is_the_cross_entropy_of_noised_pictures(objective):
     batch, rng = pictures(8), np.random.default_rng(0)
-    params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), system.shapes)
-    noise = system.draw_noise(jax.random.key(1), 8)
+    params = jax.tree.map(
+        lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), objective.shapes
+    )
+    noise = objective.draw_noise(jax.random.key(1), 8)
     assert sorted(np.asarray(noise["t"]) // 125) == list(range(8))  # one of each eighth
-    run = jax.jit(system.loss)
+    run = jax.jit(objective.loss)
     loss, parts = run(params, batch, noise)
     x0 = batch["image"] / 127.5 - 1
-    x = add_noise(system.schedule, x0, noise["t"], noise["eps"])
-    logits = jax.jit(system.model.apply)({"params": params["classifier"]}, x, noise["t"])
+    x = add_noise(objective.schedule, x0, noise["t"], noise["eps"])
+    logits = jax.jit(objective.model.apply)({"params": params["classifier"]}, x, noise["t"])
     logits, label = np.asarray(logits, np.float64), np.asarray(batch["label"])
     probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert loss == pytest.approx(-np.log(probability[range(8), label]).mean(), rel=1e-4)
@@ -142,15 +144,15 @@ def test_the_loss_is_the_cross_entropy_of_noised_pictures(system):
         assert parts[f"accuracy_{i + 1}"] == pytest.approx(right[inside].mean())
 
 
-def test_the_loss_falls_where_classes_are_seen(system):
+def test_the_loss_falls_where_classes_are_seen(objective):
     """Class 0 is dark, class 1 is bright; noise hides it from some of t alone."""
     config = tiny.config(**FIELDS | {"data.resolution": 8, "optimizer.learning_rate": 1e-2})
-    system, label = classification.create(config, system.vocabulary), np.arange(16) % 2
+    objective, label = classification.create(config, objective.vocabulary), np.arange(16) % 2
     image = np.broadcast_to((40 + 175 * label).astype(np.uint8)[:, None, None, None], IMAGES)
     batch = {"image": image, "label": label, "broken": np.zeros(16, np.int32)}
     tx, losses = optimizer.create(config), []
-    step = jax.jit(partial(step_lib.train_step, system=system, tx=tx))
-    train_state = jax.jit(lambda key: state.create(system.init(key), tx))(jax.random.key(0))
+    step = jax.jit(partial(step_lib.train_step, objective=objective, tx=tx))
+    train_state = jax.jit(lambda key: state.create(objective.init(key), tx))(jax.random.key(0))
     for _ in range(30):
         train_state, metrics = step(train_state, batch)
         losses.append(float(metrics["loss"]))
@@ -159,9 +161,9 @@ def test_the_loss_falls_where_classes_are_seen(system):
     assert metrics["accuracy_1"] == 1
 
 
-def test_flops_are_those_of_the_network(system):
-    found = system.forward_flops()
-    resolution = system.config.data.resolution
+def test_flops_are_those_of_the_network(objective):
+    found = objective.forward_flops()
+    resolution = objective.config.data.resolution
     assert found > 2 * 9 * 8 * 8 * resolution**2  # one of its convolutions
 
 
@@ -184,31 +186,31 @@ def one_device():
     return sharding.create_mesh(devices=jax.devices()[:1])
 
 
-def saved(system, path, value):
+def saved(objective, path, value):
     """The folder of a classifier whose parameters are all `value`, and their averages -value."""
     folder = Workdir(str(path))
-    folder.open(system.config, system.vocabulary)
+    folder.open(objective.config, objective.vocabulary)
     shapes = jax.eval_shape(
-        partial(state.create, tx=optimizer.create(system.config)), system.shapes
+        partial(state.create, tx=optimizer.create(objective.config)), objective.shapes
     )
     zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
     params, ema = (jax.tree.map(lambda a, v=v: a + v, zeros.params) for v in (value, -value))
-    checkpoints = Checkpoints(folder.checkpoints, system.config, create=True)
+    checkpoints = Checkpoints(folder.checkpoints, objective.config, create=True)
     checkpoints.save(4, zeros.replace(step=np.array(4), params=params, ema=ema), 0.0)
     checkpoints.close()
     return folder.path
 
 
-def test_the_classifier_that_is_named_guides_averaged_or_as_trained(system, tmp_path):
+def test_the_classifier_that_is_named_guides_averaged_or_as_trained(objective, tmp_path):
     """Also where the grid of an evaluation goes from one to another with the same sampler."""
 
     def guide(sampler):
         params = jax.device_get(sampler.frozen["classifier"])
         return {value for leaf in jax.tree.leaves(params) for value in leaf.ravel().tolist()}
 
-    one, two = (saved(system, tmp_path / str(n), n) for n in (1.0, 2.0))
+    one, two = (saved(objective, tmp_path / str(n), n) for n in (1.0, 2.0))
     raw, other = (guided(path, **{"sampling.ema": False}) for path in (one, two))
-    denoiser = tiny.system(raw)
+    denoiser = tiny.objective(raw)
     sampler = sampler_lib.Sampler(denoiser, one_device(), raw.sampling)
     assert guide(sampler) == {1} and guide(sampler.at(other)) == {2}
     assert guide(sampler_lib.Sampler(denoiser, one_device(), guided(one).sampling)) == {-1}
@@ -222,33 +224,33 @@ def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
         weight: guided(trained, **fields, **{"sampling.classifier_guidance": weight})
         for weight in (0.0, 1000.0)
     }
-    system, (params, asked) = tiny.system(configs[1000.0]), (run[1], [0, 3, 5, 9])
-    sampler = sampler_lib.Sampler(system, one_device(), configs[1000.0].sampling)
-    batch = requests(system, asked)
-    network, own = classifier_guide.load(system, one_device(), configs[1000.0].sampling)
+    objective, (params, asked) = tiny.objective(configs[1000.0]), (run[1], [0, 3, 5, 9])
+    sampler = sampler_lib.Sampler(objective, one_device(), configs[1000.0].sampling)
+    batch = requests(objective, asked)
+    network, own = classifier_guide.load(objective, one_device(), configs[1000.0].sampling)
 
     @jax.jit
     def by_hand(weight):
         keys = sampler_lib.noise_keys(0, jnp.arange(4))[:, 1]
-        cond = system.condition(params, batch, None)
+        cond = objective.condition(params, batch, None)
 
         def log_prob(x, t):
             logits = network.apply({"params": own}, x, t)
             return jax.nn.log_softmax(logits)[jnp.arange(4), jnp.array(asked)].sum()
 
-        eps, shift = sampler_lib.dual_guidance(system.denoise(params), 2.0), {}
+        eps, shift = sampler_lib.dual_guidance(objective.denoise(params), 2.0), {}
         if name == "ddpm":
             denoise = eps
             shift["gradient"] = lambda x, t, cond: weight * jax.grad(log_prob)(x, t)
         else:
 
             def denoise(x, t, cond):
-                std = jnp.sqrt(1 - system.schedule.alpha_bar_at(t, 4))
+                std = jnp.sqrt(1 - objective.schedule.alpha_bar_at(t, 4))
                 return eps(x, t, cond) - weight * std * jax.grad(log_prob)(x, t)
 
-        x = sampler_lib.initial_noise(keys, system.latent_shape)
-        x = sampler_lib.SAMPLERS[name](denoise, system.schedule, x, cond, keys, steps=3, **shift)
-        return system.autoencoder.decode(None, x)
+        x = sampler_lib.initial_noise(keys, objective.latent_shape)
+        x = sampler_lib.SAMPLERS[name](denoise, objective.schedule, x, cond, keys, steps=3, **shift)
+        return objective.autoencoder.decode(None, x)
 
     found = {w: sampler.at(config)(params, batch).astype(int) for w, config in configs.items()}
     assert sampler.program._cache_size() == 1
@@ -285,13 +287,15 @@ def test_a_grid_of_weights_has_one_program_and_its_own_records(trained, run):
 
 def test_parameters_are_arguments_and_no_constants(trained, run):
     config = guided(trained)
-    system = tiny.system(config)
-    sampler = sampler_lib.Sampler(system, one_device(), config.sampling)
+    objective = tiny.objective(config)
+    sampler = sampler_lib.Sampler(objective, one_device(), config.sampling)
     program, scales = sampler_lib.SamplingProgram.create(config.sampling, 16, sampler.classifier)
-    args = run[1], sampler.frozen, requests(system, [1]), np.arange(1), scales
-    made = jax.make_jaxpr(partial(sampler_lib.generate, system=system, program=program))(*args)
+    args = run[1], sampler.frozen, requests(objective, [1]), np.arange(1), scales
+    made = jax.make_jaxpr(partial(sampler_lib.generate, objective=objective, program=program))(
+        *args
+    )
     biggest = max((np.size(constant) for constant in made.consts), default=0)
-    assert biggest < system.schedule.timesteps + 1
+    assert biggest < objective.schedule.timesteps + 1
 
 
 def test_mode_sample_writes_guided_pictures(trained, run):
@@ -333,35 +337,35 @@ def test_a_classifier_of_other_noised_pictures_is_refused(trained, tmp_path, fie
     config = guided(changed(trained, tmp_path, **fields))
     ((field, value),) = fields.items()
     with pytest.raises(ConfigError, match=f"sampling.classifier: it has {field}={value}, this"):
-        sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
+        sampler_lib.Sampler(tiny.objective(config), one_device(), config.sampling)
 
 
 def test_the_same_noise_levels_by_another_name_will_do(trained, tmp_path):
     config = guided(changed(trained, tmp_path, **{"diffusion.base_resolution": 16}))
-    sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
+    sampler_lib.Sampler(tiny.objective(config), one_device(), config.sampling)
 
 
 def test_a_classifier_of_other_classes_is_refused(trained):
     config = guided(trained, **{"data.classes": 30})
     message = "its classes .10: .* are not those of this model .30: "
     with pytest.raises(ConfigError, match=message):
-        sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
+        sampler_lib.Sampler(tiny.objective(config), one_device(), config.sampling)
 
 
 def test_a_classifier_in_the_latents_of_another_autoencoder_is_refused(tmp_path):
     fields = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "model.size": "tiny/1"}
-    system = tiny.system(tiny.config(**DENOISER | fields))
+    objective = tiny.objective(tiny.config(**DENOISER | fields))
     config = tiny.config(**FIELDS | fields | {"model.size": "tiny"})
-    found, folder = classification.create(config, system.vocabulary), Workdir(str(tmp_path))
+    found, folder = classification.create(config, objective.vocabulary), Workdir(str(tmp_path))
     file = tmp_path / "coder.safetensors"
     file.write_bytes(b"weights")
-    coder = dataclasses.replace(system.frozen["autoencoder"], path=str(file))
-    system.__dict__["frozen"] = {"autoencoder": coder}  # as the cached property keeps it
+    coder = dataclasses.replace(objective.frozen["autoencoder"], path=str(file))
+    objective.__dict__["frozen"] = {"autoencoder": coder}  # as the cached property keeps it
     for known, refused in ((weights.sha256([file]), False), ("ab", True)):
         folder.encoders.write_text(json.dumps({"autoencoder": known}))
         message = "latents of other files than those at autoencoder.path"
         with pytest.raises(ConfigError, match=message) if refused else contextlib.nullcontext():
-            classifier_guide._check(found, system, folder)
+            classifier_guide._check(found, objective, folder)
 
 
 def test_a_folder_without_a_classifier_is_refused(run, tmp_path):
@@ -371,7 +375,7 @@ def test_a_folder_without_a_classifier_is_refused(run, tmp_path):
     ):
         config = guided(path)
         with pytest.raises(ConfigError, match=f"sampling.classifier: .*{message}"):
-            sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
+            sampler_lib.Sampler(tiny.objective(config), one_device(), config.sampling)
 
 
 def test_an_unfinished_classifier_is_refused(trained, tmp_path):
@@ -379,7 +383,7 @@ def test_an_unfinished_classifier_is_refused(trained, tmp_path):
     shutil.rmtree(path / "checkpoints")
     config = guided(path)
     with pytest.raises(ConfigError, match="sampling.classifier: .*no checkpoints here"):
-        sampler_lib.Sampler(tiny.system(config), one_device(), config.sampling)
+        sampler_lib.Sampler(tiny.objective(config), one_device(), config.sampling)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +412,7 @@ def test_settings_of_sampling_that_make_no_sense_are_named():
 
 def test_a_classifier_is_not_sampled():
     with pytest.raises(ConfigError, match="objective: classification has no denoiser"):
-        tiny.system(tiny.config(**FIELDS))
+        tiny.objective(tiny.config(**FIELDS))
 
 
 def test_the_config_trains_what_it_says():

@@ -35,22 +35,22 @@ def few_layers():
 
 @pytest.fixture(scope="module")
 def trained():
-    system = tiny.system(tiny.config(**{"sampling.eta": 1.0}))
-    params = jax.jit(system.init)(jax.random.key(0))
+    objective = tiny.objective(tiny.config(**{"sampling.eta": 1.0}))
+    params = jax.jit(objective.init)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
-    return system, tree.unflatten(
+    return objective, tree.unflatten(
         [a + 0.1 * rng.standard_normal(a.shape, np.float32) for a in leaves]
     )
 
 
-def pictures(system, params, prompts, *, devices=8, batch_size=64, first=0, **fields):
+def pictures(objective, params, prompts, *, devices=8, batch_size=64, first=0, **fields):
     config = tiny.config(**{"sampling.batch_size": batch_size, "sampling.eta": 1.0, **fields})
     mesh = jax.sharding.Mesh(
         np.array(jax.devices()[:devices]).reshape(devices, 1), sharding.BATCH_AXES
     )
-    sampler = sampler_lib.Sampler(system, mesh, config.sampling)
-    return sampler(params, requests(system, prompts), first=first)
+    sampler = sampler_lib.Sampler(objective, mesh, config.sampling)
+    return sampler(params, requests(objective, prompts), first=first)
 
 
 PROMPTS = ["red circle", "a blue square at the top left", "green ring"] * 3
@@ -73,31 +73,33 @@ def test_samples_do_not_depend_on_batch_size_or_devices(trained):
 
 
 def test_seed_prompt_and_control_matter(trained):
-    system, params = trained
-    whole = pictures(system, params, PROMPTS[:2])
-    assert np.abs(whole - pictures(system, params, PROMPTS[:2], **{"sampling.seed": 1})).max() > 5
-    assert np.abs(whole - pictures(system, params, ["red ring", "cross"])).max() > 1
-    doubled = {"sampling.guidance": 1.25, "sampling.base_resolution": 8}  # Eq. 4: 1.5 at 16 pixels
-    assert_same(whole, pictures(system, params, PROMPTS[:2], **doubled))
-    request = requests(
-        system, PROMPTS[:2], {k: v + 1 for k, v in control_values(system.config, 2).items()}
+    objective, params = trained
+    whole = pictures(objective, params, PROMPTS[:2])
+    assert (
+        np.abs(whole - pictures(objective, params, PROMPTS[:2], **{"sampling.seed": 1})).max() > 5
     )
-    sampler = sampler_lib.Sampler(system, sharding.create_mesh(), system.config.sampling)
+    assert np.abs(whole - pictures(objective, params, ["red ring", "cross"])).max() > 1
+    doubled = {"sampling.guidance": 1.25, "sampling.base_resolution": 8}  # Eq. 4: 1.5 at 16 pixels
+    assert_same(whole, pictures(objective, params, PROMPTS[:2], **doubled))
+    request = requests(
+        objective, PROMPTS[:2], {k: v + 1 for k, v in control_values(objective.config, 2).items()}
+    )
+    sampler = sampler_lib.Sampler(objective, sharding.create_mesh(), objective.config.sampling)
     assert np.abs(whole.astype(int) - sampler(params, request).astype(int)).max() > 1
 
 
 def test_other_guidance_scales_need_no_other_program(trained):
-    system, params = trained
-    request = requests(system, PROMPTS[:2])
+    objective, params = trained
+    request = requests(objective, PROMPTS[:2])
     fields = {"sampling.batch_size": 64, "sampling.eta": 1.0}
-    sampler = sampler_lib.Sampler(system, sharding.create_mesh(), tiny.config(**fields).sampling)
+    sampler = sampler_lib.Sampler(objective, sharding.create_mesh(), tiny.config(**fields).sampling)
     made = []
     for guidance in (2.0, 4.0):
         other = sampler.at(tiny.config(**fields, **{"sampling.guidance": guidance}))
         made.append(other(params, request))
     assert other.program._cache_size() == 1
     assert np.abs(made[0].astype(int) - made[1]).max() > 5
-    assert_same(made[1], pictures(system, params, PROMPTS[:2], **{"sampling.guidance": 4.0}))
+    assert_same(made[1], pictures(objective, params, PROMPTS[:2], **{"sampling.guidance": 4.0}))
 
 
 SETTINGS = {  # each with a value other than the test's usual one
@@ -109,7 +111,7 @@ SETTINGS = {  # each with a value other than the test's usual one
 @pytest.mark.parametrize("changed", [{}, *({name: value} for name, value in SETTINGS.items())])
 def test_every_setting_reaches_guidance_and_sampler(trained, changed):
     """Traced alone, with both of them replaced by what notes its arguments."""
-    system, params = trained
+    objective, params = trained
     settings = {
         "sampler": "ddim", "steps": 5, "spacing": "trailing", "eta": 0.0, "guidance": 1.5,
         "control_guidance": 1.25, "base_resolution": 0, "clip": True,
@@ -119,7 +121,7 @@ def test_every_setting_reaches_guidance_and_sampler(trained, changed):
 
     def sampler(name, denoise, schedule, x, cond, keys, **given):
         calls.append((name, denoise, given))
-        assert schedule is system.schedule
+        assert schedule is objective.schedule
         return x
 
     samplers = {name: partial(sampler, name) for name in ("ddim", "ddpm")}
@@ -128,15 +130,15 @@ def test_every_setting_reaches_guidance_and_sampler(trained, changed):
         mock.patch.object(sampler_lib, "dual_guidance", return_value="guided") as guidance,
     ):
         program, scales = sampler_lib.SamplingProgram.create(config.sampling, 16)
-        generate = partial(sampler_lib.generate, system=system, program=program)
-        request = requests(system, PROMPTS[:2])
+        generate = partial(sampler_lib.generate, objective=objective, program=program)
+        request = requests(objective, PROMPTS[:2])
         jax.eval_shape(generate, params, {}, request, np.arange(2, dtype=np.int32), scales)
     scale = 2.0 if "base_resolution" in changed else settings["guidance"]  # Eq. 4
     np.testing.assert_allclose(scales, [scale, settings["control_guidance"], 1.0])
     assert guidance.call_args.args[3] == needed_branches(scale, settings["control_guidance"])
     given = {name: settings[name] for name in ("steps", "spacing", "eta")}
-    given["clip"] = system.autoencoder.bound if settings["clip"] else None
-    assert calls == [(settings["sampler"], "guided", given)] and system.autoencoder.bound
+    given["clip"] = objective.autoencoder.bound if settings["clip"] else None
+    assert calls == [(settings["sampler"], "guided", given)] and objective.autoencoder.bound
 
 
 def equations(jaxpr, loops=()):
@@ -152,16 +154,16 @@ def equations(jaxpr, loops=()):
 @pytest.mark.parametrize("guidance, beta, branches", [(1.0, 1.0, 1), (1.5, 1.0, 2), (1.5, 1.25, 3)])
 def test_the_sampler_is_one_loop_around_one_call_of_the_denoiser(trained, guidance, beta, branches):
     """Of all branches of the guidance together, and nothing in it goes to the host."""
-    system, params = trained
+    objective, params = trained
     scales = {"sampling.guidance": guidance, "sampling.control_guidance": beta}
     config = tiny.config(**scales, **{"sampling.steps": 7, "sampling.eta": 1.0})
     program, scales = sampler_lib.SamplingProgram.create(config.sampling, 16)
-    generate = partial(sampler_lib.generate, system=system, program=program)
-    request = requests(system, PROMPTS[:3])
+    generate = partial(sampler_lib.generate, objective=objective, program=program)
+    request = requests(objective, PROMPTS[:3])
     args = params, {}, request, np.arange(3, dtype=np.int32), scales
     whole = jax.make_jaxpr(generate)(*args)
     found = list(equations(whole.jaxpr))
-    depth = system.model.depth
+    depth = objective.model.depth
     assert [(loops, eqn.params["length"]) for name, loops, eqn in found if name == "scan"] == [
         ((), 7), ((7,), depth),
     ]  # fmt: skip
@@ -188,13 +190,13 @@ def test_control_guidance_sampler_and_clip_change_pictures(trained):
 
             return eps
 
-    system = Linear(**vars(trained[0]))
-    request = requests(system, PROMPTS[:2])
+    objective = Linear(**vars(trained[0]))
+    request = requests(objective, PROMPTS[:2])
 
     def made(**fields):
         settings = tiny.config(**fields).sampling
         program, scales = sampler_lib.SamplingProgram.create(settings, 16)
-        generate = partial(sampler_lib.generate, system=system, program=program)
+        generate = partial(sampler_lib.generate, objective=objective, program=program)
         return np.asarray(generate(trained[1], {}, request, np.arange(2), scales)).astype(int)
 
     usual = made()
@@ -204,8 +206,8 @@ def test_control_guidance_sampler_and_clip_change_pictures(trained):
 
 def test_requests_ask_for_the_sizes_of_their_numbers(trained):
     fields = {"sampling.size": "tied", "sampling.size_range": (20, 40)}
-    system = dataclasses.replace(trained[0], config=tiny.config(**fields))
-    request = requests(system, PROMPTS[:2], first=3)
+    objective = dataclasses.replace(trained[0], config=tiny.config(**fields))
+    request = requests(objective, PROMPTS[:2], first=3)
     np.testing.assert_array_equal(request["control"]["height"], sizes(5, **fields)[0][3:])
 
 
@@ -295,6 +297,6 @@ def test_no_prompts_unknown_class_and_missing_run_are_errors(tmp_path, trained):
         asked_for(tiny.config(), trained[0])
     config = tiny.config(**{"data.semantics": "class", "sampling.labels": (10,)})
     with pytest.raises(ConfigError, match="class 10; classes go from 0 to 9"):
-        asked_for(config, tiny.system(config))
+        asked_for(config, tiny.objective(config))
     with pytest.raises(ConfigError, match="no run here"):
         sample.run(tiny.config(), str(tmp_path / "nothing"))

@@ -68,13 +68,13 @@ def config_of(folders):
 @pytest.fixture(scope="module")
 def compiled(config_of):
     """An encoder of kl that runs of mode encode can share."""
-    return encode.Encoder(tiny.system(config_of()))
+    return encode.Encoder(tiny.objective(config_of()))
 
 
 @pytest.fixture
 def encoder(compiled, monkeypatch):
     """What all runs of mode encode in a test encode with."""
-    monkeypatch.setattr(encode, "Encoder", lambda system: compiled)
+    monkeypatch.setattr(encode, "Encoder", lambda objective: compiled)
     return compiled
 
 
@@ -84,7 +84,7 @@ def caches(config_of, compiled, tmp_path_factory):
     out = {name: tmp_path_factory.mktemp("cache") / name for name in ("kl", "vq")}
     encode.run(config_of("vq", **{"encode.path": str(out["vq"])}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "Encoder", lambda system: compiled)
+        patch.setattr(encode, "Encoder", lambda objective: compiled)
         encode.run(config_of(**{"encode.path": str(out["kl"])}))
     return out
 
@@ -118,11 +118,11 @@ def both_batches(config, cached_config, k, mirrored=0):
 
     mirrored: 1 takes the other flip from the cache.
     """
-    system, other = tiny.system(config), tiny.system(cached_config)
+    objective, other = tiny.objective(config), tiny.objective(cached_config)
     settings = (config.data.resolution, config.data.crop, config.data.flip)
     online, offline, source, cache = [], [], open_source(config), open_source(cached_config)
     for i in range(PICTURES):
-        encode_text = system.encode_text if system.text_encoder else None
+        encode_text = objective.encode_text if objective.text_encoder else None
         rng = np.random.default_rng([config.seed, i, k])
         online.append(Preprocess(source, *settings, encode_text).random_map(i, rng))
         flip = int(online[-1]["control"]["flip"]) ^ mirrored
@@ -135,24 +135,24 @@ def both_batches(config, cached_config, k, mirrored=0):
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
 def test_loss_equals_that_of_training_on_pictures(name, config_of, cached):
-    system, other = tiny.system(config_of(name)), tiny.system(cached(name))
-    online, offline = both_batches(system.config, other.config, k=1)
+    objective, other = tiny.objective(config_of(name)), tiny.objective(cached(name))
+    online, offline = both_batches(objective.config, other.config, k=1)
     assert {0, 1} == set(online["control"]["flip"].tolist())
     jax.tree.map(np.testing.assert_array_equal, online["control"], offline["control"])
     for field in ("ids", "mask", "label", "broken"):
         np.testing.assert_array_equal(online[field], offline[field])
     assert "image" not in offline and offline["moments"].dtype == np.float16
-    params = random_like(system.shapes)
-    frozen = jax.device_get(system.load_frozen())
-    noise = system.draw_noise(jax.random.key(1), PICTURES)
+    params = random_like(objective.shapes)
+    frozen = jax.device_get(objective.load_frozen())
+    noise = objective.draw_noise(jax.random.key(1), PICTURES)
     noise["t"] = noise["t"] // 10  # where x_0 is heard
-    loss = jit(lambda *inputs: system.loss(*inputs)[0])
+    loss = jit(lambda *inputs: objective.loss(*inputs)[0])
     expected = loss(params, online, noise, frozen)
     # The cache needs no parameters of the autoencoder. Values have float16's 2^-11 of error.
     np.testing.assert_allclose(loss(params, offline, noise, {}), expected, rtol=1e-3)
-    _, flipped = both_batches(system.config, other.config, k=1, mirrored=1)
+    _, flipped = both_batches(objective.config, other.config, k=1, mirrored=1)
     assert abs(loss(params, flipped, noise, {}) / expected - 1) > 1e-2
-    space = system.autoencoder
+    space = objective.autoencoder
     x0 = jit(space.encode)(frozen["autoencoder"], online["image"], noise["latent"])
     np.testing.assert_allclose(
         space.sample(offline["moments"], noise["latent"]), x0, rtol=2e-3, atol=2e-3
@@ -160,10 +160,10 @@ def test_loss_equals_that_of_training_on_pictures(name, config_of, cached):
 
 
 def test_both_flips_are_what_flipping_the_picture_gives(config_of, cached):
-    system = tiny.system(config_of())
-    code = jit(system.autoencoder.moments)
-    params = system.load_frozen()["autoencoder"]
-    online, _ = both_batches(system.config, cached(), k=0)
+    objective = tiny.objective(config_of())
+    code = jit(objective.autoencoder.moments)
+    params = objective.load_frozen()["autoencoder"]
+    online, _ = both_batches(objective.config, cached(), k=0)
     for i, image in enumerate(online["image"]):
         cache = open_source(cached())
         assert cache.views == VIEWS
@@ -189,7 +189,7 @@ def test_without_flips_there_are_none(config_of, tmp_path):
 def test_the_stream_depends_on_seed_and_number_alone(cached):
     def stream(seed=0, **hosts):
         config = cached(seed=seed)
-        return batches(config, open_source(config), tiny.system(config).encode_text, **hosts)
+        return batches(config, open_source(config), tiny.objective(config).encode_text, **hosts)
 
     data = stream()
     seen = [next(data) for _ in range(4)]
@@ -209,7 +209,10 @@ def test_the_stream_depends_on_seed_and_number_alone(cached):
 def test_the_system_is_the_same_as_without_the_cache(semantics, config_of, cached):
     fields = {"data.semantics": semantics}
     pictures, latents = open_source(config_of(**fields)), open_source(cached(**fields))
-    assert tiny.system(cached(**fields)).vocabulary == tiny.system(config_of(**fields)).vocabulary
+    assert (
+        tiny.objective(cached(**fields)).vocabulary
+        == tiny.objective(config_of(**fields)).vocabulary
+    )
     for i in range(PICTURES):
         assert latents[i]["label"] == pictures[i]["label"]
         assert latents[i]["caption"] == pictures[i]["caption"]
@@ -255,7 +258,7 @@ def test_caches_are_the_same_after_a_kill_at_any_rename(
         monkeypatch.setattr(encode.ReadRecord, "__call__", counting(read))
         encode.run(config)
         monkeypatch.undo()
-        monkeypatch.setattr(encode, "Encoder", lambda system: encoder)
+        monkeypatch.setattr(encode, "Encoder", lambda objective: encoder)
         assert contents(out) == whole
         assert len(set(read)) == PICTURES - (0, 2, 5)[len(finished)]
 
@@ -337,8 +340,8 @@ class SomeBroken:
 
 def test_broken_pictures_are_left_out_and_counted(encoder, config_of, tmp_path):
     config = config_of(**{"encode.records": 0})
-    system, source = tiny.system(config), open_source(config)
-    manifest = encode.encode(system, SomeBroken(source), tmp_path / "c")
+    objective, source = tiny.objective(config), open_source(config)
+    manifest = encode.encode(objective, SomeBroken(source), tmp_path / "c")
     assert (manifest["pictures"], manifest["broken"]) == (PICTURES - 1, 1)
     found = Cache(tmp_path / "c")
     expected = [source[i]["caption"] for i in (0, 2, 3, 4)]
@@ -373,7 +376,7 @@ def test_a_cache_of_something_else_is_named_before_training(
 def test_examples_are_views_whole_and_unmixed(cached):
     """What a batch holds is, row by row, a picture's label, caption, and one of its views."""
     config = cached(seed=3)
-    source, encode_text = open_source(config), tiny.system(config).encode_text
+    source, encode_text = open_source(config), tiny.objective(config).encode_text
     batch = next(batches(config, source, encode_text))
     expected = {}
     for i in range(PICTURES):
@@ -459,11 +462,11 @@ def test_text_features_take_the_place_of_captions(config_of, tmp_path):
     assert "ids" not in offline and offline["tokens"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(online["mask"], offline["mask"])
     assert not offline["tokens"][~offline["mask"]].any()
-    system = tiny.system(config)
+    objective = tiny.objective(config)
     noise = np.random.default_rng(0).normal(size=offline["tokens"].shape).astype(np.float32)
-    frozen = system.load_frozen()
-    expected = jit(system.condition)(frozen, online, noise).semantics
-    found = jit(system.condition)({}, offline, noise).semantics
+    frozen = objective.load_frozen()
+    expected = jit(objective.condition)(frozen, online, noise).semantics
+    found = jit(objective.condition)({}, offline, noise).semantics
     np.testing.assert_allclose(found.tokens, expected.tokens, rtol=2**-7, atol=2**-7)
     np.testing.assert_allclose(found.pooled, expected.pooled, rtol=2**-8, atol=2**-8)
     assert found.tokens.dtype == expected.tokens.dtype
@@ -473,7 +476,7 @@ def test_text_features_take_the_place_of_captions(config_of, tmp_path):
             config_of(**fields | latents | {"text_encoder.path": str(other)}), str(tmp_path / "run")
         )
     words = config_of(**latents)  # another encoder of the same captions
-    assert "ids" in next(batches(words, open_source(words), tiny.system(words).encode_text))
+    assert "ids" in next(batches(words, open_source(words), tiny.objective(words).encode_text))
 
 
 def test_trains_resumes_and_samples_from_a_cache(cached, tmp_path, monkeypatch):

@@ -35,22 +35,22 @@ def few_layers():
 
 
 def batch_of(config):
-    system = tiny.system(config)
-    return system, next(batches(config, create_source(config), system.encode_text))
+    objective = tiny.objective(config)
+    return objective, next(batches(config, create_source(config), objective.encode_text))
 
 
-def loss_and_grads(system, mesh, parts=1):
+def loss_and_grads(objective, mesh, parts=1):
     """Loss and gradient at random parameters, on a given mesh."""
 
     @jax.jit
     def compute(params, batch, noise):
-        value_and_grad = jax.value_and_grad(lambda *a: system.loss(*a)[0])
+        value_and_grad = jax.value_and_grad(lambda *a: objective.loss(*a)[0])
         return step_lib.accumulated(value_and_grad, params, (batch, noise), parts)
 
-    params = random_like(system.shapes)
+    params = random_like(objective.shapes)
     params = jax.device_put(params, sharding.tree_shardings(mesh, params))
-    _, batch = batch_of(system.config)
-    noise = jax.device_get(system.draw_noise(jax.random.key(1), 16))
+    _, batch = batch_of(objective.config)
+    noise = jax.device_get(objective.draw_noise(jax.random.key(1), 16))
     placed = sharding.put_batch(mesh, (batch, noise))
     return jax.device_get(compute(params, *placed))
 
@@ -64,17 +64,17 @@ def test_first_loss_is_the_mean_square_of_what_is_predicted():
     """The output starts at zero, so the loss is that of guessing zero."""
     params = None
     for prediction in ("epsilon", "v"):
-        system, batch = batch_of(tiny.config(**{"diffusion.prediction": prediction}))
+        objective, batch = batch_of(tiny.config(**{"diffusion.prediction": prediction}))
         if params is None:
-            params = jit(system.init)(jax.random.key(0))
-        noise = jit(system.draw_noise, static_argnums=1)(jax.random.key(1), 16)
-        root = np.sqrt(system.schedule.alpha_bar[noise["t"]]).reshape(-1, 1, 1, 1)
+            params = jit(objective.init)(jax.random.key(0))
+        noise = jit(objective.draw_noise, static_argnums=1)(jax.random.key(1), 16)
+        root = np.sqrt(objective.schedule.alpha_bar[noise["t"]]).reshape(-1, 1, 1, 1)
         target = noise["eps"]
         if prediction == "v":
-            target = root * target - np.sqrt(1 - root**2) * system.autoencoder.encode(
+            target = root * target - np.sqrt(1 - root**2) * objective.autoencoder.encode(
                 None, batch["image"], None
             )
-        loss, _ = jit(system.loss)(params, batch, noise)
+        loss, _ = jit(objective.loss)(params, batch, noise)
         np.testing.assert_allclose(loss, np.square(target).mean(), rtol=1e-4)
 
 
@@ -85,14 +85,14 @@ def meshes():
 
 @pytest.fixture(scope="module")
 def reference():
-    system = tiny.system(tiny.config())
-    return system, loss_and_grads(system, meshes()["one"])
+    objective = tiny.objective(tiny.config())
+    return objective, loss_and_grads(objective, meshes()["one"])
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp"])
 def test_eight_devices_compute_what_one_does(reference, mesh):
-    system, expected = reference
-    assert_close(expected, loss_and_grads(system, meshes()[mesh]))
+    objective, expected = reference
+    assert_close(expected, loss_and_grads(objective, meshes()[mesh]))
 
 
 def test_parameters_are_traced_once_for_their_shapes(monkeypatch):
@@ -101,16 +101,16 @@ def test_parameters_are_traced_once_for_their_shapes(monkeypatch):
     monkeypatch.setattr(
         diffusion.DiffusionObjective, "init", lambda *a: calls.append(a) or init(*a)
     )
-    system = tiny.system(tiny.config())
-    loop.compile_step(system, sharding.local_mesh())
-    assert system.forward_flops() > 0 and len(calls) == 1
-    assert system.shapes == jax.eval_shape(system.init, jax.random.key(7))
+    objective = tiny.objective(tiny.config())
+    loop.compile_step(objective, sharding.local_mesh())
+    assert objective.forward_flops() > 0 and len(calls) == 1
+    assert objective.shapes == jax.eval_shape(objective.init, jax.random.key(7))
 
 
 def test_fsdp_splits_parameters(reference):
-    system, _ = reference
+    objective, _ = reference
     mesh = sharding.create_mesh(8)
-    params = jax.eval_shape(system.init, jax.random.key(0))
+    params = jax.eval_shape(objective.init, jax.random.key(0))
     places = sharding.tree_shardings(mesh, params)
     sizes = [
         np.prod(place.shard_shape(leaf.shape)) / leaf.size
@@ -121,13 +121,13 @@ def test_fsdp_splits_parameters(reference):
 
 
 def test_accumulation_equals_one_big_batch(reference):
-    system, expected = reference
-    assert_close(expected, loss_and_grads(system, meshes()["one"], parts=4))
+    objective, expected = reference
+    assert_close(expected, loss_and_grads(objective, meshes()["one"], parts=4))
 
 
 def test_noise_is_a_function_of_seed_and_step():
-    system = tiny.system(tiny.config())
-    draw = lambda i: system.draw_noise(jax.random.fold_in(jax.random.key(0), i), 64)  # noqa: E731
+    objective = tiny.objective(tiny.config())
+    draw = lambda i: objective.draw_noise(jax.random.fold_in(jax.random.key(0), i), 64)  # noqa: E731
     first, again, other = draw(3), draw(3), draw(4)
     assert_close(first, again, 0)
     assert not np.array_equal(first["eps"], other["eps"])
@@ -138,7 +138,7 @@ def test_noise_is_a_function_of_seed_and_step():
 
 
 class Linear(diffusion.DiffusionObjective):
-    """A system whose denoiser is a * x_t with one parameter a."""
+    """An objective whose denoiser is a * x_t with one parameter a."""
 
     @cached_property
     def seen(self):
@@ -154,19 +154,19 @@ class Linear(diffusion.DiffusionObjective):
 
 
 def linear(**fields):
-    system = Linear(**vars(tiny.system(tiny.config(**fields, **{"data.semantics": "class"}))))
-    rng, batch = np.random.default_rng(0), system.example(8)
+    objective = Linear(**vars(tiny.objective(tiny.config(**fields, **{"data.semantics": "class"}))))
+    rng, batch = np.random.default_rng(0), objective.example(8)
     batch["image"] = rng.integers(0, 255, batch["image"].shape, np.uint8)
-    return system, batch
+    return objective, batch
 
 
 def test_the_denoiser_gets_the_flags_that_are_drawn():
-    system, batch = linear()
-    noise = system.draw_noise(jax.random.key(0), 8)
+    objective, batch = linear()
+    noise = objective.draw_noise(jax.random.key(0), 8)
     semantics, control = jnp.arange(8) % 2 == 0, jnp.arange(8) < 3
     noise |= {"drop_semantics": semantics, "drop_control": control}
-    system.loss({"model": 0.5}, batch, noise)
-    (cond,) = system.seen
+    objective.loss({"model": 0.5}, batch, noise)
+    (cond,) = objective.seen
     np.testing.assert_array_equal(cond.drop_semantics, semantics)
     np.testing.assert_array_equal(cond.drop_control, control)
     np.testing.assert_array_equal(cond.semantics, batch["label"])
@@ -175,8 +175,8 @@ def test_the_denoiser_gets_the_flags_that_are_drawn():
 @pytest.mark.parametrize("semantics, control", [(0.0, 1.0), (1.0, 0.0)])
 def test_conditions_are_dropped_as_often_as_the_config_says(semantics, control):
     fields = {"drop_semantics": semantics, "drop_control": control, "drop_mode": "independent"}
-    system, _ = linear(**{f"conditioning.{name}": value for name, value in fields.items()})
-    noise = system.draw_noise(jax.random.key(0), 16)
+    objective, _ = linear(**{f"conditioning.{name}": value for name, value in fields.items()})
+    noise = objective.draw_noise(jax.random.key(0), 16)
     assert noise["drop_semantics"].mean() == semantics and noise["drop_control"].mean() == control
 
 
@@ -184,13 +184,13 @@ def test_the_noise_of_a_step_comes_from_its_seed_and_number():
     """Each step's loss is that of the noise of (seed, step), and no two are the same."""
     losses = []
     for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        system, batch = linear(seed=seed)
-        tx, params = optimizer.create(system.config), {"model": jnp.array(0.5)}
+        objective, batch = linear(seed=seed)
+        tx, params = optimizer.create(objective.config), {"model": jnp.array(0.5)}
         train_state = state.create(params, tx).replace(step=jnp.array(step))
-        now, metrics = step_lib.train_step(train_state, batch, system=system, tx=tx)
+        now, metrics = step_lib.train_step(train_state, batch, objective=objective, tx=tx)
         key = jax.random.fold_in(jax.random.key(seed), step)
-        noise = system.draw_noise(key, 8)
-        expected, _ = system.loss(params, batch, noise)
+        noise = objective.draw_noise(key, 8)
+        expected, _ = objective.loss(params, batch, noise)
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
         assert now.step == step + 1
         losses.append(float(expected))
@@ -203,11 +203,11 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
     loop.run(tiny.config(steps=10, **fields), str(tmp_path / "parts"))
     loop.run(tiny.config(steps=20, **fields), str(tmp_path / "parts"))
     config = tiny.config(steps=20, **fields)
-    system, mesh = tiny.system(config), sharding.create_mesh(1)
+    objective, mesh = tiny.objective(config), sharding.create_mesh(1)
     restored = []
     for name in ("whole", "parts"):
         checkpoints = Checkpoints(Workdir(tmp_path / name).checkpoints, config)
-        restored.append(checkpoints.restore(system, mesh))
+        restored.append(checkpoints.restore(objective, mesh))
     whole, parts = restored
     assert int(whole.step) == 20
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
@@ -244,8 +244,8 @@ def test_class_conditional_training_runs_and_learns(tmp_path, monkeypatch):
 def test_bad_loss_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     compile_step = loop.compile_step
 
-    def poisoned(system, mesh):
-        init, step = compile_step(system, mesh)
+    def poisoned(objective, mesh):
+        init, step = compile_step(objective, mesh)
 
         def bad_step(train_state, batch, frozen):
             now = int(train_state.step) + 1
@@ -320,11 +320,11 @@ def test_bad_requests_for_the_sample_grids_stop_a_run_before_it_trains(tmp_path,
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("ours", "mmdit")])
 def test_every_architecture_has_a_loss_that_reaches_its_parameters(name):
     fields = {"model.name": name, "model.size": "tiny/4" if MODELS[name].patched else "tiny"}
-    system = tiny.system(tiny.config(**fields, **{"data.semantics": "class"}))
-    batch, noise = system.example(4), system.draw_noise(jax.random.key(0), 4)
+    objective = tiny.objective(tiny.config(**fields, **{"data.semantics": "class"}))
+    batch, noise = objective.example(4), objective.draw_noise(jax.random.key(0), 4)
     batch["label"] = np.arange(4, dtype=np.int32)
-    params = random_like(jax.eval_shape(system.init, jax.random.key(1)))
-    loss = jit(jax.value_and_grad(lambda p: system.loss(p, batch, noise)[0]))
+    params = random_like(jax.eval_shape(objective.init, jax.random.key(1)))
+    loss = jit(jax.value_and_grad(lambda p: objective.loss(p, batch, noise)[0]))
     value, grads = loss(params)
     assert np.isfinite(value)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):

@@ -24,8 +24,8 @@ def few_layers():
         yield
 
 
-def system(**overrides):
-    return tiny.system(tiny.config(**overrides))
+def objective(**overrides):
+    return tiny.objective(tiny.config(**overrides))
 
 
 CLASS = {"data.semantics": "class"}
@@ -39,7 +39,7 @@ def statuses(moves, status):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_larger_resolution_keeps_all_but_learned_positions(name):
     size = {"model.name": name, "model.size": "tiny/4" if MODELS[name].patched else "tiny"}
-    moves = transfer.plan(system(**size, **CLASS), system(**size, **CLASS, **LARGER))
+    moves = transfer.plan(objective(**size, **CLASS), objective(**size, **CLASS, **LARGER))
     resized = {n for n in moves if re.search(r"positions|relative_bias", n)}
     assert statuses(moves, "resized") == resized
     assert bool(resized) == (name == "mdtv2")
@@ -47,7 +47,7 @@ def test_a_larger_resolution_keeps_all_but_learned_positions(name):
 
 
 def test_other_data_make_semantics_new_and_keep_the_rest():
-    ten, thirty, text = system(**CLASS), system(**CLASS, **{"data.classes": 30}), system()
+    ten, thirty, text = objective(**CLASS), objective(**CLASS, **{"data.classes": 30}), objective()
     assert statuses(transfer.plan(ten, thirty), "new") == {"model/class_embed/embedding"}
     there, back = transfer.plan(ten, text), transfer.plan(text, ten)
     words = {n for n in there if n.startswith(("model/caption", "text_encoder"))}
@@ -62,8 +62,8 @@ def test_other_data_make_semantics_new_and_keep_the_rest():
 
 
 def test_control_may_be_added_to_a_model_that_knew_none():
-    without = system(**{"conditioning.control": ()})
-    moves = transfer.plan(without, system())
+    without = objective(**{"conditioning.control": ()})
+    moves = transfer.plan(without, objective())
     assert statuses(moves, "new") == {n for n in moves if n.startswith("model/control/")}
 
 
@@ -86,7 +86,7 @@ def test_control_may_be_added_to_a_model_that_knew_none():
 )
 def test_what_does_not_match_is_an_error_that_names_it(old, new, message):
     with pytest.raises(ConfigError, match=message):
-        transfer.plan(system(**old), system(**new))
+        transfer.plan(objective(**old), objective(**new))
 
 
 SAME = {  # fields that must agree, with a value other than tiny's
@@ -107,15 +107,15 @@ def test_the_fields_that_must_agree_are_all_tried():
 
 @pytest.mark.parametrize("field", SAME)
 def test_each_field_that_must_agree_is_compared(field):
-    old = system(**CLASS, **{"data.resolution": 32})
-    new = system(**CLASS, **{"data.resolution": 32, field: SAME[field]})
+    old = objective(**CLASS, **{"data.resolution": 32})
+    new = objective(**CLASS, **{"data.resolution": 32, field: SAME[field]})
     for start, goal in ((old, new), (new, old)):
         with pytest.raises(ConfigError, match=f"init: {field} is .*of the start is"):
             transfer.plan(start, goal)
 
 
 def test_texts_of_another_length_make_words_and_captions_new():
-    old, new = system(), system(**{"text_encoder.length": 12})
+    old, new = objective(), objective(**{"text_encoder.length": 12})
     for start, goal in ((old, new), (new, old)):
         moves = transfer.plan(start, goal)
         words = {n for n in moves if n.startswith(("model/caption", "text_encoder"))}
@@ -123,8 +123,8 @@ def test_texts_of_another_length_make_words_and_captions_new():
 
 
 def test_control_of_sizes_is_not_added_to_other_control():
-    with_size = system(**{"conditioning.control": ("crop", "flip", "size")})
-    without = system(**{"conditioning.control": ("crop", "flip")})
+    with_size = objective(**{"conditioning.control": ("crop", "flip", "size")})
+    without = objective(**{"conditioning.control": ("crop", "flip")})
     for start, goal in ((with_size, without), (without, with_size)):
         with pytest.raises(ConfigError, match="start has conditioning.control=.*use the same"):
             transfer.plan(start, goal)
@@ -147,11 +147,11 @@ def test_resizing_keeps_ends_and_straight_lines_and_undoes_itself():
 MDT = {"model.name": "mdtv2", **CLASS}
 
 
-def drawn(system, *names):
+def drawn(objective, *names):
     """Of the first parameters those of these names: XLA leaves out the others."""
 
     def draw(key):
-        params = transfer.by_name(system.init(key))
+        params = transfer.by_name(objective.init(key))
         return {name: params[name] for name in names}
 
     return jit(draw)(jax.random.key(1))
@@ -170,8 +170,8 @@ def moved(old, new, params, *names):
 
 @pytest.mark.parametrize("position", ["resample", "extrapolate"])
 def test_positions_that_learned_nothing_become_those_of_the_new_grid(position):
-    old = system(**MDT, **{"model.position": position})
-    new = system(**MDT, **LARGER, **{"model.position": position})
+    old = objective(**MDT, **{"model.position": position})
+    new = objective(**MDT, **LARGER, **{"model.position": position})
     names = ("model/positions", "model/decoder_positions")
     params = transfer.by_name(tiny.random_params(old.shapes)) | drawn(old, *names)
     fresh, after = drawn(new, *names), moved(old, new, params, *names)
@@ -189,8 +189,8 @@ def test_positions_that_learned_nothing_become_those_of_the_new_grid(position):
 
 @pytest.mark.parametrize("position", ["resample", "extrapolate"])
 def test_relative_biases_keep_offset_zero_and_the_largest(position):
-    old = system(**MDT, **{"model.position": position})
-    new = system(**MDT, **LARGER, **{"model.position": position})
+    old = objective(**MDT, **{"model.position": position})
+    new = objective(**MDT, **LARGER, **{"model.position": position})
     name = "model/in_blocks/relative_bias"
     params = transfer.by_name(tiny.random_params(old.shapes))
     before, after = params[name], moved(old, new, params, name)[name]
@@ -208,7 +208,7 @@ def test_relative_biases_keep_offset_zero_and_the_largest(position):
 def parameters(path, config, ema=False):
     folder = Workdir(path)
     _, params = Checkpoints(folder.checkpoints, config).restore_params(
-        tiny.system(config), sharding.create_mesh(1), ema=ema
+        tiny.objective(config), sharding.create_mesh(1), ema=ema
     )
     return jax.device_get(transfer.by_name(params))
 
@@ -225,13 +225,13 @@ def test_stages_run_in_one_command_and_resume_in_the_middle(tmp_path, capsys, mo
     config = two_stages()
     train_steps, earlier = loop.train_steps, config.init.pretrain
 
-    def interrupted(system, mesh, train_state, data, step, checkpoints, reporter, interrupt):
+    def interrupted(objective, mesh, train_state, data, step, checkpoints, reporter, interrupt):
         def stepped(*inputs):
             interrupt.asked = True  # as SIGTERM does, in the first stage's first step
             return step(*inputs)
 
         return train_steps(
-            system, mesh, train_state, data, stepped, checkpoints, reporter, interrupt
+            objective, mesh, train_state, data, stepped, checkpoints, reporter, interrupt
         )
 
     monkeypatch.setattr(loop, "train_steps", interrupted)

@@ -75,7 +75,7 @@ class Reporter(Log):
 
     def __init__(
         self,
-        system: ReconstructionObjective,
+        objective: ReconstructionObjective,
         mesh: Any,
         folder: Any,
         frozen: dict,
@@ -84,7 +84,7 @@ class Reporter(Log):
         first: int = 0,
     ):
         super().__init__(folder, first=first)
-        self.system, config = system, system.config
+        self.objective, config = objective, objective.config
         source = unseen_source(config)
         side, n = config.data.resolution, min(PICTURES, len(source))
         pictures = [center(source[i]["image"], side)[0] for i in range(n)]
@@ -96,7 +96,7 @@ class Reporter(Log):
             )
 
     def _code(self, params: dict, images: jax.Array):
-        network, variables = self.system.space.network, {"params": params}
+        network, variables = self.objective.space.network, {"params": params}
         moments = network.apply(variables, to_float(images), method="encode")
         latents = network.sample(moments, None)
         codes = jnp.zeros(0, jnp.int32)
@@ -111,7 +111,7 @@ class Reporter(Log):
         error = np.concatenate(self.batches).astype(float) - decoded
         values = {"psnr": float(10 * np.log10(255**2 / np.square(error).mean()))}
         if used := {int(code) for _, _, codes in found for code in codes.ravel()}:
-            values["codebook_usage"] = len(used) / self.system.space.network.size.codes
+            values["codebook_usage"] = len(used) / self.objective.space.network.size.codes
         return decoded, latents, values
 
     def samples(self, step: int, params: dict) -> dict[str, float]:
@@ -124,7 +124,7 @@ class Reporter(Log):
             append_json(self.folder.evaluation, {"step": step, **values})
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
-        n = min(self.system.config.log.samples, len(decoded))
+        n = min(self.objective.config.log.samples, len(decoded))
         originals = np.concatenate(self.batches)[:n]
         pairs = np.concatenate([originals, decoded[:n]], axis=1)  # one above the other
         text = ", ".join(describe(values))
@@ -133,7 +133,7 @@ class Reporter(Log):
 
     def finish(self, step: int, params: dict) -> None:
         """Write the autoencoder, with latents of mean 0 and variance 1, and the last pictures."""
-        network, params = self.system.space.network, jax.device_get(params)
+        network, params = self.objective.space.network, jax.device_get(params)
         _, latents, values = self.measure(params["autoencoder"])
         shift = latents.mean((0, 1, 2))
         scale = float(1 / np.sqrt(np.square(latents - shift).mean()))

@@ -26,7 +26,7 @@ class Reporter(Log):
 
     def __init__(
         self,
-        system: ClassificationObjective,
+        objective: ClassificationObjective,
         mesh: Any,
         folder: Any,
         frozen: dict,
@@ -35,10 +35,10 @@ class Reporter(Log):
         first: int = 0,
     ):
         super().__init__(folder, first=first)
-        self.system, self.frozen = system, frozen
-        source = unseen_source(system.config)
+        self.objective, self.frozen = objective, frozen
+        source = unseen_source(objective.config)
         records = [source[i] for i in range(min(PICTURES, len(source)))]
-        side = system.config.data.resolution
+        side = objective.config.data.resolution
         self.images = np.stack([center(record["image"], side)[0] for record in records])
         self.labels = np.array([record["label"] for record in records], np.int32)
         self.look = jax.jit(self._look)
@@ -46,13 +46,15 @@ class Reporter(Log):
     def _look(self, params: dict, frozen: dict, batch: dict, t: jax.Array, key: jax.Array):
         """(probabilities (B, classes), pictures uint8 (B, R, R, 3)) at one t ()."""
         n, params = batch["label"].shape[0], {**params, **frozen}
-        noise = self.system.draw_noise(key, n) | {"t": jnp.full((n,), t)}
-        logits, x = self.system.predict(params, batch, noise)
-        return jax.nn.softmax(logits), self.system.autoencoder.decode(params.get("autoencoder"), x)
+        noise = self.objective.draw_noise(key, n) | {"t": jnp.full((n,), t)}
+        logits, x = self.objective.predict(params, batch, noise)
+        return jax.nn.softmax(logits), self.objective.autoencoder.decode(
+            params.get("autoencoder"), x
+        )
 
     def measure(self, params: dict) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """(probabilities (4, N, classes), noised pictures (4, N, R, R, 3), accuracies by name)."""
-        total, key = self.system.schedule.timesteps, jax.random.key(self.system.config.seed)
+        total, key = self.objective.schedule.timesteps, jax.random.key(self.objective.config.seed)
         levels = []
         for quarter in range(QUARTERS):
             t, parts = jnp.int32((2 * quarter + 1) * total // (2 * QUARTERS)), []
@@ -77,7 +79,7 @@ class Reporter(Log):
             append_json(self.folder.evaluation, {"step": step, **values})
             for name, value in values.items():
                 self.events.add_scalar(f"validation/{name}", value, step)
-        n, classes = min(COLUMNS, len(self.labels)), self.system.vocabulary.classes
+        n, classes = min(COLUMNS, len(self.labels)), self.objective.vocabulary.classes
         captions = [
             f"{classes[one.argmax()]} {one.max():.0%}" for row in probabilities for one in row[:n]
         ]

@@ -34,7 +34,7 @@ class Reporter(Log):
 
     def __init__(
         self,
-        system: DiffusionObjective,
+        objective: DiffusionObjective,
         mesh: Mesh,
         folder: Workdir,
         frozen: dict,
@@ -42,12 +42,12 @@ class Reporter(Log):
         *,
         first: int = 0,
     ):
-        self.system, self.evaluation = system, evaluation
-        self.config = config = system.config
-        self.sampler = Sampler(system, mesh, config.sampling, frozen)
+        self.objective, self.evaluation = objective, evaluation
+        self.config = config = objective.config
+        self.sampler = Sampler(objective, mesh, config.sampling, frozen)
         named = config.sampling.prompts or config.sampling.prompt_file
-        if named or system.text_encoder is None:
-            self.asked = asked_for(config, system)
+        if named or objective.text_encoder is None:
+            self.asked = asked_for(config, objective)
         else:
             captions = example_captions(config, config.sampling.n)
             self.asked = [captions[i % len(captions)] for i in range(config.sampling.n)]
@@ -56,7 +56,7 @@ class Reporter(Log):
     def samples(self, step: int, params: dict, n: int | None = None) -> np.ndarray:
         """samples/STEP.png: a grid of n pictures with what was asked for under each."""
         asked = self.asked[: n or self.config.log.samples]
-        request = requests(self.system, asked, seen=self.folder.load_control())
+        request = requests(self.objective, asked, seen=self.folder.load_control())
         pictures = self.sampler(params, request, label="sample grid")
         settings = self.config.sampling
         scale = guidance_scale(settings, self.config.data.resolution)
@@ -66,7 +66,7 @@ class Reporter(Log):
         )
         if settings.classifier:
             title += f", classifier guidance {settings.classifier_guidance:g}"
-        self.picture(step, caption_grid(pictures, titles(self.system, asked), title=title))
+        self.picture(step, caption_grid(pictures, titles(self.objective, asked), title=title))
         return pictures
 
     def finish(self, step: int, params: dict) -> dict | None:

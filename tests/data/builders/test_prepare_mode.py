@@ -80,7 +80,7 @@ def test_prepares_what_every_stage_makes_batches_of(name, tmp_path):
     for config in stages(prepared(name, tmp_path)):
         source, side = open_source(config), config.data.resolution
         vocabulary = create_vocabulary(config, source)
-        encode_text = tiny.system(config).encode_text if vocabulary.words else None
+        encode_text = tiny.objective(config).encode_text if vocabulary.words else None
         batch = next(batches(config, source, encode_text))
         assert batch["image"].shape == (config.batch_size, side, side, 3)
         assert batch["image"].std() > 10 and not batch["broken"].any()

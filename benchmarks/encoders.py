@@ -71,7 +71,7 @@ def compare_vae(path: str, side: int) -> dict[str, float]:
     size = kl.Size(channels, config.latent_channels, config.layers_per_block)
     ours = kl.AutoencoderKL(size)
     params = Autoencoder(str(place), ours).load()
-    pictures = [center(Shapes("validation")[i]["image"], side)[0] for i in range(COUNT)]
+    pictures = [center(Shapes("validation")[i]["image"], side) for i in range(COUNT)]
     x = to_float(np.stack(pictures))
 
     def run(method: str, x) -> np.ndarray:

@@ -28,7 +28,8 @@ import torch
 from absl import app, flags, logging
 from PIL import Image
 
-from condiff_jax.data.augment import CROPS, SCALARS
+from condiff_jax.conditioning.control import scalar_names
+from condiff_jax.data.augment import CROPS
 from condiff_jax.data.builders.prepare import prepare
 from condiff_jax.data.builders.shards import write_json, write_shard
 from condiff_jax.data.latent_cache import FORMAT, MANIFEST, Cache, pack
@@ -103,7 +104,10 @@ class RepeatedCache(Cache):
 def make_cache(folder: Path, shape: tuple[int, int, int]) -> None:
     """A cache in the form of mode encode's, of random moments."""
     rng, (pictures, views, _, _) = np.random.default_rng(0), CACHE
-    controls = [{name: np.float32(rng.random()) for name in SCALARS} for _ in range(views)]
+    controls = [
+        {name: np.float32(rng.random()) for name in scalar_names(jitter=False)}
+        for _ in range(views)
+    ]
     records = itertools.chain.from_iterable(
         pack({"label": i, "caption": f"number {i}", "controls": controls,
               "moments": rng.normal(size=(views, *shape)).astype(np.float16)})

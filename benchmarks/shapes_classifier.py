@@ -41,7 +41,14 @@ def example(split: str, index: int, resolution: int, *, train: bool) -> tuple[np
         crop = augment.CROPS["mix" if rng.random() < 0.5 else "global"]
         image, control = augment.augment(picture, rng, resolution=resolution, crop=crop)
     else:
-        image, control = augment.center(picture, resolution)
+        image, side = augment.center(picture, resolution), min(scene.height, scene.width)
+        control = {
+            "crop_top": (scene.height - side) // 2 / scene.height,
+            "crop_left": (scene.width - side) // 2 / scene.width,
+            "crop_height": side / scene.height,
+            "crop_width": side / scene.width,
+            "flip": 0,
+        }
     main = scene.objects[0]
     x = (main.x - control["crop_left"]) / control["crop_width"]
     y = (main.y - control["crop_top"]) / control["crop_height"]

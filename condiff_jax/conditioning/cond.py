@@ -1,4 +1,4 @@
-"""What a denoiser is conditioned on: semantics (a class or a text) and control metadata."""
+"""The conditioning inputs of a denoiser: semantics (labels or text) and control metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flax import struct
 class Text:
     """Text features: tokens (B, T, C), mask (B, T) true at the prompt's tokens, pooled (B, C).
 
-    Denoisers attend to all T tokens; `conditioning.text.pad` says what stands outside the mask.
+    Denoisers attend to all T tokens; `conditioning.text.pad` fills those outside the mask.
     """
 
     tokens: jax.Array
@@ -29,7 +29,7 @@ class Control:
 
 @struct.dataclass
 class Cond:
-    """Everything a denoiser is told besides x_t and t.
+    """All conditioning inputs of a denoiser, besides x_t and t.
 
     semantics: class labels (B,) int32, or `Text`. control: `Control`, or None for models without.
     drop_semantics, drop_control: (B,) bool; true replaces that part by its null condition: the
@@ -43,7 +43,7 @@ class Cond:
 
     @classmethod
     def of(cls, semantics: jax.Array | Text, control: Control | None = None) -> Cond:
-        """The full condition, nothing dropped."""
+        """The full condition: nothing is dropped."""
         batch = jax.tree.leaves(semantics)[0].shape[0]
         keep = jnp.zeros((batch,), bool)
         return cls(semantics, control, keep, keep)

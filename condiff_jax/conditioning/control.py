@@ -1,15 +1,17 @@
 """Disentangled control conditioning (Eq. 1): c_emb = E_h(phi_h) + gamma_c(t) E_l(phi_l).
 
 High-level augmentations phi_h (crop, flip, aspect ratio) shape the composition and act at every
-noise level; low-level ones phi_l (original size) shape details and fade in as the noise fades out.
+noise level. Low-level ones phi_l (original size, color) shape details, and their weight gamma_c
+grows as the noise gets less. `SCALARS` and `WEIGHTINGS` are registries: an entry is all that a new
+scalar or weighting needs, see docs/extending.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -18,36 +20,96 @@ import numpy as np
 
 from condiff_jax.conditioning.cond import Control
 
-# Each group of scalars is switched by one config field; data/augment.py produces all of them.
-HIGH_GROUPS = {
-    "crop": ("crop_top", "crop_left", "crop_height", "crop_width"),
-    "flip": ("flip",),
-    "aspect": ("aspect",),
-}
-LOW_GROUPS = {"size": ("height", "width")}
-GROUPS = (*HIGH_GROUPS, *LOW_GROUPS)
-# Sinusoids resolve differences of about one: pixels are used as they are, fractions, flags and
-# ratios are stretched to the range of the timesteps.
-SCALE = {"height": 1.0, "width": 1.0}
-DEFAULT_SCALE = 1000.0
 SINUSOIDS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class ControlSpec:
-    """Which groups of scalars a model is conditioned on, in the order of its inputs."""
+class View:
+    """How a training image was made from its original.
 
-    groups: tuple[str, ...] = GROUPS
+    image: the result, uint8 (R, R, 3). top, left, rows, columns: the crop, as fractions of the
+    original. flip: whether it is mirrored. height, width: of the original, in pixels. brightness,
+    contrast, saturation: factors of the color jitter, 1 without.
+    """
+
+    image: np.ndarray | None
+    top: float
+    left: float
+    rows: float
+    columns: float
+    flip: bool
+    height: int
+    width: int
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalar:
+    """A scalar of control metadata.
+
+    group: what switches it on in `conditioning.control`. level: whether it belongs to phi_h or
+    phi_l. value: computes it from a `View`. scale: stretches its range to that of the timesteps,
+    because the sinusoids resolve differences of about 1. default: the value to sample with, unless
+    `sampling.control` has a field of its name. jitter: only images with a color jitter have it.
+    """
+
+    group: str
+    level: Literal["high", "low"]
+    value: Callable[[View], float]
+    scale: float = 1000.0
+    default: float = 0.0
+    jitter: bool = False
+
+
+SCALARS = {
+    "crop_top": Scalar("crop", "high", lambda view: view.top),
+    "crop_left": Scalar("crop", "high", lambda view: view.left),
+    "crop_height": Scalar("crop", "high", lambda view: view.rows, default=1.0),
+    "crop_width": Scalar("crop", "high", lambda view: view.columns, default=1.0),
+    "flip": Scalar("flip", "high", lambda view: view.flip),
+    "aspect": Scalar("aspect", "high", lambda view: view.width / view.height, default=1.0),
+    "height": Scalar("size", "low", lambda view: view.height, scale=1.0),
+    "width": Scalar("size", "low", lambda view: view.width, scale=1.0),
+    "brightness": Scalar("color", "low", lambda view: view.brightness, default=1.0, jitter=True),
+    "contrast": Scalar("color", "low", lambda view: view.contrast, default=1.0, jitter=True),
+    "saturation": Scalar("color", "low", lambda view: view.saturation, default=1.0, jitter=True),
+}
+
+
+def groups() -> tuple[str, ...]:
+    """The groups of `SCALARS`: what `conditioning.control` can have."""
+    return tuple(dict.fromkeys(scalar.group for scalar in SCALARS.values()))
+
+
+def scalar_names(jitter: bool) -> tuple[str, ...]:
+    """Names of the scalars that images have, with a color jitter or without one."""
+    return tuple(name for name, scalar in SCALARS.items() if jitter or not scalar.jitter)
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlSpec:
+    """The groups of scalars that a model is conditioned on."""
+
+    groups: tuple[str, ...]
 
     @property
     def high(self) -> tuple[str, ...]:
-        """Names of the scalars in phi_h."""
-        return tuple(n for g, names in HIGH_GROUPS.items() if g in self.groups for n in names)
+        """Names of the scalars in phi_h, in the order of the model's inputs."""
+        return self._names("high")
 
     @property
     def low(self) -> tuple[str, ...]:
-        """Names of the scalars in phi_l."""
-        return tuple(n for g, names in LOW_GROUPS.items() if g in self.groups for n in names)
+        """Names of the scalars in phi_l, in the order of the model's inputs."""
+        return self._names("low")
+
+    def _names(self, level: str) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name, scalar in SCALARS.items()
+            if scalar.level == level and scalar.group in self.groups
+        )
 
     def control(self, scalars: Mapping[str, Any]) -> Control | None:
         """Pick and scale scalars {name: (B,)} to `Control`; None when no group is on."""
@@ -56,7 +118,7 @@ class ControlSpec:
         batch = jnp.asarray(next(iter(scalars.values()))).shape[0]
 
         def stack(names):
-            columns = [jnp.asarray(scalars[n]) * SCALE.get(n, DEFAULT_SCALE) for n in names]
+            columns = [jnp.asarray(scalars[name]) * SCALARS[name].scale for name in names]
             return jnp.stack(columns, -1) if columns else jnp.zeros((batch, 0))
 
         return Control(high=stack(self.high), low=stack(self.low))
@@ -64,11 +126,10 @@ class ControlSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Weighting:
-    """gamma_c of Eq. 1 as a function of the timestep; u = t / T is 0 for clean images, 1 for noise.
+    """gamma_c of Eq. 1 as a function of the timestep t; t = 0 is the least noise.
 
-    kind: `cosine` cos(pi u / 2)^alpha ("power cosine", alpha 1, 2, 4, 8 in Table 2a), `linear`
-    1 - u, `step` 1[sigma_t <= k] (Table A6) given as 1[t <= last], `uniform` 1 (the SDXL
-    baseline), `zero` 0.
+    kind: a key of `WEIGHTINGS`. alpha: power of `cosine`. last: the last timestep of `step`.
+    timesteps: T.
     """
 
     kind: str = "cosine"
@@ -83,11 +144,13 @@ class Weighting:
         return cls(kind, alpha, last, len(sigma))
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        """Weights in [0, 1] with the shape of t."""
-        return KINDS[self.kind](self, jnp.asarray(t))
+        """Weights with the shape of t."""
+        return WEIGHTINGS[self.kind](self, jnp.asarray(t))
 
 
-KINDS = {
+# Each takes (weighting, t). cosine: the "power cosine", with alpha 1, 2, 4 or 8 in Table 2a. step:
+# 1[sigma_t <= k] (Table A6). uniform: the SDXL baseline.
+WEIGHTINGS = {
     "cosine": lambda w, t: jnp.cos(math.pi / 2 * t / w.timesteps) ** w.alpha,
     "linear": lambda w, t: 1.0 - t / w.timesteps,
     "step": lambda w, t: (t <= w.last).astype(jnp.float32),
@@ -112,7 +175,8 @@ def sinusoid(
 class ScalarEmbed(nn.Module):
     """E_h or E_l: sinusoids of each scalar, concatenated, then Linear-SiLU-Linear to `width`.
 
-    The last layer starts at zero (the "zero" initialisation of Table 2a): control begins unheard.
+    The last layer starts at zero (the "zero" initialization of Table 2a): control has no effect at
+    initialization.
     """
 
     width: int

@@ -1,4 +1,4 @@
-"""Training-time dropping of conditions: what the three branches of Eq. 2 need to be trained."""
+"""Drop conditions in training, which trains the three branches of Eq. 2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def drop_flags(
     control: float = 0.1,
     drop_mode: str = "nested",
 ) -> tuple[jax.Array, jax.Array]:
-    """(drop_semantics, drop_control), each (B,) bool.
+    """Draw (drop_semantics, drop_control), each (B,) bool.
 
     nested: semantics is dropped with probability `semantics`, and control with it: that trains
     eps(0, 0). Otherwise control alone is dropped with probability `control`: eps(0, s).

@@ -34,6 +34,8 @@ FREE_FIELDS = {
     "model.unroll",
 }
 
+LATER = ("data.color",)
+
 
 def stages(config: Config) -> list[Config]:
     """The stages of an experiment in the order in which they run; the last one is `config`."""
@@ -75,6 +77,8 @@ def digest(config: Config) -> str:
     # It names the folders of sweeps, so a field counts by the name that it had first.
     renamed = ("conditioning.drop_mode", "conditioning.dropping")
     fields = {field.replace(*renamed): value for field, value in identity(config).items()}
+    # A field that came later counts where it is not at its default.
+    fields = {field: value for field, value in fields.items() if value or not field.endswith(LATER)}
     # Of a training that starts from a folder outside of the experiment, that folder matters.
     fields["init.path"] = stages(config)[0].init.path
     text = json.dumps(fields, sort_keys=True)

@@ -105,6 +105,9 @@ class Data:
     classes: Count = 0
     crop: tuple[float, ...] = (0.9, 1.0)  # range of the crop's side / the short side (Fig. 8c)
     flip: bool = True  # random horizontal flips
+    # strength s of a color jitter: factors of brightness, contrast and saturation, each uniform in
+    # 1 - s..1 + s (Sec. 2.1)
+    color: Fraction = 0.0
     sizes: tuple[int, ...] = (24, 96)  # shapes: range of the originals' short sides, pixels
     entangled: Fraction = 0.0  # shapes: share of images whose size depends on the background's tone
     workers: Count = 0  # worker processes; 0: threads of the main process
@@ -137,7 +140,8 @@ class Encode:
 class Conditioning:
     """How the denoiser is conditioned."""
 
-    control: tuple[str, ...] = ("crop", "flip", "size")  # keys of conditioning.control.GROUPS
+    # groups of conditioning.control.SCALARS: crop | flip | aspect | size | color
+    control: tuple[str, ...] = ("crop", "flip", "size")
     # gamma_c of Eq. 1, a key of conditioning.control.WEIGHTINGS: cosine | linear | step | ...
     weighting: str = "cosine"
     alpha: NonNegative = 8.0  # power of weighting=cosine (Table 2a)
@@ -233,6 +237,9 @@ class ControlValues:
     aspect: float = 1.0  # width / height
     height: float = 0.0  # pixels of the original; 0: data.resolution
     width: float = 0.0
+    brightness: float = 1.0  # factors of the color jitter, where data.color is not 0
+    contrast: float = 1.0
+    saturation: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

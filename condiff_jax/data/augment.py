@@ -1,24 +1,20 @@
-"""Crops, flips and resizes pictures, and says what was done: the model's control metadata."""
+"""Crop, flip, color and resize images, and compute the control metadata of what was done."""
+
+from __future__ import annotations
+
+import dataclasses
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from condiff_jax.conditioning.control import SCALARS, View, scalar_names
 from condiff_jax.data.images import Encoded
 from condiff_jax.data.resize import resize
 
-SCALARS = (
-    "crop_top",
-    "crop_left",
-    "crop_height",
-    "crop_width",
-    "flip",
-    "aspect",
-    "height",
-    "width",
-)
-# Ranges of the crop's side, as a fraction of the picture's short side.
+# Ranges of the crop's side, as a fraction of the image's short side.
 CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of R, G and B, ITU-R BT.601
 
 
 def augment(
@@ -28,13 +24,15 @@ def augment(
     resolution: int,
     crop: tuple[float, float] = CROPS["global"],
     flip: bool = True,
+    color: float = 0.0,
     original: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.float32]]:
-    """A random square crop of uint8 (H, W, 3), maybe mirrored: uint8 (R, R, 3) and its SCALARS.
+    """Crop a random square of uint8 (H, W, 3), maybe mirror it: uint8 (R, R, 3), control scalars.
 
-    Of an encoded picture no more is decoded than is needed, with the same SCALARS.
-    original: height and width in pixels before the picture was made smaller, if it was.
-    ValueError for a crop range outside 0 < low <= high <= 1, a bad resolution or a bad image.
+    Of an encoded image no more is decoded than is needed, with the same scalars. color: the
+    strength of a color jitter, see `jitter`. original: height and width in pixels before the image
+    was made smaller, if it was. ValueError for a crop range outside 0 < low <= high <= 1, a bad
+    resolution or a bad image.
     """
     low, high = crop
     if not 0 < low <= high <= 1:
@@ -43,39 +41,58 @@ def augment(
     side = max(1, round(rng.uniform(low, high) * min(height, width)))
     top = int(rng.integers(height - side + 1))
     left = int(rng.integers(width - side + 1))
-    # Drawn last, so that turning flips off leaves the crop of a given seed as it was.
+    # Drawn after the crop, so that turning flips off leaves the crop of a seed as it is.
     mirrored = flip and rng.random() < 0.5
-    out = _window(image, top, left, side, resolution)
-    scalars = _scalars(top, left, side, False, height, width)
+    view = _view(_window(image, top, left, side, resolution), top, left, side, height, width)
     if original is not None:
-        known = zip(("aspect", "height", "width"), _frame(*original), strict=True)
-        scalars |= {name: np.float32(value) for name, value in known}
+        view = dataclasses.replace(view, height=original[0], width=original[1])
+    if color:  # drawn last, for the same reason
+        view = jitter(view, *rng.uniform(1 - color, 1 + color, 3))
+    out, scalars = view.image, control_scalars(view, jitter=bool(color))
     return mirror(out, scalars) if mirrored else (out, scalars)
 
 
+def control_scalars(view: View, *, jitter: bool = False) -> dict[str, np.float32]:
+    """The control metadata of a view; jitter: whether images have a color jitter."""
+    return {name: np.float32(SCALARS[name].value(view)) for name in scalar_names(jitter)}
+
+
+def jitter(view: View, brightness: float, contrast: float, saturation: float) -> View:
+    """Change the colors of a view's image by three factors, one after the other.
+
+    The factors are those of torchvision's ColorJitter: brightness scales all values, contrast their
+    distance from the mean gray of the image, saturation that from the gray of the pixel. Values are
+    clipped once, at the end.
+    """
+    image = view.image.astype(np.float32) * np.float32(brightness)
+    gray = (image @ LUMA).mean()
+    image = gray + np.float32(contrast) * (image - gray)
+    gray = (image @ LUMA)[..., None]
+    image = gray + np.float32(saturation) * (image - gray)
+    return dataclasses.replace(
+        view,
+        image=image.round().clip(0, 255).astype(np.uint8),
+        brightness=float(brightness),
+        contrast=float(contrast),
+        saturation=float(saturation),
+    )
+
+
 def mirror(image: np.ndarray, scalars: dict) -> tuple[np.ndarray, dict[str, np.float32]]:
-    """A picture (H, W, 3) that was not flipped, flipped, and its SCALARS."""
+    """Flip an image (H, W, 3) that was not flipped, and its scalars."""
     return cv2.flip(image, 1), scalars | {"flip": np.float32(1)}
 
 
-def center(image: np.ndarray, resolution: int) -> tuple[np.ndarray, dict[str, np.float32]]:
-    """The largest centred square of uint8 (H, W, 3): uint8 (R, R, 3) and its SCALARS."""
+def center(image: np.ndarray, resolution: int) -> np.ndarray:
+    """The largest centered square of uint8 (H, W, 3), resized to uint8 (R, R, 3)."""
     height, width = _size(image)
     top, left, side = _centered(height, width)
     if resolution < 1:
         raise ValueError(f"resolution={resolution}: it must be at least 1 pixel")
-    # What pictures are measured against is resized by Pillow itself, as for published figures.
+    # Images that others are compared with are resized by Pillow itself, as for published figures.
     window = Image.fromarray(image[top : top + side, left : left + side])
     out = window.resize((resolution,) * 2, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return np.array(out), _scalars(top, left, side, False, height, width)
-
-
-def full_frame(height: int, width: int) -> dict[str, np.float32]:
-    """The SCALARS of `center` for a picture of that many pixels: what to ask of a sampler."""
-    if min(height, width) < 1:
-        raise ValueError(f"height={height}, width={width}: both must be at least 1 pixel")
-    top, left, side = _centered(height, width)
-    return _scalars(top, left, side, False, height, width)
+    return np.array(out)
 
 
 def _centered(height: int, width: int) -> tuple[int, int, int]:
@@ -101,21 +118,14 @@ def _window(
     return resize(image, (left, top, side), resolution)
 
 
-def _scalars(
-    top: int, left: int, side: int, flip: bool, height: int, width: int
-) -> dict[str, np.float32]:
-    """Crop as fractions of the picture, flip as 0 or 1, aspect as W / H, sizes in pixels."""
-    values = (
-        top / height,
-        left / width,
-        side / height,
-        side / width,
-        flip,
-        *_frame(height, width),
+def _view(image: np.ndarray, top: int, left: int, side: int, height: int, width: int) -> View:
+    return View(
+        image,
+        top=top / height,
+        left=left / width,
+        rows=side / height,
+        columns=side / width,
+        flip=False,
+        height=height,
+        width=width,
     )
-    return {name: np.float32(value) for name, value in zip(SCALARS, values, strict=True)}
-
-
-def _frame(height: int, width: int) -> tuple[float, int, int]:
-    """aspect, height and width of the SCALARS."""
-    return width / height, height, width

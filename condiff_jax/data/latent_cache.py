@@ -1,7 +1,7 @@
 """The caches of mode encode: each picture's views as moments of an autoencoder.
 
 A shard (array_record) has for each picture a record of JSON (label, caption), one of text features
-if there are any, and one for each view: its SCALARS and label as float32 and its moments. Training
+if there are any, and one for each view: its label and control scalars and its moments. Training
 reads the view it draws, and no other. Views 2 k and 2 k + 1 are crop k and its mirror image, if
 there are flips.
 
@@ -17,20 +17,32 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from condiff_jax.data.augment import SCALARS, augment, mirror
+from condiff_jax.conditioning.control import SCALARS, scalar_names
+from condiff_jax.data.augment import augment, mirror
 from condiff_jax.data.records import Records, Shards
 
 MANIFEST = "manifest.json"  # written last: with it a cache is whole
 BEGUN = ".encode"  # what mode encode keeps until then
 FORMAT = 2  # of the records; raise it when they or their meaning change
 MOMENTS, FEATURES = np.dtype("<f2"), np.dtype(ml_dtypes.bfloat16)
-HEAD = np.dtype([("label", "<i4"), ("control", "<f4", len(SCALARS))])  # of a view's record
+
+
+def head_dtype(scalars: int) -> np.dtype:
+    """The beginning of a view's record: its label, and so many control scalars."""
+    return np.dtype([("label", "<i4"), ("control", "<f4", scalars)])
 
 
 def views(
-    record: dict, *, seed: Sequence[int], count: int, resolution: int, crop, flip: bool
+    record: dict,
+    *,
+    seed: Sequence[int],
+    count: int,
+    resolution: int,
+    crop,
+    flip: bool,
+    color: float,
 ) -> tuple[np.ndarray, list[dict]]:
-    """A source's record -> its views: uint8 (V, R, R, 3), and the SCALARS of each.
+    """A source's record -> its views: uint8 (V, R, R, 3), and the control scalars of each.
 
     View k depends on (*seed, k) alone; V is `count`, or with flips twice that.
     """
@@ -39,15 +51,16 @@ def views(
         rng = np.random.default_rng([*seed, k])
         size = record.get("size")
         view = augment(
-            record["image"], rng, resolution=resolution, crop=crop, flip=False, original=size
-        )
+            record["image"], rng,
+            resolution=resolution, crop=crop, flip=False, color=color, original=size,
+        )  # fmt: skip
         found += [view, mirror(*view)] if flip else [view]
     images, controls = zip(*found, strict=True)
     return np.stack(images), list(controls)
 
 
 def pack(record: dict) -> Iterator[bytes]:
-    """The records of a picture: {"label", "caption", "controls": SCALARS of each of V views,
+    """The records of a picture: {"label", "caption", "controls": scalars of each of V views,
     "moments": (V, h, w, C)} and maybe {"features": (n + 1, D), of n tokens and pooled}.
     """
     label = int(record["label"])
@@ -55,7 +68,8 @@ def pack(record: dict) -> Iterator[bytes]:
     if "features" in record:
         yield np.asarray(record["features"], FEATURES).tobytes()
     for control, moments in zip(record["controls"], record["moments"], strict=True):
-        head = np.array((label, [control[name] for name in SCALARS]), HEAD)
+        names = [name for name in SCALARS if name in control]
+        head = np.array((label, [control[name] for name in names]), head_dtype(len(names)))
         yield head.tobytes() + np.asarray(moments, MOMENTS).tobytes()
 
 
@@ -74,7 +88,11 @@ class Cache(Records):
         self.features = text and bool(self.manifest["features"])
         self.classes, self.views = tuple(self.manifest["classes"]), self.manifest["views"]
         self._shape = tuple(self.manifest["moments"])
-        self._size = HEAD.itemsize + math.prod(self._shape) * MOMENTS.itemsize  # of a view's record
+        self._names = scalar_names(bool(self.manifest["settings"].get("data.color")))
+        self._head = head_dtype(len(self._names))
+        self._size = (
+            self._head.itemsize + math.prod(self._shape) * MOMENTS.itemsize
+        )  # of a view's record
         self._before = 1 + bool(self.manifest["features"])  # records before those of the views
         shards = self.manifest["shards"]
         paths = (self.path / shard["name"] for shard in shards)
@@ -117,10 +135,11 @@ class Cache(Records):
         (B, D). What else the views were given is stacked, too.
         """
         records = [memoryview(one["view"]) for one in found]
-        heads = np.frombuffer(b"".join(one[: HEAD.itemsize] for one in records), HEAD)
-        moments = np.frombuffer(b"".join(one[HEAD.itemsize :] for one in records), MOMENTS)
+        split = self._head.itemsize
+        heads = np.frombuffer(b"".join(one[:split] for one in records), self._head)
+        moments = np.frombuffer(b"".join(one[split:] for one in records), MOMENTS)
         out = {"moments": moments.reshape(-1, *self._shape), "label": heads["label"].copy()}
-        out["control"] = dict(zip(SCALARS, heads["control"].T.copy(), strict=True))
+        out["control"] = dict(zip(self._names, heads["control"].T.copy(), strict=True))
         names = found[0].keys() - {"view", "caption"}
         return out | {name: np.stack([one[name] for one in found]) for name in names}
 

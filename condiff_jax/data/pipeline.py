@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
+from condiff_jax.conditioning.control import scalar_names
 from condiff_jax.config.errors import ConfigError, one_line
 from condiff_jax.config.schema import Config
-from condiff_jax.data.augment import SCALARS, augment
+from condiff_jax.data.augment import augment
 from condiff_jax.data.cifar10 import Cifar10
 from condiff_jax.data.latent_cache import Cache
 from condiff_jax.data.records import read_record
@@ -75,6 +76,7 @@ class Preprocess(grain.transforms.RandomMap):
     resolution: int
     crop: tuple[float, float]
     flip: bool
+    color: float = 0.0
     encode_text: Any = None  # caption -> (ids, mask)
 
     def random_map(self, i: int, rng: np.random.Generator) -> dict:
@@ -84,7 +86,7 @@ class Preprocess(grain.transforms.RandomMap):
             rng.bit_generator.state = state  # whatever a bad record before this one has drawn
             image, control = augment(
                 record["image"], rng,
-                resolution=self.resolution, crop=self.crop, flip=self.flip,
+                resolution=self.resolution, crop=self.crop, flip=self.flip, color=self.color,
                 original=record.get("size"),
             )  # fmt: skip
             return record | {"image": image, "control": control}
@@ -134,18 +136,19 @@ def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
     numbers = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     if isinstance(source, Cache):
         return numbers.map_with_index(SampleView(source, config.seed, encode_text))
-    process = Preprocess(source, data.resolution, data.crop, data.flip, encode_text)
+    process = Preprocess(source, data.resolution, data.crop, data.flip, data.color, encode_text)
     return numbers.random_map(process)
 
 
 def first_controls(config: Config, source, n: int = 1024) -> np.ndarray:
-    """SCALARS of the first n examples that training sees, (n, 8) f32."""
+    """Control scalars of the first n training examples, (n, S) f32, in the order of `SCALARS`."""
     stream = examples(config, source)
+    names = scalar_names(bool(config.data.color))
     if isinstance(source, Cache):
         control = source.batch([stream[i] for i in range(n)])["control"]
-        return np.stack([control[name] for name in SCALARS], 1)
+        return np.stack([control[name] for name in names], 1)
     controls = (stream[i]["control"] for i in range(n))
-    return np.array([[control[name] for name in SCALARS] for control in controls], np.float32)
+    return np.array([[control[name] for name in names] for control in controls], np.float32)
 
 
 def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Any]:

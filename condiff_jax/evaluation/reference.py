@@ -47,7 +47,7 @@ class CenterCrop:
 
     def __call__(self, place: int) -> dict[str, Any]:
         record = self.source[int(self.numbers[place])]
-        square = augment.center(record["image"], self.side)[0]
+        square = augment.center(record["image"], self.side)
         return {"image": square, "broken": int(record.get("broken", 0))}
 
 

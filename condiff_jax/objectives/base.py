@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from condiff_jax.conditioning.control import scalar_names
 from condiff_jax.config.schema import Config
-from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.schedule import SCHEDULES, Schedule, rescale
 from condiff_jax.models.autoencoder import Latents, Pixels
 from condiff_jax.models.text_encoder import WordEmbedding
@@ -77,10 +77,11 @@ class NoisedObjective(Objective):
     def example(self, batch: int) -> dict[str, Any]:
         """A batch of zeros with the shapes and types that pictures and requests have."""
         side, length = self.config.data.resolution, self.config.text_encoder.length
+        names = scalar_names(bool(self.config.data.color))
         out = {
             "image": np.zeros((batch, side, side, 3), np.uint8),
             "label": np.zeros((batch,), np.int32),
-            "control": {name: np.zeros((batch,), np.float32) for name in SCALARS},
+            "control": {name: np.zeros((batch,), np.float32) for name in names},
             "broken": np.zeros((batch,), np.int32),
         }
         if self.text_encoder is not None:

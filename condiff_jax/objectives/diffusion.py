@@ -13,7 +13,7 @@ from condiff_jax import models
 from condiff_jax.conditioning.cond import Cond, Text
 from condiff_jax.conditioning.control import ControlSpec, Weighting
 from condiff_jax.conditioning.dropout import drop_flags
-from condiff_jax.conditioning.text import pad
+from condiff_jax.conditioning.text import PADDINGS, pad
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
 from condiff_jax.diffusion.loss import denoising_loss, draw_timesteps
@@ -100,7 +100,7 @@ class DiffusionObjective(NoisedObjective):
             "drop_semantics": drop_semantics,
             "drop_control": drop_control,
         }
-        if self.text_encoder is not None and settings.padding == "noisy_replicate":
+        if self.text_encoder is not None and PADDINGS[settings.padding].noise:
             text = self.config.text_encoder
             noise["text"] = jax.random.normal(key_text, (batch, text.length, text.width))
         if isinstance(self.autoencoder, Latents):

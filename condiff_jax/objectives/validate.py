@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from condiff_jax.conditioning.control import GROUPS, KINDS
+from condiff_jax.conditioning.control import SCALARS, WEIGHTINGS, groups
 from condiff_jax.conditioning.text import PADDINGS
 from condiff_jax.config.build import build, get
 from condiff_jax.config.errors import ConfigError
@@ -39,8 +39,8 @@ def _validate_registered(config: Config) -> None:
     """Fields that can have any key of a registry."""
     registries = {
         "model.conditioner": conditioners.names(),
-        "conditioning.control": GROUPS,
-        "conditioning.weighting": KINDS,
+        "conditioning.control": groups(),
+        "conditioning.weighting": WEIGHTINGS,
         "conditioning.padding": PADDINGS,
     }
     for field, registry in registries.items():
@@ -98,6 +98,14 @@ def _validate_data(config: Config) -> None:
         raise ConfigError("data.crop", f"must be two fractions in (0, 1], got {data.crop}")
     if len(data.sizes) != 2 or not 8 <= data.sizes[0] <= data.sizes[1]:
         raise ConfigError("data.sizes", f"must be two sizes from 8 pixels, got {data.sizes}")
+    control = config.conditioning.control
+    jittered = {scalar.group for scalar in SCALARS.values() if scalar.jitter}
+    if not data.color and jittered & set(control):
+        raise ConfigError(
+            "data.color",
+            f"0, but conditioning.control has {', '.join(jittered & set(control))}; set the "
+            "strength of the color jitter",
+        )
     if data.name == "shapes" and data.semantics == "class" and data.classes not in LABELS:
         choices = " or ".join(str(number) for number in LABELS if number)
         raise ConfigError("data.classes", f"must be {choices} for shapes, got {data.classes}")

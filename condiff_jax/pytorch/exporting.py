@@ -18,10 +18,10 @@ import numpy as np
 from etils import epath
 
 from condiff_jax import runs
-from condiff_jax.conditioning.control import DEFAULT_SCALE, SCALE
+from condiff_jax.conditioning.control import SCALARS
+from condiff_jax.conditioning.text import PADDINGS
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
-from condiff_jax.data.augment import SCALARS
 from condiff_jax.models.autoencoder import Latents
 from condiff_jax.models.mdt import MDT
 from condiff_jax.models.mmdit import MMDiT
@@ -48,7 +48,7 @@ def denoiser_config(objective: DiffusionObjective) -> dict[str, Any]:
         "qk_norm": model.qk_norm,
         "high": len(objective.control.high),
         "low": len(objective.control.low),
-        "weighting": dataclasses.asdict(model.weighting),
+        "weighting": np.asarray(model.weighting(np.arange(model.weighting.timesteps))).tolist(),
     }
     if objective.text_encoder is not None:
         out["text_width"] = config.text_encoder.width
@@ -80,6 +80,7 @@ def network_config(objective: DiffusionObjective, frozen: dict) -> dict[str, Any
     if "autoencoder" in frozen:
         size = dataclasses.asdict(space.network.size)
         out["autoencoder"] = {"architecture": "kl", "size": size}
+    control = asked_control(config)
     out["settings"] = {
         "shape": [channels, height, width],
         "scale": space.scale,
@@ -90,8 +91,8 @@ def network_config(objective: DiffusionObjective, frozen: dict) -> dict[str, Any
         "control_guidance": config.sampling.control_guidance,
         "high": list(objective.control.high),
         "low": list(objective.control.low),
-        "control_scale": {name: SCALE.get(name, DEFAULT_SCALE) for name in SCALARS},
-        "control": asked_control(config),
+        "control_scale": {name: SCALARS[name].scale for name in control},
+        "control": control,
     }
     if isinstance(objective.text_encoder, WordEmbedding):
         words = objective.vocabulary.tokenizer.get_vocab()
@@ -263,6 +264,13 @@ def run(config: Config, workdir: str) -> epath.Path:
     """Mode `export`: the newest checkpoint as export/STEP (export/STEP-raw); returns the folder."""
     if config.model.name == "unet2d":  # whose methods of conditioning are anyone's
         raise ConfigError("model.name", "unet2d has no PyTorch model to export to")
+    padding = config.conditioning.padding
+    if config.data.semantics == "text" and not PADDINGS[padding].pytorch:
+        raise ConfigError(
+            "conditioning.padding",
+            f"{padding} is not in condiff_jax/pytorch/models.py; add it to PADDINGS there, and set "
+            "pytorch=True here",
+        )
     if jax.process_count() > 1:
         raise ConfigError("--processes", "mode export runs in one process")
     trained = runs.load(workdir, config, ema=not config.convert.raw, mesh=sharding.create_mesh())

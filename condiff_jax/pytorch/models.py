@@ -50,33 +50,21 @@ class Control(NamedTuple):
     differences of about one.
     """
 
-    high: Tensor  # of crop_top, crop_left, crop_height, crop_width, flip, aspect those in use
-    low: Tensor  # height, width of the original
+    high: Tensor  # such as crop_top, crop_left, crop_height, crop_width, flip
+    low: Tensor  # such as height and width of the original
 
 
 class Weighting(NamedTuple):
-    """gamma_c(t) of Eq. 1, from 1 for clean images to 0 for noise; u = t / timesteps.
+    """gamma_c(t) of Eq. 1: its value at each timestep, and linear between timesteps."""
 
-    cosine: cos(pi u / 2)^alpha. linear: 1 - u. step: 1 up to the timestep `last`, then 0.
-    uniform: 1 (SDXL). zero: 0.
-    """
-
-    kind: str = "cosine"
-    alpha: float = 8.0
-    last: int = 0
-    timesteps: int = 1000
+    table: list[float]
 
     def __call__(self, t: Tensor) -> Tensor:
-        return KINDS[self.kind](self, t)
-
-
-KINDS = {
-    "cosine": lambda w, t: torch.cos(math.pi / 2 * t / w.timesteps) ** w.alpha,
-    "linear": lambda w, t: 1 - t / w.timesteps,
-    "step": lambda w, t: (t <= w.last).float(),
-    "uniform": lambda w, t: torch.ones_like(t, dtype=torch.float32),
-    "zero": lambda w, t: torch.zeros_like(t, dtype=torch.float32),
-}
+        table = torch.tensor(self.table, device=t.device)
+        t = t.float().clamp(0, len(table) - 1)
+        below = t.floor().long()
+        above = (below + 1).clamp(max=len(table) - 1)
+        return torch.lerp(table[below], table[above], t - below)
 
 
 def dropped(x: Tensor | None, drop: Tensor | None, null: int = 0) -> Tensor | None:
@@ -138,9 +126,10 @@ class ControlEmbed(nn.Module):
     size, fades in as the noise fades out.
     """
 
-    def __init__(self, width: int, weighting: Weighting, high: int, low: int):
+    def __init__(self, width: int, weighting: list[float] | None, high: int, low: int):
         super().__init__()
-        self.weighting, self.counts = weighting or Weighting(), (high, low)
+        self.weighting = Weighting(weighting or [1.0])
+        self.counts = high, low
         self.high = ScalarEmbed(high, width) if high else None
         self.low = ScalarEmbed(low, width) if low else None
 
@@ -293,7 +282,7 @@ class Denoiser(nn.Module):
     nothing instead (the empty sets of Eq. 2). Weights that were trained to predict v return v.
 
     Arguments of all denoisers: channels: C. classes: their number, or None for text, whose features
-    have text_width channels. weighting, high, low: see `Weighting` and `Control`.
+    have text_width channels. weighting: the table of `Weighting`. high, low: sizes of `Control`.
     """
 
     def __init__(self, timestep, width, context, classes, weighting, high, low):
@@ -325,7 +314,8 @@ class Transformer(Denoiser):
     def __init__(
         self, *, depth: int, width: int, heads: int, patch: int, base_grid: int, channels: int,
         classes: int | None = None, text_width: int | None = None, qk_norm: bool = True,
-        position: str = "resample", weighting: Weighting | None = None, high: int = 0, low: int = 0,
+        position: str = "resample", weighting: list[float] | None = None, high: int = 0,
+        low: int = 0,
     ):  # fmt: skip
         super().__init__(TimestepEmbed(width), width, width, classes, weighting, high, low)
         self.depth, self.width, self.heads, self.qk_norm = depth, width, heads, qk_norm
@@ -731,7 +721,7 @@ class UNet(Denoiser):
 
     def __init__(
         self, *, size: Size, channels: int, classes: int | None = None,
-        text_width: int | None = None, qk_norm: bool = True, weighting: Weighting | None = None,
+        text_width: int | None = None, qk_norm: bool = True, weighting: list[float] | None = None,
         high: int = 0, low: int = 0,
     ):  # fmt: skip
         first, deepest = size.channels[0], size.channels[-1]
@@ -920,28 +910,37 @@ class WordEmbedding(nn.Module):
 def pad(
     tokens: Tensor, mask: Tensor, method: str, beta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
-    """Tokens (B, T, C) with the positions outside the mask (B, T) filled (Sec. 2.1, Table 3).
+    """Tokens (B, T, C) with the positions outside the mask (B, T) filled (Sec. 2.1, Table 3)."""
+    if method not in PADDINGS:
+        raise ValueError(f"unknown padding {method!r}, choose from {', '.join(PADDINGS)}")
+    return PADDINGS[method](tokens, mask, beta, noise)
 
-    zero: zeros. replicate: the n tokens of the prompt again and again. noisy_replicate (Eq. 7):
-    also noise (B, T, C), standard normal, times sqrt(beta (m - 1)) and the standard deviation of
-    each channel over the prompt's tokens, where m = ceil(T / n) counts the repetitions.
-    """
-    if method not in ("zero", "replicate", "noisy_replicate"):
-        raise ValueError(f"unknown padding {method!r}, choose zero, replicate or noisy_replicate")
-    inside, length = mask[..., None], mask.shape[1]
-    tokens = torch.where(inside, tokens, 0)
-    if method == "zero":
-        return tokens
+
+def zero(tokens: Tensor, mask: Tensor, beta: float, noise: Tensor | None) -> Tensor:
+    """Zeros."""
+    return torch.where(mask[..., None], tokens, 0)
+
+
+def replicate(tokens: Tensor, mask: Tensor, beta: float, noise: Tensor | None) -> Tensor:
+    """The n tokens of the prompt, repeated cyclically to T."""
     n = mask.sum(1, keepdim=True).clip(1)  # (B, 1)
-    source = torch.arange(length, device=mask.device) % n  # (B, T)
-    repeated = tokens.gather(1, source[..., None].expand_as(tokens))
-    if method == "replicate":
-        return repeated
-    exact = tokens.float()  # squares in half precision would overflow
-    mean = exact.sum(1, keepdim=True) / n[..., None]  # (B, 1, C)
-    variance = torch.where(inside, (exact - mean) ** 2, 0).sum(1, keepdim=True) / n[..., None]
-    repetitions = -(-length // n)[..., None]  # m, (B, 1, 1)
-    return repeated + (beta * (repetitions - 1) * variance).sqrt().to(tokens) * noise.to(tokens)
+    source = torch.arange(mask.shape[1], device=mask.device) % n  # (B, T)
+    return zero(tokens, mask, beta, noise).gather(1, source[..., None].expand_as(tokens))
+
+
+def noisy_replicate(tokens: Tensor, mask: Tensor, beta: float, noise: Tensor) -> Tensor:
+    """Eq. 7: `replicate` and standard normal noise (B, T, C), times sqrt(beta (m - 1)) and the
+    standard deviation of each channel over the prompt's tokens; m = ceil(T / n) repetitions.
+    """
+    inside, n = mask[..., None], mask.sum(1, keepdim=True).clip(1)[..., None]  # (B, 1, 1)
+    exact = torch.where(inside, tokens, 0).float()  # squares in half precision would overflow
+    mean = exact.sum(1, keepdim=True) / n  # (B, 1, C)
+    variance = torch.where(inside, (exact - mean) ** 2, 0).sum(1, keepdim=True) / n
+    scale = (beta * (-(-mask.shape[1] // n) - 1) * variance).sqrt()
+    return replicate(tokens, mask, beta, noise) + scale.to(tokens) * noise.to(tokens)
+
+
+PADDINGS = {"zero": zero, "replicate": replicate, "noisy_replicate": noisy_replicate}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -958,7 +957,7 @@ ARCHITECTURES = {
     "words": WordEmbedding,
     "kl": AutoencoderKL,
 }
-RECORDS = {"weighting": Weighting, "size": Size}  # arguments that are more than a value
+RECORDS = {"size": Size}  # arguments that are more than a value
 
 
 def create(config: dict) -> nn.Module:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
+from condiff_jax.conditioning.control import SCALARS, scalar_names
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config, Sampling
-from condiff_jax.data.augment import SCALARS
 from condiff_jax.diffusion.guidance import (
     scaled_guidance,
 )
@@ -25,8 +24,14 @@ def guidance_scale(settings: Sampling, resolution: int) -> float:
 
 
 def asked_control(config: Config) -> dict[str, float]:
-    """The control scalars of config.sampling.control; an unset size is that of the pictures."""
-    values = dataclasses.asdict(config.sampling.control)
+    """The control scalars to sample with: config.sampling.control, or a scalar's default.
+
+    An unset height or width is that of the images.
+    """
+    values = {
+        name: getattr(config.sampling.control, name, SCALARS[name].default)
+        for name in scalar_names(bool(config.data.color))
+    }
     for side in ("height", "width"):
         values[side] = values[side] or float(config.data.resolution)
     return values
@@ -38,7 +43,7 @@ def control_values(
     """The control scalars to ask for, of samples first, ..., first + n - 1: {name: (n,) f32}.
 
     Those of `asked_control`, but for sizes drawn as sampling.size says (Table 2b), sample
-    i's from (sampling.seed, i) alone, and the aspect ratio that follows from them. seen (M, 8): the
+    i's from (sampling.seed, i) alone, and the aspect ratio that follows from them. seen (M, S): the
     training images' control metadata (see `Workdir.control`), for sampling.size=train.
     """
     settings = config.sampling
@@ -55,7 +60,7 @@ def control_values(
     for i in range(n):
         rng = np.random.default_rng([settings.seed, first + i])
         if settings.size == "train":
-            row = dict(zip(SCALARS, seen[rng.integers(len(seen))], strict=True))
+            row = dict(zip(values, seen[rng.integers(len(seen))], strict=True))
             height, width = row["height"], row["width"]
         else:
             height, width = rng.uniform(*settings.size_range, 2)

@@ -53,10 +53,11 @@ from condiff_jax.pretrained import weights
 from condiff_jax.runtime import sharding
 from condiff_jax.runtime.distributed import barrier
 
+DEFAULTS = Config()
 HEAD = 400  # bytes of a picture's label, caption and control metadata, about
 PACKAGES = ("jax", "flax", "array_record", "pillow", "simplejpeg", "opencv-python-headless")
 # What training must have in common with its cache; the others belong to the cache alone.
-IMAGE_FIELDS = ("data.resolution", "data.crop", "data.flip")
+IMAGE_FIELDS = ("data.resolution", "data.crop", "data.flip", "data.color")
 IMAGE_FIELDS += ("autoencoder.name", "autoencoder.size", "autoencoder.path")
 TEXT_FIELDS = ("text_encoder.length", "text_encoder.path")
 SOURCE_FIELDS = ("data.name", "data.sizes", "data.classes", "data.entangled", "model.dtype", "seed")
@@ -89,9 +90,10 @@ def check(objective: DiffusionObjective, source: Cache) -> None:
 def differing(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(field, old value, new value) for people, where `settings` differ."""
     for field, value in now.items():
-        if before.get(field) != value:
+        old = before.get(field, get(DEFAULTS, field))  # a field that came later has its default
+        if old != value:
             kind = "sha256 {:.12}" if field.endswith(".path") else "{}"
-            yield field, *(kind.format(one) for one in (str(before.get(field)), str(value)))
+            yield field, *(kind.format(one) for one in (str(old), str(value)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,7 +319,7 @@ def read(objective: DiffusionObjective, source, left: list[Shard]) -> Iterator[d
         return
     config, data = objective.config, objective.config.data
     how = {"count": config.encode.views, "resolution": data.resolution, "crop": data.crop}
-    how["flip"] = data.flip
+    how["flip"], how["color"] = data.flip, data.color
     text = objective.encode_text if config.encode.text else None
     spans = [grain.MapDataset.range(shard.start, shard.stop) for shard in left]
     dataset = grain.MapDataset.concatenate(spans).map(ReadRecord(source, how, config.seed, text))

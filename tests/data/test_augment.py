@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from condiff_jax.data.augment import CROPS, SCALARS, augment, center, full_frame
+from condiff_jax.conditioning.control import View, scalar_names
+from condiff_jax.data.augment import CROPS, augment, center, jitter
 from condiff_jax.data.resize import resize
 
 
@@ -30,7 +31,7 @@ def test_metadata_reconstructs_the_output(size, crop):
     for _ in range(6):
         out, scalars = augment(image, rng, resolution=16, crop=crop)
         assert out.shape == (16, 16, 3) and out.dtype == np.uint8
-        assert tuple(scalars) == SCALARS
+        assert tuple(scalars) == scalar_names(jitter=False)
         assert all(type(v) is np.float32 for v in scalars.values())
         np.testing.assert_array_equal(out, redo(image, scalars, 16))
         assert scalars["height"] == size[0] and scalars["width"] == size[1]
@@ -82,21 +83,17 @@ def test_downscaling_antialiases():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     whole = {"resolution": 8, "crop": (1, 1)}
-    for out, _ in (center(stripes, 8), augment(stripes, np.random.default_rng(0), **whole)):
+    for out in (center(stripes, 8), augment(stripes, np.random.default_rng(0), **whole)[0]):
         assert abs(out.astype(int) - 127).max() < 20
 
 
 @pytest.mark.parametrize("size", [(10, 10), (10, 17), (18, 11), (1, 5)])
-def test_center_and_full_frame_agree(size):
-    image = picture(*size)
-    out, scalars = center(image, 12)
-    assert scalars == full_frame(*size) and tuple(scalars) == SCALARS
-    assert scalars["flip"] == 0
-    assert max(scalars["crop_height"], scalars["crop_width"]) == 1
-    top, side = (round(scalars[name] * size[0]) for name in ("crop_top", "crop_height"))
-    left = round(scalars["crop_left"] * size[1])
+def test_the_center_is_the_largest_square_in_the_middle(size):
+    image, side = picture(*size), min(size)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
     window = Image.fromarray(image[top : top + side, left : left + side].copy())
-    np.testing.assert_array_equal(out, window.resize((12, 12), Image.Resampling.BICUBIC))
+    expected = window.resize((12, 12), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(center(image, 12), expected)
 
 
 def test_side_is_rounded_to_the_nearest_pixel():
@@ -110,7 +107,7 @@ def test_side_is_rounded_to_the_nearest_pixel():
 
 def test_center_at_native_size_is_the_picture():
     image = picture(16, 16)
-    np.testing.assert_array_equal(center(image, 16)[0], image)
+    np.testing.assert_array_equal(center(image, 16), image)
 
 
 @pytest.mark.parametrize("crop", [(0, 1), (0.5, 0.4), (0.9, 1.1), (float("nan"), 1)])
@@ -127,5 +124,37 @@ def test_bad_resolution_image_and_size():
     for bad in (picture(4, 4)[..., 0], picture(4, 4) / 255, picture(0, 4)):
         with pytest.raises(ValueError, match="image is"):
             center(bad, 4)
-    with pytest.raises(ValueError, match="height=0"):
-        full_frame(0, 3)
+
+
+def test_colors_are_jittered_as_the_scalars_say():
+    image, strength = picture(12, 12), 0.5
+    whole = {"resolution": 12, "crop": (1, 1), "color": strength}
+    names = ("brightness", "contrast", "saturation")
+    draws = []
+    for seed in range(60):
+        out, scalars = augment(image, np.random.default_rng(seed), **whole)
+        plain, without = augment(image, np.random.default_rng(seed), **whole | {"color": 0.0})
+        assert {name: scalars[name] for name in without} == without  # crop and flip stay
+        assert set(scalars) - set(without) == set(names)
+        brightness, contrast, saturation = (scalars[name] for name in names)
+        draws.append([brightness, contrast, saturation])
+        luma = np.array([0.299, 0.587, 0.114])
+        expected = plain * float(brightness)
+        mean = (expected @ luma).mean()
+        expected = mean + contrast * (expected - mean)
+        gray = (expected @ luma)[..., None]
+        expected = (gray + saturation * (expected - gray)).round().clip(0, 255)
+        assert np.abs(out.astype(int) - expected).max() <= 1
+    draws = np.array(draws)
+    assert 0.5 <= draws.min() < 0.6 and 1.4 < draws.max() <= 1.5
+    assert np.abs(np.corrcoef(draws.T) - np.eye(3)).max() < 0.4  # drawn each by itself
+
+
+def test_no_saturation_is_gray_and_no_contrast_is_one_color():
+    view = View(picture(5, 5), 0, 0, 1, 1, False, 5, 5)
+    gray = jitter(view, 1.0, 1.0, 0.0).image
+    assert (gray == gray[..., :1]).all()
+    flat = jitter(view, 1.0, 0.0, 1.0).image
+    assert (flat == flat[0, 0]).all()
+    np.testing.assert_array_equal(jitter(view, 1.0, 1.0, 1.0).image, view.image)
+    assert not jitter(view, 0.0, 1.0, 1.0).image.any()

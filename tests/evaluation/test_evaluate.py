@@ -151,7 +151,7 @@ def test_reference_is_unseen_and_asked_alike(tmp_path):
 
         def sampler(params, batch, *, first=0, label="", rows=rows, asked=asked):
             np.testing.assert_array_equal(batch["ids"], asked)
-            return np.stack([augment.center(row["image"], 16)[0] for row in rows])
+            return np.stack([augment.center(row["image"], 16) for row in rows])
 
         fake = mock.Mock(side_effect=sampler, objective=objective, mesh=None)
         evaluation = tiny.evaluation(config, tmp_path)

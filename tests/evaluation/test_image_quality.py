@@ -180,7 +180,7 @@ def test_the_references_own_pictures_are_at_no_distance(tmp_path):
     config = tiny.config(**FIELDS)
     source = shapes.Shapes("validation", config.data.sizes)
     rows = [source[i] for i in range(9)]
-    pictures = np.stack([augment.center(row["image"], 16)[0] for row in rows])
+    pictures = np.stack([augment.center(row["image"], 16) for row in rows])
     fake = Fake(config)
     asked = [fake.objective.encode_text(row["caption"])[0] for row in rows]
 

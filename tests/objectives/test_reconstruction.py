@@ -231,7 +231,7 @@ def test_a_trained_autoencoder_is_what_latent_diffusion_and_diffusers_take(coder
     config = latent_config(coder)
     params = tiny.objective(config).load_frozen()["autoencoder"]
     source = create_source(config, "validation")
-    images = to_float(np.stack([center(source[i]["image"], 16)[0] for i in range(8)]))
+    images = to_float(np.stack([center(source[i]["image"], 16) for i in range(8)]))
     encode = functools.partial(Latents.create(config).network.apply, method="encode")
     latents = np.asarray(parity.jit(encode)({"params": params}, images))
     np.testing.assert_allclose(latents.mean((0, 1, 2)), 0, atol=1e-3)

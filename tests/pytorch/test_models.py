@@ -106,7 +106,7 @@ def build(name, classes, own, side):
     for fixed in ("cross", "pooled"):  # by the name of the architecture
         settings.pop(fixed, None)
     config = {"architecture": name, "channels": CHANNELS, "high": HIGH, "low": LOW} | settings
-    config |= {"classes": classes, "weighting": dataclasses.asdict(COSINE)}
+    config |= {"classes": classes, "weighting": COSINE(np.arange(COSINE.timesteps)).tolist()}
     if classes is None:
         config["text_width"] = TEXT
     if name == "mmdit":
@@ -241,7 +241,7 @@ def test_norms_of_small_values():
 
 
 @pytest.mark.parametrize("high, low", [(2, 3), (2, 0), (0, 3)])
-@pytest.mark.parametrize("kind", control.KINDS)
+@pytest.mark.parametrize("kind", control.WEIGHTINGS)
 def test_control_embedding(kind, high, low):
     weighting = control.Weighting(kind, alpha=4.0, last=400, timesteps=800)
     model, t = control.ControlEmbed(16, weighting), jnp.array([0, 399, 400, 401, 799])
@@ -249,12 +249,13 @@ def test_control_embedding(kind, high, low):
     keep = jnp.zeros(5, bool)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0), told, t, keep)["params"])
     expected = model.apply({"params": params}, told, t, keep)
-    module = models.ControlEmbed(16, models.Weighting(**dataclasses.asdict(weighting)), high, low)
+    module = models.ControlEmbed(16, weighting(np.arange(800)).tolist(), high, low)
     out = load(module, params)(models.Control(*map(tensor, (told.high, told.low))), tensor(t))
     assert relative(expected, out.detach().numpy()) < 1e-4
     gamma = module.weighting(tensor(t))
     np.testing.assert_allclose(gamma, weighting(t), atol=1e-6)
-    assert set(control.KINDS) == set(models.KINDS)
+    half = module.weighting(torch.tensor([399.5]))  # as schedulers with other timesteps need
+    np.testing.assert_allclose(half, gamma[1:3].mean(), atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["resample", "extrapolate"])

@@ -114,7 +114,7 @@ def objective():
 def pictures(n):
     source = create_source(tiny.config(**FIELDS), "validation")
     records = [source[i] for i in range(n)]
-    images = [center(record["image"], 16)[0] for record in records]
+    images = [center(record["image"], 16) for record in records]
     return {
         "image": jnp.asarray(np.stack(images)),
         "label": jnp.array([record["label"] for record in records]),

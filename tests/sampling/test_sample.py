@@ -296,7 +296,7 @@ def test_no_prompts_unknown_class_and_missing_run_are_errors(tmp_path, trained):
     with pytest.raises(ConfigError, match="sampling.prompts: empty"):
         asked_for(tiny.config(), trained[0])
     config = tiny.config(**{"data.semantics": "class", "sampling.labels": (10,)})
-    with pytest.raises(ConfigError, match="class 10; classes go from 0 to 9"):
+    with pytest.raises(ConfigError, match="sampling.labels: must be between 0 and 9, got 10"):
         asked_for(config, tiny.objective(config))
     with pytest.raises(ConfigError, match="no run here"):
         sample.run(tiny.config(), str(tmp_path / "nothing"))

@@ -87,7 +87,7 @@ class Reporter(Log):
         self.objective, config = objective, objective.config
         source = unseen_source(config)
         side, n = config.data.resolution, min(PICTURES, len(source))
-        pictures = [center(source[i]["image"], side)[0] for i in range(n)]
+        pictures = [center(source[i]["image"], side) for i in range(n)]
         self.batches = np.array_split(np.stack(pictures), -(-n // BATCH))
         self.code = jax.jit(self._code)
         if self.chief and not frozen and config.reconstruction.lpips:

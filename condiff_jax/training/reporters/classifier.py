@@ -39,7 +39,7 @@ class Reporter(Log):
         source = unseen_source(objective.config)
         records = [source[i] for i in range(min(PICTURES, len(source)))]
         side = objective.config.data.resolution
-        self.images = np.stack([center(record["image"], side)[0] for record in records])
+        self.images = np.stack([center(record["image"], side) for record in records])
         self.labels = np.array([record["label"] for record in records], np.int32)
         self.look = jax.jit(self._look)
 

@@ -76,8 +76,8 @@ class Preprocess(grain.transforms.RandomMap):
     resolution: int
     crop: tuple[float, float]
     flip: bool
-    color: float = 0.0
     encode_text: Any = None  # caption -> (ids, mask)
+    color: float = 0.0
 
     def random_map(self, i: int, rng: np.random.Generator) -> dict:
         state = rng.bit_generator.state
@@ -136,7 +136,7 @@ def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
     numbers = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     if isinstance(source, Cache):
         return numbers.map_with_index(SampleView(source, config.seed, encode_text))
-    process = Preprocess(source, data.resolution, data.crop, data.flip, data.color, encode_text)
+    process = Preprocess(source, data.resolution, data.crop, data.flip, encode_text, data.color)
     return numbers.random_map(process)
 
 

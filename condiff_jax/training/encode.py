@@ -90,7 +90,8 @@ def check(objective: DiffusionObjective, source: Cache) -> None:
 def differing(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(field, old value, new value) for people, where `settings` differ."""
     for field, value in now.items():
-        old = before.get(field, get(DEFAULTS, field))  # a field that came later has its default
+        # A config field that is newer than the cache had its default.
+        old = before[field] if field in before or "." not in field else get(DEFAULTS, field)
         if old != value:
             kind = "sha256 {:.12}" if field.endswith(".path") else "{}"
             yield field, *(kind.format(one) for one in (str(old), str(value)))

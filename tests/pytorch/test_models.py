@@ -382,7 +382,7 @@ def test_errors(ours):
         twin_forward(module, x, cond, control=few)
     with pytest.raises(ValueError, match="unknown position embedding 'learned', choose"):
         models.position_grid(3, 3, "learned")
-    with pytest.raises(ValueError, match="unknown padding 'mirror', choose zero"):
+    with pytest.raises(ValueError, match="unknown padding 'mirror', choose from zero"):
         models.pad(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), "mirror")
     mdt = models.MDT(grid=2, channels=CHANNELS, classes=CLASSES, **TRANSFORMER)
     with pytest.raises(ValueError, match="for 2 tokens a side, not 4 x 1"):

@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["condiff_jax", "condiff_jax.*"]),
     package_data={
+        "condiff_jax": ["py.typed"],
         "condiff_jax.planning": ["gpu_targets/*.txtpb"],
         "condiff_jax.evaluation.metrics": ["*.safetensors"],
     },

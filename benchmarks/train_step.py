@@ -56,7 +56,7 @@ NO_MEMORY = 3  # exit code
 SIGNS = ("RESOURCE_EXHAUSTED", "out of memory", "ALLOC_FAILED")  # of XLA, CUDA, cuBLAS and cuDNN
 
 
-class Failed(Exception):
+class BenchmarkError(Exception):
     """What ends the command with a line and an exit code."""
 
     def __init__(self, message: str, code: int):
@@ -170,7 +170,7 @@ def child(asked: argparse.Namespace, **changes) -> dict | None:
             return None
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
-            raise Failed(lines[-1].removeprefix("error: "), done.returncode)
+            raise BenchmarkError(lines[-1].removeprefix("error: "), done.returncode)
         return json.loads(Path(settings["save"]).read_text())
 
 
@@ -198,9 +198,9 @@ def run_largest(asked: argparse.Namespace) -> dict:
     """The record of methods at the largest batches that fit, in processes that take turns."""
     record = child(asked, batch=UNIT, repetitions=0)
     if record is None:
-        raise Failed(f"not even batches of {UNIT} fit beside each other", NO_MEMORY)
+        raise BenchmarkError(f"not even batches of {UNIT} fit beside each other", NO_MEMORY)
     if record["device"] == "cpu" and not asked.most:
-        raise Failed("--largest is for GPUs; on a CPU give --most, too", 2)
+        raise BenchmarkError("--largest is for GPUs; on a CPU give --most, too", 2)
     names = [name for name, title in METHODS.items() if title in record["agreement"]]
     sizes, begin = {}, asked.batch
     for name in names:
@@ -214,7 +214,7 @@ def run_largest(asked: argparse.Namespace) -> dict:
 
         begin = sizes[name] = find_largest(fits, begin)
         if not begin:
-            raise Failed(f"not even {UNIT} fit in {METHODS[name]}", NO_MEMORY)
+            raise BenchmarkError(f"not even {UNIT} fit in {METHODS[name]}", NO_MEMORY)
     record |= {"settings": vars(asked), "largest": {METHODS[n]: sizes[n] for n in names}}
     common = dict.fromkeys(names, min(sizes.values()))
     found = {case: [] for case in (*common.items(), *sizes.items())}
@@ -222,7 +222,9 @@ def run_largest(asked: argparse.Namespace) -> dict:
         for (name, batch), records in found.items():
             one = child(asked, only=name, batch=batch)
             if one is None:
-                raise Failed(f"{batch} fit once in {METHODS[name]}, but not again", NO_MEMORY)
+                raise BenchmarkError(
+                    f"{batch} fit once in {METHODS[name]}, but not again", NO_MEMORY
+                )
             records.append(one)
     cases = {case: together(METHODS[case[0]], records) for case, records in found.items()}
     for label, batches in (("common", common), ("largest", sizes)):
@@ -300,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = run_largest(asked) if asked.largest else run(asked)
     except ConfigError as error:
         return fail(error)
-    except Failed as error:
+    except BenchmarkError as error:
         fail(error)
         return error.code
     except Exception as error:

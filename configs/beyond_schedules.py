@@ -30,8 +30,9 @@ NOTES = ("Both stages of `rescale` have the same schedule; Eq. 3 changes that of
 
 
 def get_config(args: str | None = None):
-    """Arguments: schedule (scaled_linear | linear | cosine), weighting (as in Table A6) and
-    control_guidance, or else rescale (true | false); scale.
+    """Arguments: schedule, weighting and control_guidance, or rescale; scale.
+
+    schedule: scaled_linear | linear | cosine. weighting: as in Table A6. rescale: true | false.
     """
     row = base.arguments(
         args,

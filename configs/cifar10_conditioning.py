@@ -1,6 +1,6 @@
-"""CIFAR-10 conditioning benchmark: which way of telling a UNet its class gives the best FID?
+r"""CIFAR-10 conditioning benchmark: which way of telling a UNet its class gives the best FID?
 
---config=configs/cifar10_conditioning.py:method=film,size=small --config.data.path=CIFAR10 \\
+--config=configs/cifar10_conditioning.py:method=film,size=small --config.data.path=CIFAR10 \
   --config.evaluation.inception=WEIGHTS
 --config=configs/cifar10_conditioning.py:method=weighted_attn,size=small,scale=small
 

@@ -1,7 +1,7 @@
-"""A classifier of noised pictures, which guides the sampling of a denoiser (arXiv:2105.05233).
+r"""A classifier of noised pictures, which guides the sampling of a denoiser (arXiv:2105.05233).
 
     python -m condiff_jax.main --config=configs/classifier.py --workdir=runs/classifier
-    python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided \\
+    python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided \
       --config.sampling.classifier=runs/classifier
 
 It fits denoisers of the same classes, resolution, noise levels and latents. Minutes on two CPU

@@ -1,9 +1,9 @@
-"""Classifier guidance on the embedded data: how often the class is right, by the guidance's weight.
+r"""Classifier guidance on the embedded data: how often the class is right, by the guidance's weight.
 
     python -m condiff_jax.main --config=configs/classifier.py --workdir=runs/classifier
     python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided
-    python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided \\
-      --mode=evaluate --config.sampling.classifier=runs/classifier \\
+    python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided \
+      --mode=evaluate --config.sampling.classifier=runs/classifier \
       --config.evaluation.grid="guidance=0,1;classifier_guidance=0,1,2,4,8"
     python -m condiff_jax.report runs/guided --out=guided.html
 

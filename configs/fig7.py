@@ -28,8 +28,9 @@ NOTES = (
 
 
 def get_config(args: str | None = None):
-    """Arguments: resolution (256 | 512), guidance (as it is, without Eq. 4), control_guidance,
-    scale.
+    """Arguments: resolution (256 | 512), guidance, control_guidance, scale.
+
+    guidance is used as it is, without Eq. 4.
     """
     row = base.arguments(args, resolution=256, guidance=1.5, control_guidance=1.0, scale="paper")
     init = "low_res" if row.resolution == 512 else "none"

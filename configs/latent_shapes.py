@@ -1,7 +1,9 @@
-"""Latent diffusion on the embedded data, without any download; the autoencoder is trained first:
+r"""Latent diffusion on the embedded data, without any download.
+
+The autoencoder is trained first:
 
     python -m condiff_jax.main --config=configs/autoencoder.py --workdir=runs/autoencoder
-    python -m condiff_jax.main --config=configs/latent_shapes.py --workdir=runs/latent \\
+    python -m condiff_jax.main --config=configs/latent_shapes.py --workdir=runs/latent \
       --config.autoencoder.path=runs/autoencoder/autoencoder
 """
 

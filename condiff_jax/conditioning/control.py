@@ -183,7 +183,8 @@ class ScalarEmbed(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, scalars: jax.Array) -> jax.Array:  # (B, S) -> (B, D)
+    def __call__(self, scalars: jax.Array) -> jax.Array:
+        """Embed scalars (B, S) as (B, D)."""
         x = sinusoid(scalars, SINUSOIDS).reshape(scalars.shape[0], -1)  # (B, S * 256)
         x = nn.Dense(self.width, dtype=self.dtype, name="fc1")(x)
         x = nn.silu(x)
@@ -200,6 +201,7 @@ class ControlEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, control: Control, t: jax.Array, drop: jax.Array) -> jax.Array:
+        """Embed control at timesteps t (B,), zero where drop (B,) is true."""
         c_emb = jnp.zeros((t.shape[0], self.width), self.dtype)
         if control.high.shape[-1]:
             c_emb += ScalarEmbed(self.width, self.dtype, name="high")(control.high)

@@ -80,7 +80,7 @@ class DiffusionObjective(NoisedObjective):
         return Cond.of(semantics, self.control.control(batch["control"]))
 
     def denoise(self, params: dict, **inputs):
-        """denoise(x, t, cond) -> eps with these parameters; inputs: others that the model takes."""
+        """The function denoise(x, t, cond) -> eps; inputs: others that the model takes."""
 
         def network(x, t, cond):
             return self.model.apply({"params": params["model"]}, x, t, cond, **inputs)

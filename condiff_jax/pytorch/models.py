@@ -929,8 +929,10 @@ def replicate(tokens: Tensor, mask: Tensor, beta: float, noise: Tensor | None) -
 
 
 def noisy_replicate(tokens: Tensor, mask: Tensor, beta: float, noise: Tensor) -> Tensor:
-    """Eq. 7: `replicate` and standard normal noise (B, T, C), times sqrt(beta (m - 1)) and the
-    standard deviation of each channel over the prompt's tokens; m = ceil(T / n) repetitions.
+    """Eq. 7: `replicate` plus scaled standard normal noise (B, T, C).
+
+    The scale is sqrt(beta (m - 1)) times the standard deviation of each channel over the prompt's
+    n tokens; m = ceil(T / n).
     """
     inside, n = mask[..., None], mask.sum(1, keepdim=True).clip(1)[..., None]  # (B, 1, 1)
     exact = torch.where(inside, tokens, 0).float()  # squares in half precision would overflow

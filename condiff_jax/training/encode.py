@@ -134,6 +134,8 @@ class ReadRecord:
     encode_text: Any = None  # caption -> (ids, mask)
 
     def __call__(self, i: int) -> dict:
+        """The record of image i."""
+
         def code(record: dict) -> dict:
             images, controls = views(record, seed=(self.seed, i), **self.settings)
             return record | {"images": images, "controls": controls}

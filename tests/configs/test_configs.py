@@ -166,7 +166,7 @@ def test_data_sets_start_from_what_they_can(name, init, scale):
     assert bool(low) == (init == "low_res")
 
 
-def test_tableA2_keeps_the_ratios_of_rates_and_batches():
+def test_table_a2_keeps_the_ratios_of_rates_and_batches():
     names = ("optimizer.learning_rate", "batch_size")
     configs = {
         scale: [config_of("tableA2", f"{row},scale={scale}") for row in TABLES["tableA2"]["ROWS"]]
@@ -177,7 +177,7 @@ def test_tableA2_keeps_the_ratios_of_rates_and_batches():
         assert [v / paper[0] for v in paper] == pytest.approx([v / small[0] for v in small])
 
 
-def test_figA2_keeps_its_momenta():
+def test_fig_a2_keeps_its_momenta():
     config = config_of("figA2", "b1=0.95,b2=0.999,scale=small")
     assert (config.optimizer.b1, config.optimizer.b2) == (0.95, 0.999)
 

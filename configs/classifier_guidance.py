@@ -1,4 +1,4 @@
-r"""Classifier guidance on the embedded data: how often the class is right, by the guidance's weight.
+r"""Classifier guidance on the embedded data: accuracy of the class by the guidance's weight.
 
     python -m condiff_jax.main --config=configs/classifier.py --workdir=runs/classifier
     python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided

@@ -80,7 +80,7 @@ class DiffusionObjective(NoisedObjective):
         return Cond.of(semantics, self.control.control(batch["control"]))
 
     def denoise(self, params: dict, **inputs):
-        """The function denoise(x, t, cond) -> eps; inputs: others that the model takes."""
+        """Bind the parameters: a function of x, t, cond to eps; inputs: others of the model."""
 
         def network(x, t, cond):
             return self.model.apply({"params": params["model"]}, x, t, cond, **inputs)

@@ -67,7 +67,7 @@ def create(name, **overrides):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """exported(name) -> (system, parameters, folder, messages), each made once."""
+    """A function of a variant to (objective, parameters, folder, messages), each made once."""
     made = {}
 
     def get(name):

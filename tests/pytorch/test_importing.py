@@ -105,7 +105,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """runs(name, layout) -> (system, parameters, its folder, imported parameters, messages)."""
+    """A function of name and layout to (objective, parameters, folder, imported ones, messages)."""
     made = {}
 
     def get(name, layout):

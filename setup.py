@@ -16,6 +16,7 @@ setup(
         "condiff_jax": ["py.typed"],
         "condiff_jax.planning": ["gpu_targets/*.txtpb"],
         "condiff_jax.evaluation.metrics": ["*.safetensors"],
+        "condiff_jax.studies": ["*.j2"],
     },
     python_requires=">=3.11",
     install_requires=[
@@ -39,6 +40,9 @@ setup(
         "absl-py",
         "etils[epath]",
         "pillow>=10.1",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "tabulate>=0.9",
         "tqdm",
         "tensorboardX>=2.6.5",
     ],

@@ -1,80 +1,91 @@
-"""Command line: python -m condiff_jax.main --config=configs/X.py[:key=value] --workdir=DIR."""
+"""Command line: python -m condiff_jax.main --config=configs/X.py[:key=value] --workdir=DIR.
+
+Modes sweep and report take a table of configs/, and flags of their own: studies/flags.py.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from condiff_jax.config.errors import ConfigError
 from condiff_jax.runtime.process import compile_only, fail, stoppable, use_huge_pages
+from condiff_jax.studies import flags as studies
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, and its arguments.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "reference", "summary",
-    "plan", "prepare", "encode", "import", "export"], "What to do.")  # fmt: skip
+    "plan", "prepare", "encode", "import", "export", *studies.FLAGS], "What to do.")  # fmt: skip
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Mode plan: such as v5e:8x8, or several with ','.")
 TIMES = flags.DEFINE_bool("times", True, "Mode plan: estimate times, too; they take the longest.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
 PROCESSES = flags.DEFINE_integer("processes", None, "How many; TPU VMs, Slurm, Open MPI tell.")
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+CONFIG_FLAGS = flags.FlagValues()  # loaded after the flags above: a study reads its file itself
+CONFIG = config_flags.DEFINE_config_file("config", None, flag_values=CONFIG_FLAGS)
 
 
-def main(_) -> None:
-    """Meet other processes, then the mode; bad input ends with one line and exit code 2."""
-    if MODE.value == "plan":
+def main(study: dict[str, Any]) -> int | None:
+    """Initialize distributed JAX, then run the mode; bad input is one line and exit code 2."""
+    if MODE.value in ("plan", "report"):
         compile_only()
     # Imported here so that bad flags are reported at once, not after loading JAX.
-    from condiff_jax.config.errors import ConfigError
-    from condiff_jax.objectives.validate import create_config
     from condiff_jax.runtime.distributed import abort_on_error, initialize, is_multiprocess
 
-    if MODE.value not in ("plan", "summary"):  # which use no device
+    if MODE.value not in ("plan", "summary", "report"):  # which use no device
         initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    with stoppable(agreed=MODE.value == "train" and is_multiprocess()), abort_on_error():
+    with stoppable(agreed=MODE.value in ("train", "sweep") and is_multiprocess()), abort_on_error():
         try:
-            dispatch(create_config(CONFIG.value), MODE.value, WORKDIR.value)
+            return dispatch(MODE.value, WORKDIR.value, study)
         except (ConfigError, FloatingPointError) as error:
             sys.exit(fail(error))
 
 
-def dispatch(config, mode: str, workdir: str | None) -> None:
-    """Run a mode; ConfigError for bad input."""
-    from condiff_jax.config.errors import ConfigError
+def dispatch(mode: str, workdir: str | None, study: dict[str, Any]) -> int | None:
+    """Run a mode and return its exit code, None for 0; ConfigError for bad input."""
+    if mode in studies.FLAGS:  # matplotlib is loaded by mode report alone
+        return importlib.import_module(f"condiff_jax.studies.{mode}").run(workdir, **study)
     from condiff_jax.data.builders import prepare
     from condiff_jax.evaluation import evaluate, image_quality
     from condiff_jax.objectives import summary
+    from condiff_jax.objectives.validate import create_config
     from condiff_jax.planning import plan
     from condiff_jax.pytorch import exporting, importing
     from condiff_jax.sampling import sample
     from condiff_jax.training import encode, loop
 
-    without = {"prepare": prepare.run, "encode": encode.run}  # a workdir
-    without |= {
-        "reference": image_quality.run_reference,
-        "summary": lambda c: summary.run(c, workdir),
-    }
-    without |= {"plan": lambda c: plan.run(c, TOPOLOGY.value, times=TIMES.value)}
-    if mode in without:
-        return without[mode](config)
-    if not workdir:
+    config = create_config(CONFIG.value)
+    if not workdir and mode in ("train", "sample", "evaluate", "import", "export"):
         raise ConfigError("--workdir", f"missing; mode {mode} needs it")
-    chosen = config_flags.get_override_values(flags.FLAGS["config"])
-    modes = {"train": loop.run, "sample": sample.run, "evaluate": evaluate.run}
-    modes |= {"export": exporting.run, "import": lambda *args: importing.run(*args, chosen)}
-    modes[mode](config, workdir)
+    overrides = config_flags.get_override_values(CONFIG_FLAGS["config"])
+    modes = {
+        "train": lambda: loop.run(config, workdir), "sample": lambda: sample.run(config, workdir),
+        "evaluate": lambda: evaluate.run(config, workdir), "encode": lambda: encode.run(config),
+        "summary": lambda: summary.run(config, workdir), "prepare": lambda: prepare.run(config),
+        "reference": lambda: image_quality.run_reference(config),
+        "plan": lambda: plan.run(config, TOPOLOGY.value, times=TIMES.value),
+        "import": lambda: importing.run(config, workdir, overrides),
+        "export": lambda: exporting.run(config, workdir),
+    }  # fmt: skip
+    modes[mode]()
 
 
-def parse(argv: list[str]) -> list[str]:
-    """absl's flag parsing and the loading of the config file, with errors in one line."""
+def parse(argv: list[str]) -> dict[str, Any]:
+    """Parse the flags and load the config, with errors in one line; the arguments of a study."""
     try:
-        rest = flags.FLAGS(argv)
-        if rest[1:]:
-            raise flags.Error(f"unexpected argument {rest[1]!r}")
+        flags.FLAGS.set_gnu_getopt()  # flags of the config may stand before those of all modes
+        rest = flags.FLAGS(argv, known_only=True)
+        if MODE.value in studies.FLAGS:
+            return studies.parse(MODE.value, rest[1:])
+        if unexpected := CONFIG_FLAGS(rest)[1:]:
+            raise flags.Error(f"unexpected argument {unexpected[0]!r}")
         if CONFIG.value is None:
             raise flags.Error("--config is missing, try --config=configs/quickstart.py")
         CONFIG.value.keys()  # a file that failed to load says so on first use
-        return rest
+        return {}
     except (KeyError, AttributeError) as error:
         message = f"--config: unknown field {error.args[0]}; condiff_jax/config/schema.py lists all"
     except (flags.Error, TypeError, ValueError, OSError) as error:

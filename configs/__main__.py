@@ -14,7 +14,10 @@ argument of `--config`:
     python -m condiff_jax.main --config=configs/ROW --workdir=DIR                   # train
     python -m condiff_jax.main --config=configs/ROW --workdir=DIR --mode=evaluate   # measure
 
-All rows of a file: `python -m condiff_jax.sweep configs/FILE.py --workdir=DIR`.
+All rows of a file, and then the report of their results beside the paper's:
+
+    python -m condiff_jax.main --config=configs/FILE.py --workdir=DIR --mode=sweep
+    python -m condiff_jax.main --config=configs/FILE.py --workdir=DIR --mode=report
 
 `,scale=small` after a row is the same experiment on the embedded data `shapes`, which needs no
 files, and `,scale=tiny` a few steps of it. Without, it is the paper's: that needs

@@ -5,7 +5,7 @@ r"""Classifier guidance on the embedded data: accuracy of the class by the guida
     python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided \
       --mode=evaluate --config.sampling.classifier=runs/classifier \
       --config.evaluation.grid="guidance=0,1;classifier_guidance=0,1,2,4,8"
-    python -m condiff_jax.report runs/guided --out=guided.html
+    python -m condiff_jax.main --mode=report --workdir=runs/guided --html=guided.html
 
 The denoiser hears the class in nine pictures of ten. With guidance=0 (Eq. 2) it is asked for no
 class, and only the classifier knows which one is wanted; with guidance=1 both do.

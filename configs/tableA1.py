@@ -1,4 +1,4 @@
-"""Table A1: parameters and forward GFLOP of the architectures; `python -m condiff_jax.report`.
+"""Table A1: parameters and forward GFLOP of the architectures; shown by `--mode=report`.
 
 --config=configs/tableA1.py:arch=pixart,data=cc12m,resolution=512
 """

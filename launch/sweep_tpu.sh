@@ -1,7 +1,7 @@
 #!/bin/bash
 # All rows of a table on several Cloud TPU VMs (of one host each), one shard of the sweep on each.
 #
-#   ZONE=us-central2-b launch/sweep_tpu.sh tpu-a,tpu-b configs/table3.py \
+#   ZONE=us-central2-b launch/sweep_tpu.sh tpu-a,tpu-b --config=configs/table3.py \
 #     --workdir=gs://BUCKET/table3 --scale=small
 #
 # The VMs come from `launch/tpu_vm.sh create` and `install`. Logs come back here as sweep-NAME.log; a
@@ -10,7 +10,7 @@
 set -euo pipefail
 
 if (($# < 2)) || [[ -z ${ZONE:-} ]]; then
-  echo "error: usage: ZONE=... $0 NAME,NAME,... configs/TABLE.py --workdir=gs://... [...]" >&2
+  echo "error: usage: ZONE=... $0 NAME,NAME,... --config=configs/TABLE.py --workdir=gs://... [...]" >&2
   exit 2
 fi
 IFS=, read -ra names <<<"$1"
@@ -18,12 +18,12 @@ shift
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=launch/check.sh
 . "$root/launch/check.sh"
-(cd "$root" && check_command python -m condiff_jax.sweep "$@")
+(cd "$root" && check_command python -m condiff_jax.main --mode=sweep "$@")
 
 jobs=()
 for index in "${!names[@]}"; do
-  CHECK=0 "$root/launch/tpu_vm.sh" run "${names[index]}" python -m condiff_jax.sweep "$@" \
-    --shard="$index/${#names[@]}" >"sweep-${names[index]}.log" 2>&1 &
+  CHECK=0 "$root/launch/tpu_vm.sh" run "${names[index]}" \
+    python -m condiff_jax.main --mode=sweep "$@" --shard="$index/${#names[@]}" >"sweep-${names[index]}.log" 2>&1 &
   jobs+=("$!")
 done
 

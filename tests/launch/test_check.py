@@ -11,28 +11,36 @@ import pytest
 
 from tests.launch.jobs import LAUNCH, ROOT, actions, launch, one_line, readme_blocks
 
-PYTHON = re.compile(r"python -m condiff_jax\.(?:main|sweep) [^\n`]*")
+PYTHON = re.compile(r"python -m condiff_jax\.main [^\n`]*")
 # Reads commands, and says of each why it would not start: forks, because flags are parsed once.
 CHECKER = """
 import json, os, sys
-from condiff_jax import config, main, summary, sweep
+from condiff_jax import main
+from condiff_jax.config.errors import ConfigError
+from condiff_jax.objectives import summary
+from condiff_jax.objectives.validate import create_config
+from condiff_jax.studies import results, sweep
 
-def check(module, arguments):
-    if module == "condiff_jax.sweep":
-        sweep.run([*arguments, "--dry-run"])
-        return
+def check(arguments):
     sys.argv = ["condiff_jax", *arguments]  # where ml_collections looks for config.FIELD
-    main.parse(sys.argv)
-    found = config.create(main.CONFIG.value)
+    study = main.parse(sys.argv)
+    if main.MODE.value == "sweep":
+        sweep.run(main.WORKDIR.value, **study | {"dry_run": True})
+    elif main.MODE.value == "report":  # of results that are not here
+        assert not study["table"] or results.load_table(study["table"])["PAPER"]
+    else:
+        check_config(create_config(main.CONFIG.value))
+
+def check_config(config):
     if main.MODE.value in ("train", "evaluate"):  # an imported model is sampled without data
         assert main.WORKDIR.value
-        summary.check(found)
+        summary.check(config)
 
 for command in json.load(sys.stdin):
     if not os.fork():
         try:
-            check(command[2], command[3:])
-        except config.ConfigError as error:
+            check(command[3:])
+        except ConfigError as error:
             print(command[3:], error, file=sys.stderr, flush=True)
         os._exit(0)
     os.wait()
@@ -99,9 +107,9 @@ def whole(project, stubs):
             ["slurm.sbatch", *COMMAND, *FILES, BUCKET, "--config.model.name=x"],
             "model.name: unknown value 'x'",
         ),
-        (["sweep_tpu.sh", "a,b", "configs/table1.py", BUCKET], "data.path: empty"),
+        (["sweep_tpu.sh", "a,b", "--config=configs/table1.py", BUCKET], "data.path: empty"),
         pytest.param(
-            ["sweep.sbatch", "configs/table3.py", "--workdir=x", "--rows=y"],
+            ["sweep.sbatch", "--config=configs/table3.py", "--workdir=x", "--rows=y"],
             "matches none",
             marks=pytest.mark.slow,
         ),

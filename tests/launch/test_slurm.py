@@ -113,34 +113,35 @@ def test_slurm_trains_with_two_processes_that_save_together(stubs, tmp_path):
 
 def test_slurm_sweep_runs_the_shard_of_the_array_task(stubs, project):
     env, calls = stubs
-    args = ["configs/table3.py", "--workdir=runs/table 3", "--rows=padding=*"]
+    args = ["--config=configs/table3.py", "--workdir=runs/table 3", "--rows=padding=*"]
     more = {**TASK, "SLURM_ARRAY_TASK_MAX": "3", "PYTHON": "python3.11"}
     done = launch("sweep.sbatch", *args, env=env | more, cwd=project)
     assert done.returncode == 0, done.stderr
-    expected = ["srun", "python3.11", "-m", "condiff_jax.sweep", *args, "--shard=1/4"]
-    assert calls() == [expected]
+    expected = ["srun", "python3.11", "-m", "condiff_jax.main", "--mode=sweep", *args]
+    assert calls() == [[*expected, "--shard=1/4"]]
 
 
 def test_slurm_sweep_without_an_array_runs_all(stubs, project):
     env, calls = stubs
-    done = launch("sweep.sbatch", "t.py", env=env | {"SLURM_JOB_ID": "7"}, cwd=project)
+    done = launch("sweep.sbatch", "--config=t.py", env=env | {"SLURM_JOB_ID": "7"}, cwd=project)
     assert done.returncode == 0, done.stderr
-    assert calls() == [["srun", "python", "-m", "condiff_jax.sweep", "t.py", "--shard=0/1"]]
+    command = ["srun", "python", "-m", "condiff_jax.main", "--mode=sweep", "--config=t.py"]
+    assert calls() == [[*command, "--shard=0/1"]]
 
 
 def test_slurm_sweep_one_task_again_keeps_the_number_of_shards(stubs, project):
     env, calls = stubs
     more = {**TASK, "SLURM_ARRAY_TASK_MAX": "1", "SWEEP_SHARDS": "4"}
-    launch("sweep.sbatch", "t.py", env=env | more, cwd=project)
+    launch("sweep.sbatch", "--config=t.py", env=env | more, cwd=project)
     assert calls()[0][-1] == "--shard=1/4"
 
 
 def test_slurm_sweep_that_leaves_out_the_first_shards_is_refused(stubs, project):
     env, calls = stubs
     more = {**TASK, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}
-    one_line(launch("sweep.sbatch", "t.py", env=env | more, cwd=project), "SWEEP_SHARDS")
+    one_line(launch("sweep.sbatch", "--config=t.py", env=env | more, cwd=project), "SWEEP_SHARDS")
     assert not calls()
-    launch("sweep.sbatch", "t.py", env=env | more | {"SWEEP_SHARDS": "5"}, cwd=project)
+    launch("sweep.sbatch", "--config=t.py", env=env | more | {"SWEEP_SHARDS": "5"}, cwd=project)
     assert calls()[0][-1] == "--shard=1/5"
 
 

@@ -156,7 +156,7 @@ def test_tpu_sweep_gives_a_shard_to_each(stubs, project, tmp_path):
     (tmp_path / "bin/python").write_text(STUB)
     (tmp_path / "bin/python").chmod(0o755)
     args = [
-        "configs/table3.py",
+        "--config=configs/table3.py",
         "--workdir=gs://b/x",
         "--rows=a=1;b=*",
         "--config.data.path=my dir",
@@ -165,13 +165,15 @@ def test_tpu_sweep_gives_a_shard_to_each(stubs, project, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "tpu-a: done\n"
     assert (project / "sweep-tpu-a.log").exists()
-    shard = ["python", "-m", "condiff_jax.sweep", *args, "--shard=0/1"]
+    shard = ["python", "-m", "condiff_jax.main", "--mode=sweep", *args, "--shard=0/1"]
     assert [call for call in calls() if call[0] == "python"] == [shard] * 2
 
 
 def test_tpu_sweep_names_those_that_fail(stubs, project):
     env, calls = stubs
-    done = launch("sweep_tpu.sh", "a,b", "t.py", env=env | TPU, cwd=project)  # there are none
+    done = launch(
+        "sweep_tpu.sh", "a,b", "--config=t.py", env=env | TPU, cwd=project
+    )  # there are none
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines() == [f"error: {n}: see sweep-{n}.log" for n in "ab"]
     starts = sorted(call[5:] for call in calls() if "start" in call[-1])
@@ -190,7 +192,9 @@ def test_tpu_exit_code_that_is_unreadable_is_a_failure(stubs, project, code):
     assert not [*Path(env["CLOUD"]).rglob(MARKER)] and not (project / MARKER).exists()
 
 
-@pytest.mark.parametrize("args, zone", [([], "z"), (["tpu-a"], "z"), (["tpu-a", "t.py"], "")])
+@pytest.mark.parametrize(
+    "args, zone", [([], "z"), (["tpu-a"], "z"), (["tpu-a", "--config=t.py"], "")]
+)
 def test_tpu_sweep_bad_arguments_are_one_line(stubs, project, args, zone):
     env, calls = stubs
     one_line(launch("sweep_tpu.sh", *args, env=env | {"ZONE": zone}, cwd=project), "usage")

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from condiff_jax import kinship, results, sweep
 from condiff_jax.config.build import get
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.evaluation import evaluate
 from condiff_jax.runs.workdir import Workdir
+from condiff_jax.studies import results, shared_runs, sweep
 from condiff_jax.training import loop
+from tests.children import CONTEXT
+from tests.studies import commands
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TABLE = '''
 """A table of all that rows can share: steps, sampling, an earlier stage."""
 from tests import tiny
@@ -54,7 +56,7 @@ def get_config(args=None):
 
 
 class Stub:
-    """train.run and evaluate.run without models; counts what they are asked for."""
+    """loop.run and evaluate.run without models; counts what they are asked for."""
 
     def __init__(self, monkeypatch):
         self.trained, self.evaluated, self.stop, self.errors = [], [], None, {}
@@ -118,7 +120,7 @@ def read(workdir, name="results.jsonl"):
 
 
 def test_rows_share_trainings_stages_and_shorter_runs(stub, table, tmp_path):
-    assert sweep.main([table, f"--workdir={tmp_path}/runs"]) == 0
+    assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}/runs") == 0
     by_row = {record["row"]: record for record in read(tmp_path / "runs")}
     assert set(by_row) == set(results.load_table(table)["ROWS"])
     folder = {row: record["folder"] for row, record in by_row.items()}
@@ -136,9 +138,14 @@ def test_rows_share_trainings_stages_and_shorter_runs(stub, table, tmp_path):
 
 
 def test_records_tell_how_they_were_made(stub, table, tmp_path):
-    arguments = [table, f"--workdir={tmp_path}/runs", "--rows=steps=4", "--scale=tiny"]
-    arguments += ["--config.conditioning.control=('size',)", f"--config.data.path={tmp_path}"]
-    assert sweep.main([*arguments, "--seeds=3"]) == 0
+    arguments = [
+        f"--config={table}",
+        f"--workdir={tmp_path}/runs",
+        "--rows=steps=4",
+        "--scale=tiny",
+    ]
+    arguments += ["--config.conditioning.control=('size',)"]
+    assert commands.sweep(*arguments, f"--config.data.path={tmp_path}", "--seeds=3") == 0
     (record,) = read(tmp_path / "runs")
     expected = {
         "table": "tableX", "row": "steps=4", "seed": 3, "scale": "tiny", "steps": 4,
@@ -154,19 +161,19 @@ def test_records_tell_how_they_were_made(stub, table, tmp_path):
 
 
 def test_files_are_recorded_by_name_alone(stub, table, tmp_path):
-    arguments = [table, f"--workdir={tmp_path}/runs", "--rows=steps=4"]
-    assert sweep.main([*arguments, "--config.evaluation.lpips=/home/me/alexnet.npz"]) == 0
+    arguments = [f"--config={table}", f"--workdir={tmp_path}/runs", "--rows=steps=4"]
+    assert commands.sweep(*arguments, "--config.evaluation.lpips=/home/me/alexnet.npz") == 0
     (record,) = read(tmp_path / "runs")
     assert record["overrides"] == {"evaluation.lpips": "alexnet.npz"}
 
 
 def test_a_changed_recipe_is_run_again(stub, table, tmp_path):
-    arguments = [table, f"--workdir={tmp_path}/runs", "--rows=steps=4"]
-    assert sweep.main(arguments) == sweep.main(arguments) == 0
+    arguments = [f"--config={table}", f"--workdir={tmp_path}/runs", "--rows=steps=4"]
+    assert commands.sweep(*arguments) == commands.sweep(*arguments) == 0
     assert len(stub.trained) == 1
     path = Path(table)
     path.write_text(path.read_text().replace("else 1e-3", "else 2e-3"))
-    assert sweep.main(arguments) == 0
+    assert commands.sweep(*arguments) == 0
     assert len(stub.trained) == 2
     old, new = read(tmp_path / "runs")
     assert old["folder"] != new["folder"]
@@ -183,12 +190,12 @@ def test_of_several_failures_the_last_counts(tmp_path):
 
 
 def test_without_metrics_a_row_is_trained_and_shown(stub, table, tmp_path):
-    assert sweep.main([table, f"--workdir={tmp_path}", "--rows=steps=*"]) == 0
+    assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}", "--rows=steps=*") == 0
     by_row = {record["row"]: record for record in read(tmp_path)}
     assert by_row["steps=6"]["status"] == "done" and by_row["steps=6"]["metrics"]
     count = len(stub.evaluated)
     arguments = ["--rows=steps=6", "--config.evaluation.metrics=()"]
-    assert sweep.main([table, f"--workdir={tmp_path}", *arguments]) == 0
+    assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}", *arguments) == 0
     record = read(tmp_path)[-1]
     assert record["status"] == "done" and record["metrics"] == {}
     assert record["pictures"] == {"grid": "samples/6.png"}
@@ -196,15 +203,15 @@ def test_without_metrics_a_row_is_trained_and_shown(stub, table, tmp_path):
 
 
 def test_finished_rows_are_skipped_and_others_are_not(stub, table, tmp_path, capsys):
-    arguments = [table, f"--workdir={tmp_path}/runs", "--rows=steps=*"]
-    assert sweep.main(arguments) == 0
+    arguments = [f"--config={table}", f"--workdir={tmp_path}/runs", "--rows=steps=*"]
+    assert commands.sweep(*arguments) == 0
     count = len(stub.evaluated)
-    assert sweep.main(arguments) == 0
+    assert commands.sweep(*arguments) == 0
     assert len(stub.evaluated) == count == 3
     assert "[3/3] steps=6, seed 0: done before" in capsys.readouterr().out
     for more in ("--seeds=1", "--scale=tiny", "--config.sampling.steps=2"):
         before = len(stub.evaluated)
-        assert sweep.main([*arguments, more]) == 0
+        assert commands.sweep(*arguments, more) == 0
         assert len(stub.evaluated) == before + 3, more
 
 
@@ -216,7 +223,7 @@ def test_seed_is_that_of_all_stages(table):
 def test_a_longer_run_goes_on_from_the_longest_shorter_one_and_leaves_it(stub, table, tmp_path):
     def go(steps):
         arguments = ["--rows=steps=6", f"--config.steps={steps}"]
-        assert sweep.main([table, f"--workdir={tmp_path}", *arguments]) == 0
+        assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}", *arguments) == 0
         return stub.trained[-1][1:]
 
     assert [go(steps) for steps in (6, 3, 9, 7)] == [(0, 6), (0, 3), (6, 9), (6, 7)]
@@ -228,15 +235,15 @@ def test_a_longer_run_goes_on_from_the_longest_shorter_one_and_leaves_it(stub, t
 
 def test_half_a_copy_is_not_taken_for_a_run(stub, table, tmp_path, monkeypatch):
     config, _ = sweep.create(results.load_table(table), "steps=4", "", None, {})
-    stub.train(config, tmp_path / kinship.folder_name(config))
+    stub.train(config, tmp_path / shared_runs.folder_name(config))
     longer, _ = sweep.create(results.load_table(table), "steps=6", "", None, {})
     workdir = epath.Path(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(kinship, "_copy", _fail_at_vocabulary(kinship._copy))
-        kinship.start_from_shorter(longer, workdir)
-    assert not (workdir / kinship.folder_name(longer)).exists()
-    assert kinship.start_from_shorter(longer, workdir) == kinship.folder_name(config)
-    copied = workdir / kinship.folder_name(longer) / "checkpoints" / "4" / "state"
+        patch.setattr(shared_runs, "_copy", _fail_at_vocabulary(shared_runs._copy))
+        shared_runs.start_from_shorter(longer, workdir)
+    assert not (workdir / shared_runs.folder_name(longer)).exists()
+    assert shared_runs.start_from_shorter(longer, workdir) == shared_runs.folder_name(config)
+    copied = workdir / shared_runs.folder_name(longer) / "checkpoints" / "4" / "state"
     assert copied.read_text() == "parameters"
     assert not list(workdir.glob("*.part"))
 
@@ -253,10 +260,10 @@ def _fail_at_vocabulary(copy):
 @pytest.mark.parametrize("stop", range(5))
 def test_an_interrupt_leaves_a_sweep_that_goes_on(stub, table, tmp_path, stop, capsys):
     stub.stop = stop
-    assert sweep.main([table, f"--workdir={tmp_path}/runs"]) == 0
+    assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}/runs") == 0
     assert len(stub.trained) == stop
     assert "the same command goes on" in capsys.readouterr().out
-    assert sweep.main([table, f"--workdir={tmp_path}/runs"]) == 0
+    assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}/runs") == 0
     records = read(tmp_path / "runs")
     assert sorted(record["row"] for record in records) == sorted(results.load_table(table)["ROWS"])
     assert len(stub.trained) == 5 and len(set(stub.trained)) == 5
@@ -266,26 +273,26 @@ def test_sigterm_during_an_evaluation_ends_in_order(stub, table, tmp_path, monke
     before = signal.getsignal(signal.SIGTERM)
     measure = stub.evaluate
     monkeypatch.setattr(evaluate, "run", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    assert sweep.main([table, f"--workdir={tmp_path}/runs"]) == 0
+    assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}/runs") == 0
     assert capsys.readouterr().out.endswith("Stopped; the same command goes on from there.\n")
     assert signal.getsignal(signal.SIGTERM) == before
     assert not (tmp_path / "runs" / "results.jsonl").exists()
     monkeypatch.setattr(evaluate, "run", measure)
-    assert sweep.main([table, f"--workdir={tmp_path}/runs"]) == 0
+    assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}/runs") == 0
     assert len(read(tmp_path / "runs")) == 7
 
 
 def test_a_diverged_row_is_a_result_and_a_failed_one_is_tried_again(stub, table, tmp_path, capsys):
     stub.errors["train"] = ConfigError("data.path", "gone")
-    arguments = [table, f"--workdir={tmp_path}/runs", "--rows=steps=4;rate=1"]
-    assert sweep.main(arguments) == 1
+    arguments = [f"--config={table}", f"--workdir={tmp_path}/runs", "--rows=steps=4;rate=1"]
+    assert commands.sweep(*arguments) == 1
     records = {record["row"]: record for record in read(tmp_path / "runs")}
     assert records["rate=1"]["status"] == "diverged"
     assert records["rate=1"]["reason"] == "step 3: loss nan, lower it"
     assert records["steps=4"]["status"] == "failed"
     assert records["steps=4"]["reason"] == "data.path: gone"
     assert "failed (data.path: gone)" in capsys.readouterr().out
-    assert sweep.main(arguments) == 0
+    assert commands.sweep(*arguments) == 0
     assert [record["row"] for record in read(tmp_path / "runs")].count("rate=1") == 1
     known = {record["row"]: record["status"] for record in results.read([tmp_path / "runs"])}
     assert known == {"steps=4": "done", "rate=1": "diverged"}
@@ -293,7 +300,7 @@ def test_a_diverged_row_is_a_result_and_a_failed_one_is_tried_again(stub, table,
 
 def test_an_unexpected_error_leaves_the_other_rows_alone(stub, table, tmp_path, capsys):
     stub.errors["train"] = RuntimeError("out of memory")
-    assert sweep.main([table, f"--workdir={tmp_path}/runs", "--rows=steps=*"]) == 1
+    assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}/runs", "--rows=steps=*") == 1
     statuses = [record["status"] for record in read(tmp_path / "runs")]
     assert statuses == ["failed", "done", "done"]
     assert read(tmp_path / "runs")[0]["reason"] == "RuntimeError: out of memory"
@@ -305,7 +312,7 @@ def test_shards_are_disjoint_and_complete(stub, table, tmp_path, count):
     folders, rows = [], []
     for index in range(count):
         arguments = [f"--workdir={tmp_path}/runs", f"--shard={index}/{count}", "--seeds=0,1"]
-        assert sweep.main([table, *arguments]) == 0
+        assert commands.sweep(f"--config={table}", *arguments) == 0
         records = read(tmp_path / "runs", f"results-{index}.jsonl")
         assert records
         rows += [(record["row"], record["seed"]) for record in records]
@@ -317,16 +324,16 @@ def test_shards_are_disjoint_and_complete(stub, table, tmp_path, count):
 
 
 def test_dry_run_shows_what_is_shared_and_done_and_writes_nothing(stub, table, tmp_path, capsys):
-    arguments = [table, f"--workdir={tmp_path}/runs"]
-    assert sweep.main([*arguments, "--dry-run"]) == 0
+    arguments = [f"--config={table}", f"--workdir={tmp_path}/runs"]
+    assert commands.sweep(*arguments, "--dry_run") == 0
     assert not (tmp_path / "runs").exists()
     out = capsys.readouterr().out
     assert "steps=4, seed 0: to do" in out
     assert ", shared with steps=4, seed 0" in out and ", shared with kind=fine, seed 0" in out
     assert out.count("starts from ") == 3
     assert out.endswith("7 runs, 6 trainings, 3 groups\n")
-    sweep.main([*arguments, "--rows=steps=4"])
-    sweep.main([*arguments, "--dry-run"])
+    commands.sweep(*arguments, "--rows=steps=4")
+    commands.sweep(*arguments, "--dry_run")
     assert "steps=4, seed 0: done" in capsys.readouterr().out
 
 
@@ -352,7 +359,7 @@ def test_overrides_have_the_type_of_the_field(table, field, text, value):
 
 def test_an_override_of_the_earlier_stage_passes_by_rows_without_one(stub, table, tmp_path):
     arguments = ["--rows=kind=fine;steps=4", "--config.init.pretrain.steps=2"]
-    assert sweep.main([table, f"--workdir={tmp_path}", *arguments]) == 0
+    assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}", *arguments) == 0
     assert sorted(steps for _, _, steps in stub.trained) == [2, 4, 4]
 
 
@@ -366,24 +373,24 @@ def test_an_override_of_the_earlier_stage_passes_by_rows_without_one(stub, table
         (["--shard=1"], "not one of 0/N"),
         (["--steps=3"], "unexpected argument '--steps=3'"),
         (["--config.steps"], "unexpected argument"),
-        (["--config.steps=abc"], "steps must be of type int, got 'abc'"),
-        (["--config.data.flip=3"], "data.flip must be of type bool"),
-        (["--config.data.crop=1"], "data.crop must be of type tuple"),
-        (["--config.modle.name=ours"], "no field modle.name"),
-        (["--config.model=ours"], "no field model "),
+        (["--config.steps=abc"], "steps: must be of type int, got 'abc'"),
+        (["--config.data.flip=3"], "data.flip: must be of type bool"),
+        (["--config.data.crop=1"], "data.crop: must be two fractions"),
+        (["--config.modle.name=ours"], "modle.name: no such field"),
+        (["--config.model=ours"], "model: no such field"),
         (["--config.model.name=sit"], "choose from"),
-        (["--config.seed=1"], "use --seeds"),
-        (["--config.init.pretrain.seed=1"], "use --seeds"),
+        (["--config.seed=1"], "is set by --seeds"),
+        (["--config.init.pretrain.seed=1"], "is set by --seeds"),
         (["--config.init.path=x"], "kind=fine begins with a stage of its own"),
         (["--config.init.pretrain.init.path=x"], "kind=fine begins with a stage of its own"),
-        (["--config.data.crop={[]:1}"], "data.crop must be of type tuple"),
+        (["--config.data.crop={[]:1}"], "data.crop: must be of type float"),
         (["--rows=steps=4", "--config.init.pretrain.steps=2"], "no row has an earlier stage"),
         (["--scale=huge,x=1"], "unknown config argument 'x'"),
     ],
 )
 def test_bad_arguments_are_one_line_and_code_2(stub, table, tmp_path, arguments, message, capsys):
     where = [f"--workdir={tmp_path}/runs"] if arguments else []
-    assert sweep.main([table, *where, *arguments]) == 2
+    assert commands.sweep(f"--config={table}", *where, *arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
     assert not (tmp_path / "runs").exists()
@@ -391,7 +398,7 @@ def test_bad_arguments_are_one_line_and_code_2(stub, table, tmp_path, arguments,
 
 @pytest.mark.parametrize("name", ["nothing.py", "table3", str(ROOT / "configs/quickstart.py")])
 def test_only_tables_can_be_swept(name, tmp_path, capsys):
-    assert sweep.main([name, f"--workdir={tmp_path}/runs"]) == 2
+    assert commands.sweep(f"--config={name}", f"--workdir={tmp_path}/runs") == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and name in err
 
@@ -405,24 +412,24 @@ def test_only_tables_can_be_swept(name, tmp_path, capsys):
 )
 def test_tables_that_do_not_load_are_one_line(text, message, tmp_path, capsys):
     (tmp_path / "t.py").write_text(text)
-    assert sweep.main([str(tmp_path / "t.py"), f"--workdir={tmp_path}/runs"]) == 2
+    assert commands.sweep(f"--config={tmp_path}/t.py", f"--workdir={tmp_path}/runs") == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
 def test_a_torn_line_is_dropped_and_other_files_are_refused(stub, table, tmp_path, capsys):
-    arguments = [table, f"--workdir={tmp_path}", "--rows=steps=4"]
-    assert sweep.main(arguments) == 0
+    arguments = [f"--config={table}", f"--workdir={tmp_path}", "--rows=steps=4"]
+    assert commands.sweep(*arguments) == 0
     path = tmp_path / "results.jsonl"
     whole = path.read_text()
     path.write_text(whole + whole[:40])
-    assert sweep.main([*arguments, "--seeds=1"]) == 0
+    assert commands.sweep(*arguments, "--seeds=1") == 0
     assert [record["seed"] for record in read(tmp_path)] == [0, 1]
     (record,) = (line for line in read(tmp_path) if line["seed"] == 1)
     del record["status"]
     for wrong in ({"loss": 1}, record):
         path.write_text(json.dumps(wrong) + "\n")
-        assert sweep.main(arguments) == 2
+        assert commands.sweep(*arguments) == 2
         assert "not a file of results" in capsys.readouterr().err
 
 
@@ -431,7 +438,7 @@ def test_trainings_from_different_folders_are_different(table):
     one, other = (
         sweep.create(module, "steps=4", "", None, {"init.path": path})[0] for path in ("a", "b")
     )
-    assert kinship.folder_name(one) != kinship.folder_name(other)
+    assert shared_runs.folder_name(one) != shared_runs.folder_name(other)
 
 
 def test_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
@@ -450,10 +457,33 @@ def test_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
     assert results.commit() == head.strip() + "-dirty"
 
 
-def test_command_line(tmp_path):
+@pytest.mark.parametrize("mode", ["sweep", "report"])
+def test_bad_flags_are_one_line_and_code_2_before_jax_is_loaded(mode):
+    command = [sys.executable, "-X", "importtime", "-m", "condiff_jax.main", f"--mode={mode}"]
     done = subprocess.run(
-        [sys.executable, "-m", "condiff_jax.sweep", "configs/quickstart.py", "--workdir=x"],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        [*command, "--config=configs/table3.py", "--confg=x"], cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, "GLIBC_TUNABLES": ""},
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: configs/quickstart.py: is not a table: it has no ROWS\n"
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"error: unexpected argument '--confg=x'; mode {mode} has --config, --")
+    modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "absl.flags" in modules and not {"jax", "matplotlib"} & modules
+
+
+def test_of_three_ways_to_write_a_flag_all_are_read(table, tmp_path, capsys):
+    words = ["--mode", "sweep", "--config", table, "--rows=steps=4", "--rows", "rate=*;steps=6"]
+    assert commands.run("--workdir", tmp_path, *words, "-dry_run") == 0
+    assert capsys.readouterr().out.endswith("3 runs, 3 trainings, 2 groups\n")
+
+
+def end_with_whether_matplotlib_is_loaded():
+    sys.exit(int("matplotlib" in sys.modules))
+
+
+def test_matplotlib_is_loaded_by_reports_alone():
+    """This module imports mode sweep, and the process that is forked all other modes."""
+    process = CONTEXT.Process(target=end_with_whether_matplotlib_is_loaded)
+    process.start()
+    process.join()
+    assert process.exitcode == 0

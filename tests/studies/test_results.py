@@ -1,12 +1,13 @@
-"""Reports of one run's evaluations: what differs names the lines, numbers become curves."""
+"""Evaluations of one run: settings that vary name the rows, numbers become curves."""
 
 import json
 from xml.etree import ElementTree
 
 import pytest
 
-from condiff_jax import evaluations, report
 from condiff_jax.config.errors import ConfigError
+from condiff_jax.studies import results
+from tests.studies import commands
 
 
 def record(weight, guidance, value, seed=0, step=10):
@@ -37,12 +38,12 @@ def workdir(tmp_path):
 
 
 def test_lines_are_named_by_what_differs_and_hold_the_last_of_each_seed(workdir):
-    lines, common = evaluations.lines(evaluations.read(str(workdir)))
-    assert [line.row for line in lines] == [
+    rows, common = results.group_evaluations(results.read_evaluations(str(workdir)))
+    assert [row.row for row in rows] == [
         f"guidance={guidance},classifier_guidance={weight}"
         for guidance in ("0", "1.5") for weight in ("0", "1", "4")
     ]  # fmt: skip
-    assert lines[1].values("all") == [0.9, 0.7] and lines[2].values("all") == [0.4]
+    assert rows[1].values("all") == [0.9, 0.7] and rows[2].values("all") == [0.4]
     assert common == {
         "step": "10", "sampler": "ddim", "control.flip": "0", "classifier.config": "ab",
         "classifier.step": "4", "metrics": "prompt_accuracy+fid", "prompts": "8",
@@ -50,54 +51,54 @@ def test_lines_are_named_by_what_differs_and_hold_the_last_of_each_seed(workdir)
 
 
 def test_the_report_has_a_curve_for_each_of_the_others(workdir, tmp_path, capsys):
-    report.run([str(workdir)])
+    assert commands.report(f"--workdir={workdir}") == 0
     out = capsys.readouterr().out
     assert "guidance=0,classifier_guidance=1" in out and "0.8 ± 0.1" in out
     page, saved = tmp_path / "page.html", tmp_path / "saved.json"
-    report.run([str(workdir), f"--out={page}", f"--save={saved}"])
+    assert commands.report(f"--workdir={workdir}", f"--html={page}", f"--save={saved}") == 0
     text = page.read_text()
-    drawing = text[text.index("<svg") : text.index("</svg>") + len("</svg>")]
-    root = ElementTree.fromstring(drawing)
+    root = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + len("</svg>")])
     assert root.get("aria-label") == "all over classifier_guidance"
-    assert len(root.findall("polyline")) == 2  # guidance 0 and 1.5
-    assert len(root.findall("circle")) == 7
-    assert "<li><span" in text and "guidance=1.5</li>" in text
-    report.run([str(saved)])
+    labels = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"guidance=0", "guidance=1.5", "classifier_guidance"} <= labels
+    assert commands.report(f"--results={saved}") == 0
     assert str(workdir) not in saved.read_text()
     assert capsys.readouterr().out.splitlines()[2:] == out.splitlines()[2:]
 
 
 def test_records_of_before_and_with_a_classifier_are_other_lines(tmp_path):
-    lines, common = evaluations.lines([record(None, 1.0, 0.2), record(2.0, 1.0, 0.3, step=20)])
-    assert [line.row for line in lines] == [
+    rows, common = results.group_evaluations(
+        [record(None, 1.0, 0.2), record(2.0, 1.0, 0.3, step=20)]
+    )
+    assert [row.row for row in rows] == [
         "step=10", "step=20,classifier.config=ab,classifier.step=4,classifier_guidance=2",
     ]  # fmt: skip
     assert common["guidance"] == "1"
 
 
 def test_pictures_are_looked_for_beside_the_records(workdir):
-    assert {one["root"] for one in evaluations.read(str(workdir))} == {str(workdir)}
+    assert {one["root"] for one in results.read_evaluations(str(workdir))} == {str(workdir)}
 
 
 def test_fields_are_flat_and_hold_nothing_that_separates_the_arguments_of_a_row():
     deep = record(None, 1.0, 0.2)
     deep["sampling"]["control"] = {"a": {"b": {"c": 0.5}}, "d": "x=1,2"}
-    found = evaluations.fields(deep)
+    found = results.settings(deep)
     assert found["control.a.b.c"] == "0.5" and found["control.d"] == "x:1;2"
 
 
 def test_seeds_are_in_order():
-    (line,), _ = evaluations.lines([record(1.0, 0.0, 0.1 * seed, seed=seed) for seed in (3, 1, 2)])
-    assert line.values("all") == pytest.approx([0.1, 0.2, 0.3])
+    (row,), _ = results.group_evaluations(
+        [record(1.0, 0.0, 0.1 * seed, seed=seed) for seed in (3, 1, 2)]
+    )
+    assert row.values("all") == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_what_holds_no_evaluations_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="none: is not a config file, a work directory or a"):
-        evaluations.read(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="none: is not a work directory or a .json of"):
+        results.read_evaluations(str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="no evaluations here; --mode=evaluate makes them"):
-        evaluations.read(str(tmp_path))
+        results.read_evaluations(str(tmp_path))
     (tmp_path / "x.json").write_text('{"a": 1}')
     with pytest.raises(ConfigError, match="x.json: not a file of results"):
-        evaluations.read(str(tmp_path / "x.json"))
-    with pytest.raises(ConfigError, match="--results: .* takes none"):
-        report.run([str(tmp_path), "--results=x"])
+        results.read_evaluations(str(tmp_path / "x.json"))

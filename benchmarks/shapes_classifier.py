@@ -57,7 +57,7 @@ def example(split: str, index: int, resolution: int, *, train: bool) -> tuple[np
     cell = 3 * int(3 * y) + int(3 * x)
     side = control["crop_height"] * scene.height
     return image, {
-        "colour": shapes.COLOURS.index(main.colour) if seen else UNKNOWN,
+        "colour": shapes.COLORS.index(main.colour) if seen else UNKNOWN,
         "shape": shapes.SHAPES.index(main.shape) if seen else UNKNOWN,
         "position": cell if seen else UNKNOWN,
         "tone": shapes.TONES.index(scene.background.tone),

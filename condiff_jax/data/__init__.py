@@ -1,1 +1,1 @@
-"""Data sources, augmentation with its control metadata, and the grain pipeline."""
+"""Data sources, augmentation with its control metadata, and the grain input pipeline."""

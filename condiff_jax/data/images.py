@@ -1,4 +1,4 @@
-"""Encoded pictures: decoding to upright RGB, and what is wrong with those that do not decode."""
+"""Decoding of image files to upright RGB, and short descriptions of decoding errors."""
 
 import contextlib
 import io
@@ -11,74 +11,81 @@ from PIL.JpegImagePlugin import JpegImageFile
 from condiff_jax.data.resize import resize
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-ORIENTATION, TRANSPOSED = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that swap the sides
-# A JPEG may be decoded at a half, a quarter or an eighth of its size, which is faster, if a window
-# keeps this many times the pixels a side that it is resized to: the difference is that of one good
-# filter from another.
+ORIENTATION = 0x0112  # EXIF tag
+TRANSPOSED = (5, 6, 7, 8)  # orientations that swap height and width
+# A JPEG is decoded at a half, a quarter or an eighth of its size, which is faster, if the window
+# then still has this many times the pixels per side of its output. The result differs from that
+# of a full decode by no more than good resampling filters differ from each other.
 SPARE = 4 / 3
 
 
 class Encoded:
-    """A PNG, JPEG or WebP file: its header is read now, its pixels are decoded when asked for.
+    """A PNG, JPEG or WebP file whose header is read at once and whose pixels are decoded lazily.
 
-    height, width: in pixels, of the upright picture. Pillow's errors, now or then, for a bad file.
+    height, width: pixels of the upright image. A bad file raises Pillow's errors at either time.
     """
 
     def __init__(self, data: bytes):
-        self._data, self._image = data, None
+        self._data = data
+        self._image = None
         image = self._image = self._take()
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
         orientation = image.getexif().get(ORIENTATION, 1)
-        self._turned = orientation in range(2, 9)
-        self.transposed = orientation in TRANSPOSED  # its sides are swapped in the file
+        self._rotated = orientation in range(2, 9)  # or mirrored
+        self.transposed = orientation in TRANSPOSED
         self.height, self.width = image.size if self.transposed else image.size[::-1]
-        # Turning would move the fractions of a pixel at a window's edges elsewhere.
-        self._shrinks = isinstance(image, JpegImageFile) and not self._turned
+        # A reduced decode rounds the size up at the right and bottom edges of the stored image;
+        # rotation would move that fraction of a pixel to another edge.
+        self._reducible = isinstance(image, JpegImageFile) and not self._rotated
 
     def decode(self) -> np.ndarray:
-        """All of it, over white where transparent: (H, W, 3) uint8."""
+        """Decode the whole image, over white where transparent: (H, W, 3) uint8."""
         return self._decode(1)
 
     def window(self, top: int, left: int, side: int, size: int) -> np.ndarray:
-        """A square of the picture, in pixels, resized to (size, size, 3) uint8.
+        """Resize a square of the image, given in pixels, to (size, size, 3) uint8.
 
-        No more is decoded for it than it needs.
+        The image is decoded at the smallest scale that suffices.
         """
-        scales = (1, 2, 4, 8) if self._shrinks else (1,)
+        scales = (1, 2, 4, 8) if self._reducible else (1,)
         scale = max(s for s in scales if s == 1 or side >= s * SPARE * size)
         return resize(self._decode(scale), (left / scale, top / scale, side / scale), size)
 
     def _decode(self, scale: int) -> np.ndarray:
-        """All of it, at a `scale`-th of its size, rounded up."""
-        image, (height, width) = self._take(), (self.height, self.width)
-        if self._shrinks and image.mode in ("RGB", "L"):
-            # The same pixels as Pillow's, faster; what is strictly no JPEG is for Pillow to judge.
+        """Decode the whole image at 1 / scale of its size, rounded up."""
+        image = self._take()
+        if self._reducible and image.mode in ("RGB", "L"):
+            # Gives Pillow's pixels, faster. It rejects files that are not strictly valid JPEGs;
+            # Pillow decodes those below or raises.
             with contextlib.suppress(ValueError):
                 return simplejpeg.decode_jpeg(
-                    self._data, min_height=-(-height // scale), min_width=-(-width // scale)
+                    self._data,
+                    min_height=-(-self.height // scale),
+                    min_width=-(-self.width // scale),
                 )
         if scale > 1:
-            image.draft(None, (width // scale, height // scale))
-        if self._turned:
+            image.draft(None, (self.width // scale, self.height // scale))
+        if self._rotated:
             ImageOps.exif_transpose(image, in_place=True)
         return np.array(_rgb(image))
 
     def _take(self) -> Image.Image:
-        """The opened file, nothing of it decoded at another size."""
-        image, self._image = self._image, None
+        """Open the file, or return it once as opened by __init__: drafts must not be reused."""
+        image = self._image
+        self._image = None
         return image or Image.open(io.BytesIO(self._data), formats=FORMATS)
 
 
 def decode(data: bytes) -> np.ndarray:
-    """A PNG, JPEG or WebP file's upright picture, over white where transparent: (H, W, 3) uint8."""
+    """Decode a PNG, JPEG or WebP file, upright, over white where transparent: (H, W, 3) uint8."""
     return Encoded(data).decode()
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode in RGB, over white where transparent."""
+    """Convert an image of any mode to RGB, over white where transparent."""
     if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey to 255 on conversion; keep its high byte instead.
+        # Pillow clips 16-bit gray to 255 on conversion; keep its high byte instead.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -87,7 +94,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_error(error: Exception) -> str:
-    """The kind of what `decode` raised, in a few words."""
+    """Classify an error raised by `decode`, in a few words."""
     if isinstance(error, Image.DecompressionBombError):
         return "too large"
     if isinstance(error, UnidentifiedImageError):

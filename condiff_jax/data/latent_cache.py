@@ -1,12 +1,12 @@
-"""The caches of mode encode: each picture's views as moments of an autoencoder.
+"""Caches written by mode encode: views of each image as moments of an autoencoder's posterior.
 
-A shard (array_record) has for each picture a record of JSON (label, caption), one of text features
-if there are any, and one for each view: its label and control scalars and its moments. Training
-reads the view it draws, and no other. Views 2 k and 2 k + 1 are crop k and its mirror image, if
-there are flips.
+For each image, a shard (array_record) has a record of JSON (label, caption), a record of text
+features if there are any, and a record for each view: its control scalars as float32, its label, and its
+moments. Training reads only the view that it samples. With flips, views 2 k and 2 k + 1 are crop k
+and its mirror image.
 
-Moments are stored in float16. Its error, 2^-11 of a value, is an eighth of bfloat16's, and what
-autoencoders give is far within its range of 65,504; mode encode refuses those that are not.
+Moments are stored in float16: its relative error, 2^-11, is an eighth of bfloat16's. Moments are
+far smaller than its maximum of 65,504; mode encode raises an error if they are not.
 """
 
 import json
@@ -21,9 +21,9 @@ from condiff_jax.conditioning.control import SCALARS, scalar_names
 from condiff_jax.data.augment import augment, mirror
 from condiff_jax.data.records import Records, Shards
 
-MANIFEST = "manifest.json"  # written last: with it a cache is whole
-BEGUN = ".encode"  # what mode encode keeps until then
-FORMAT = 2  # of the records; raise it when they or their meaning change
+MANIFEST = "manifest.json"  # written last, so it marks a complete cache
+BEGUN = ".encode"  # work folder of mode encode until the cache is complete
+FORMAT = 2  # of the records; increase it if they or their meaning change
 MOMENTS, FEATURES = np.dtype("<f2"), np.dtype(ml_dtypes.bfloat16)
 
 
@@ -60,8 +60,10 @@ def views(
 
 
 def pack(record: dict) -> Iterator[bytes]:
-    """The records of a picture: {"label", "caption", "controls": scalars of each of V views,
-    "moments": (V, h, w, C)} and maybe {"features": (n + 1, D), of n tokens and pooled}.
+    """Serialize one image to its records.
+
+    record: {"label", "caption", "controls": scalars of each of V views, "moments": (V, h, w, C)},
+    and optionally {"features": (n + 1, D), of n tokens and pooled}.
     """
     label = int(record["label"])
     yield json.dumps({"label": label, "caption": record["caption"]}).encode()
@@ -74,26 +76,27 @@ def pack(record: dict) -> Iterator[bytes]:
 
 
 class Cache(Records):
-    """The training split as mode encode has left it in a folder: `views` of each picture."""
+    """The training split in a folder written by mode encode: `views` of each image."""
 
     def __init__(self, path, split: str = "train", *, text: bool = False):
-        """Reads the manifest; ValueError or FileNotFoundError for what cannot be read.
+        """Read the manifest; ValueError or FileNotFoundError if it cannot be read.
 
-        text: whether text features, if there are any, are asked for.
+        text: whether to read text features, if there are any.
         """
-        self.path, self.split = Path(path).expanduser(), split
+        self.path = Path(path).expanduser()
+        self.split = split
         self.manifest = read_manifest(self.path)
         if split != "train":
-            raise ValueError(f"{path} has no {split} split; mode encode takes train alone")
+            raise ValueError(f"{path} has no {split} split; mode encode writes train only")
         self.features = text and bool(self.manifest["features"])
-        self.classes, self.views = tuple(self.manifest["classes"]), self.manifest["views"]
+        self.classes = tuple(self.manifest["classes"])
+        self.views = self.manifest["views"]
         self._shape = tuple(self.manifest["moments"])
         self._names = scalar_names(bool(self.manifest["settings"].get("data.color")))
         self._head = head_dtype(len(self._names))
-        self._size = (
-            self._head.itemsize + math.prod(self._shape) * MOMENTS.itemsize
-        )  # of a view's record
-        self._before = 1 + bool(self.manifest["features"])  # records before those of the views
+        # bytes of a view's record
+        self._size = self._head.itemsize + math.prod(self._shape) * MOMENTS.itemsize
+        self._before = 1 + bool(self.manifest["features"])  # records that precede the views
         shards = self.manifest["shards"]
         paths = (self.path / shard["name"] for shard in shards)
         self._shards = Shards(paths, (shard["pictures"] for shard in shards))
@@ -103,7 +106,7 @@ class Cache(Records):
         return len(self._shards)
 
     def __getitem__(self, i) -> dict:
-        """{"caption", "label"} of a picture."""
+        """Return {"caption", "label"} of image i."""
         return json.loads(self._read(range(len(self))[i], 0))
 
     def _read(self, i: int, number: int) -> bytes:
@@ -111,16 +114,16 @@ class Cache(Records):
         return shard.read([position * (self._before + self.views) + number])[0]
 
     def view(self, i: int, k: int, caption: bool = False) -> dict:
-        """View k of picture i, or the first good one after it, for `batch` to parse.
+        """Read view k of image i, or the first good view after it, as input of `batch`.
 
-        caption: whether "caption" is to be there, too; ValueError where no view is good.
+        caption: whether to include "caption". ValueError if no view is good.
         """
 
         def read(number: int) -> dict:
             i, k = divmod(number, self.views)
             view = {"view": self._read(i, self._before + k)}
             if len(view["view"]) != self._size:
-                raise ValueError(f"it has {len(view['view'])} bytes")
+                raise ValueError(f"it has {len(view['view'])} bytes, not {self._size}")
             if self.features:
                 view |= self._padded(self._read(i, 1))
             return view | {"caption": self._caption(i)} if caption else view
@@ -157,23 +160,23 @@ class Cache(Records):
         return json.loads(self._read(i, 0))["caption"]
 
     def vocabulary(self, max_words: int = 8192) -> tuple[str, ...]:
-        """The words of the source; where they were not needed, those of the captions here."""
+        """Words of the encoded source; if it stored none, those of the captions in this cache."""
         return tuple(self.manifest["words"][:max_words]) or super().vocabulary(max_words)
 
 
 def read_manifest(path: Path) -> dict:
-    """What manifest.json says; ValueError or FileNotFoundError where there is no whole cache."""
+    """Read manifest.json; ValueError or FileNotFoundError if there is no complete cache."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; mode encode makes it")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if "moments" in manifest:
             if manifest["settings"].get("format") != FORMAT:
-                raise ValueError("it is of another version")
+                raise ValueError("its records are of another version")
             return manifest
     except FileNotFoundError:
         if (path / BEGUN).exists():
             raise ValueError(f"{path} is not finished; run mode encode again") from None
     except ValueError as error:
-        raise ValueError(f"{path / MANIFEST} cannot be read ({error}); encode anew") from error
-    raise ValueError(f"{path} holds no cache of mode encode")
+        raise ValueError(f"{path / MANIFEST} cannot be read ({error}); encode again") from error
+    raise ValueError(f"{path} holds no cache of mode encode; give the folder of one")

@@ -1,4 +1,4 @@
-"""The training input: grain datasets, sharded by host, that start at any batch."""
+"""Training input pipeline: grain data sets, sharded by host, that can start at any batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 import numpy as np
@@ -23,15 +23,12 @@ from condiff_jax.data.tfds_source import TFDS
 from condiff_jax.data.webdataset import Webdataset
 from condiff_jax.data.workers import leave_signals_to_parent
 
-if TYPE_CHECKING:
-    from condiff_jax.config.schema import Config
-
-BLOCK = 4096  # examples whose views are drawn at once; another number is another stream
+BLOCK = 4096  # examples whose views are sampled at once; changing it changes the stream
 
 # Each source is a random-access sequence of {"image": uint8 (H, W, 3), "caption": str,
-# "label": int} and, if the original was larger, "size": its (height, width); with
-# `vocabulary()` (words of the captions) and `classes` (names of the labels). A cache has no
-# image, but `view`s.
+# "label": int} and, if the original was larger, "size": its (height, width). It has
+# `vocabulary()` (words of the captions) and `classes` (names of the labels). A latent cache has
+# `view` instead of images.
 SOURCES = {
     "shapes": lambda config, split: Shapes(
         split, config.data.sizes, config.data.classes, config.data.entangled
@@ -48,7 +45,7 @@ SOURCES = {
 
 
 def unseen_source(config: Config):
-    """The validation split of the data, or the training data if it has none."""
+    """Open the validation split, or the training split if the data has no other."""
     try:
         return create_source(config, "validation")
     except (OSError, ValueError):
@@ -56,20 +53,20 @@ def unseen_source(config: Config):
 
 
 def create_source(config: Config, split: str = "train"):
-    """The data set `config.data.name`; ValueError or FileNotFoundError for a bad path."""
+    """Open the data set `config.data.name`; ValueError or FileNotFoundError for a bad path."""
     if config.data.name != "shapes" and not config.data.path:
         raise ValueError(f"empty, but data.name={config.data.name} needs a path")
     if "://" in config.data.path:
-        raise ValueError(f"{config.data.path} is no folder; mount it on every host (gcsfuse)")
+        raise ValueError(f"{config.data.path} is not a folder; mount it on every host (gcsfuse)")
     return SOURCES[config.data.name](config, split)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess(grain.transforms.RandomMap):
-    """The number of a source's record -> one training example of fixed shapes.
+    """Map the index of a source's record to a training example of fixed shapes.
 
-    image uint8 (R, R, 3), label int32, control {scalar: float32}, broken int32 (records skipped
-    to find this one), and with an encoder of texts ids int32 (T,) and mask bool (T,).
+    image uint8 (R, R, 3), label int32, control {scalar: float32}, broken int32 (number of bad
+    records skipped), and with `encode_text` ids int32 (T,) and mask bool (T,).
     """
 
     source: Any
@@ -83,7 +80,8 @@ class Preprocess(grain.transforms.RandomMap):
         state = rng.bit_generator.state
 
         def draw(record: dict) -> dict:
-            rng.bit_generator.state = state  # whatever a bad record before this one has drawn
+            # A bad record before this one may have used random numbers.
+            rng.bit_generator.state = state
             image, control = augment(
                 record["image"], rng,
                 resolution=self.resolution, crop=self.crop, flip=self.flip, color=self.color,
@@ -105,16 +103,16 @@ class Preprocess(grain.transforms.RandomMap):
 
 @dataclasses.dataclass(frozen=True)
 class SampleView(grain.transforms.MapWithIndex):
-    """Number of a picture in a cache -> one of its views, which `Cache.batch` makes an example."""
+    """Map the index of an image in a latent cache to one of its views, for `Cache.batch`."""
 
     source: Cache
     seed: int
-    encode_text: Any = None  # caption -> (ids, mask); features, where there are any, replace them
+    encode_text: Any = None  # caption -> (ids, mask); unused if the cache has features
 
     def map_with_index(self, index: int, i: int) -> dict:
         encode_text = None if self.source.features else self.encode_text
-        block, place = divmod(index, BLOCK)
-        k = int(_draws(self.seed, block, self.source.views)[place])
+        block, position = divmod(index, BLOCK)
+        k = int(_sampled_views(self.seed, block, self.source.views)[position])
         view = self.source.view(i, k, caption=encode_text is not None)
         if encode_text is not None:
             view["ids"], view["mask"] = encode_text(view["caption"])
@@ -122,22 +120,22 @@ class SampleView(grain.transforms.MapWithIndex):
 
 
 @functools.lru_cache(64)
-def _draws(seed: int, block: int, views: int) -> np.ndarray:
-    """The views of BLOCK examples: a generator for each would take as long as reading does."""
+def _sampled_views(seed: int, block: int, views: int) -> np.ndarray:
+    """Sample the views of BLOCK examples at once; a generator for each is as slow as reading."""
     return np.random.default_rng([seed, block]).integers(views, size=BLOCK)
 
 
 def examples(config: Config, source, encode_text=None) -> grain.MapDataset:
-    """The endless stream of examples; number i depends on (config.seed, i) alone.
+    """Return the endless stream of examples; example i depends on (config.seed, i) alone.
 
-    Those of a cache are to be parsed by its `batch`, many at a time.
+    Examples of a latent cache are unparsed; its `batch` parses many at a time.
     """
     data = config.data
-    numbers = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    indices = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     if isinstance(source, Cache):
-        return numbers.map_with_index(SampleView(source, config.seed, encode_text))
+        return indices.map_with_index(SampleView(source, config.seed, encode_text))
     process = Preprocess(source, data.resolution, data.crop, data.flip, encode_text, data.color)
-    return numbers.random_map(process)
+    return indices.random_map(process)
 
 
 def first_controls(config: Config, source, n: int = 1024) -> np.ndarray:
@@ -152,7 +150,7 @@ def first_controls(config: Config, source, n: int = 1024) -> np.ndarray:
 
 
 def read_ahead(dataset: grain.MapDataset, workers: int) -> Iterator[Any]:
-    """The items in order, read in as many threads as there are cores, and in so many processes."""
+    """Iterate over the items in order, prefetched by a thread per core and `workers` processes."""
     threads = os.cpu_count() or 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     dataset = dataset.to_iter_dataset(options)
@@ -171,10 +169,10 @@ def batches(
     process: int = 0,
     processes: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless local batches of host `process` of `examples`, from batch number `first` on.
+    """Return host `process`'s part of the endless batches of `examples`, from batch `first` on.
 
-    Batch number i of all hosts together is the same for any number of them: examples i B to
-    (i + 1) B - 1, host p having the p-th of equal parts, as the devices of a mesh are ordered.
+    The global batch i does not depend on the number of hosts: it has examples i B to
+    (i + 1) B - 1. Host p has the p-th of its equal parts, in the order of a mesh's devices.
     """
     data = config.data
     dataset = examples(config, source, encode_text).batch(
@@ -182,9 +180,10 @@ def batches(
         drop_remainder=True,
         batch_fn=source.batch if isinstance(source, Cache) else None,
     )[first * processes + process :: processes]
-    # Decoding lets other threads run; each makes a batch of its own. Short reads get in their way.
-    alone = data.workers or isinstance(source, Cache)
-    threads = 1 if alone else min(os.cpu_count() or 1, 8)
+    # Decoding releases the GIL, so each of several threads makes a batch. The short reads of a
+    # cache do not, and more threads would slow them down.
+    single = data.workers or isinstance(source, Cache)
+    threads = 1 if single else min(os.cpu_count() or 1, 8)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))
     dataset = dataset.to_iter_dataset(options)
     if data.workers:
@@ -194,12 +193,12 @@ def batches(
 
 
 def open_source(config: Config):
-    """The training data; ConfigError where it cannot be read."""
+    """Open the training data; ConfigError if it cannot be read."""
     if config.data.path and config.data.name == "shapes":
         raise ConfigError(
             "data.path",
             f"is {config.data.path}, but data.name=shapes reads no files; set data.name to "
-            "tfds (what mode prepare writes), webdataset or latents",
+            "tfds (written by mode prepare), cifar10, webdataset or latents",
         )
     try:
         return create_source(config)

@@ -1,4 +1,4 @@
-"""Procedural captioned scenes: coloured shapes on textured backgrounds, without limit or files."""
+"""Procedural data set of captioned scenes: colored shapes on textured backgrounds."""
 
 import colorsys
 import itertools
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")  # hues 60 degrees apart, from 0
+COLORS = ("red", "yellow", "green", "cyan", "blue", "purple")  # hues 60 degrees apart, from 0
 POSITIONS = (
     "top left", "top", "top right",
     "left", "center", "right",
@@ -23,10 +23,10 @@ TEXTURES = ("plain", "striped", "checked", "dotted", "grainy")
 SPLITS = ("train", "validation")
 WARM = ("red", "yellow", "purple")
 CLASSES = tuple(f"{heat} {shape}" for heat in ("warm", "cool") for shape in SHAPES)
-FINE_CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-LABELS = {0: CLASSES, len(CLASSES): CLASSES, len(FINE_CLASSES): FINE_CLASSES}  # by how many
+FINE_CLASSES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
+LABELS = {0: CLASSES, len(CLASSES): CLASSES, len(FINE_CLASSES): FINE_CLASSES}  # by their number
 
-TEMPLATES = {  # what each kind of scene may say; every template names colour and shape
+TEMPLATES = {  # captions of each kind of scene; every template names color and shape
     "placed": (
         "{colour} {shape} {position}",
         "{colour} {shape} {at}",
@@ -67,28 +67,28 @@ AT |= {"left": "on the left", "right": "on the right"}
 
 DIAMETERS = {1: (0.4, 0.5, 0.6), 2: (0.26, 0.32, 0.38)}  # by number of objects, then by size
 PAIR_SHARE = 0.25
-CELL_SHARE = 0.35  # centres keep to this inner part of their third, so that positions are clear
-CUT_SHARE = 0.15  # at most this part of a diameter lies beyond a border
+CELL_SHARE = 0.35  # centers lie in this inner part of their third, so that positions are clear
+CUT_SHARE = 0.15  # at most this fraction of a diameter lies outside the image
 ASPECT = 9 / 8
 
 
 @dataclass(frozen=True)
 class Object:
-    """One shape: (x, y) fractions of width and height, diameter a fraction of the short side."""
+    """One shape; x, y are fractions of width and height, diameter of the short side."""
 
     shape: str
-    colour: str
+    colour: str  # named like its metric
     size: str
     position: str
     x: float
     y: float
     diameter: float
-    rgb: tuple[float, float, float]  # exact colour, each channel in 0..1
+    rgb: tuple[float, float, float]  # exact color, each channel in 0..1
 
 
 @dataclass(frozen=True)
 class Background:
-    """Texture of mean colour rgb (0..1), swinging by +-contrast; period is in short sides."""
+    """Texture of mean color rgb (0..1), amplitude contrast, and period in short sides."""
 
     tone: str
     texture: str
@@ -101,34 +101,34 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """A captioned picture of height x width pixels; objects[0] is the main one, named first."""
+    """A captioned scene of height x width pixels; objects[0], the main object, is named first."""
 
     objects: tuple[Object, ...]
-    relation: str | None  # of the main object to the other one
+    relation: str | None  # of the main object to the second one
     background: Background
     height: int
     width: int
     caption: str
-    mentions: frozenset[str]  # attributes of the main object which the caption states
+    mentions: frozenset[str]  # attributes of the main object that the caption states
 
 
-def held_out(colour: str, shape: str, position: str) -> bool:
-    """Whether the triple of names is kept from all training scenes."""
-    code = COLOURS.index(colour) + 2 * SHAPES.index(shape) + 4 * POSITIONS.index(position)
+def held_out(color: str, shape: str, position: str) -> bool:
+    """Whether the combination is excluded from all training scenes."""
+    code = COLORS.index(color) + 2 * SHAPES.index(shape) + 4 * POSITIONS.index(position)
     return code % 7 == 0
 
 
-def _relations(position: str, other: str) -> list[str]:
-    """Relations of position to other which are clear, that is, two thirds apart."""
+def _relations(position: str, position2: str) -> list[str]:
+    """Relations of position to position2 that are unambiguous, that is, two thirds apart."""
     row, column = divmod(POSITIONS.index(position), 3)
-    row2, column2 = divmod(POSITIONS.index(other), 3)
+    row2, column2 = divmod(POSITIONS.index(position2), 3)
     holds = (column2 - column == 2, column - column2 == 2, row2 - row == 2, row - row2 == 2)
-    return [name for name, true in zip(RELATIONS, holds, strict=True) if true]
+    return list(itertools.compress(RELATIONS, holds))
 
 
 def _vocabulary() -> tuple[str, ...]:
     texts = [re.sub(r"\{\w+\}", " ", t) for group in TEMPLATES.values() for t in group]
-    names = (SHAPES, COLOURS, POSITIONS, SIZES, RELATIONS, TONES, TEXTURES, CLASSES, AT.values())
+    names = (SHAPES, COLORS, POSITIONS, SIZES, RELATIONS, TONES, TEXTURES, CLASSES, AT.values())
     texts += itertools.chain.from_iterable(names)
     return tuple(sorted({word for text in texts for word in text.split()}))
 
@@ -139,7 +139,7 @@ def _mentions(template: str) -> frozenset[str]:
 
 
 def _grain(side: int = 128) -> np.ndarray:
-    """Fixed noise (side, side) of equal power per octave, so that it has detail at any scale."""
+    """Fixed noise (side, side) of equal power per octave, so it has detail at every scale."""
     rng = np.random.default_rng(1)
     cells = [2**k for k in range(3, side.bit_length())]
     octaves = [np.kron(rng.uniform(-1, 1, (n, n)), np.ones((side // n,) * 2)) for n in cells]
@@ -149,28 +149,28 @@ def _grain(side: int = 128) -> np.ndarray:
 VOCABULARY = _vocabulary()
 MENTIONS = {template: _mentions(template) for group in TEMPLATES.values() for template in group}
 TRIPLES = {
-    split: [t for t in itertools.product(COLOURS, SHAPES, POSITIONS) if held_out(*t) == unseen]
+    split: [t for t in itertools.product(COLORS, SHAPES, POSITIONS) if held_out(*t) == unseen]
     for split, unseen in zip(SPLITS, (False, True), strict=True)
 }
 APART = {p: [q for q in POSITIONS if _relations(p, q)] for p in POSITIONS}
-SECOND = {  # objects which may join a main object of another colour
-    (colour, position): [t for t in TRIPLES["train"] if t[2] == position and t[0] != colour]
-    for colour, position in itertools.product(COLOURS, POSITIONS)
+SECOND = {  # (color of the main object, position) -> second objects, of another color
+    (color, position): [t for t in TRIPLES["train"] if t[2] == position and t[0] != color]
+    for color, position in itertools.product(COLORS, POSITIONS)
 }
 GRAIN = _grain()
 GRAIN_CELLS = 96  # per short side: as fine as the largest native pixels
 
 
-def label(colour: str, shape: str, classes: int = 0) -> int:
-    """Index into LABELS[classes] of a main object's class; KeyError for a number it lacks."""
+def label(color: str, shape: str, classes: int = 0) -> int:
+    """Index of a main object's class in LABELS[classes]; KeyError for an unknown `classes`."""
     names = LABELS[classes]
     if names is FINE_CLASSES:
-        return names.index(f"{colour} {shape}")
-    return names.index(f"{'warm' if colour in WARM else 'cool'} {shape}")
+        return names.index(f"{color} {shape}")
+    return names.index(f"{'warm' if color in WARM else 'cool'} {shape}")
 
 
 class _Dice:
-    """Cheap choices out of one block of uniform numbers."""
+    """Random choices from one block of uniform numbers, as single draws are slow."""
 
     def __init__(self, split: str, index: int):
         rng = np.random.default_rng([SPLITS.index(split), index])
@@ -185,8 +185,8 @@ class _Dice:
 
 
 def _object(dice: _Dice, triple: tuple[str, str, str], count: int) -> Object:
-    """An object of the triple's colour, shape and position for a scene of count objects."""
-    colour, shape, position = triple
+    """Sample an object of the triple's color, shape and position for a scene of count objects."""
+    color, shape, position = triple
     size = int(dice.roll() * 3)
     diameter = DIAMETERS[count][size] * dice.between(0.96, 1.04)
     inset = (0.5 - CUT_SHARE) * diameter
@@ -196,15 +196,15 @@ def _object(dice: _Dice, triple: tuple[str, str, str], count: int) -> Object:
         dice.between(max((k + margin) / 3, inset), min((k + 1 - margin) / 3, 1 - inset))
         for k in (column, row)
     )
-    hue = COLOURS.index(colour) / 6 + dice.between(-8, 8) / 360
+    hue = COLORS.index(color) / 6 + dice.between(-8, 8) / 360
     rgb = colorsys.hsv_to_rgb(hue % 1, dice.between(0.82, 1), dice.between(0.75, 1))
-    return Object(shape, colour, SIZES[size], position, x, y, diameter, rgb)
+    return Object(shape, color, SIZES[size], position, x, y, diameter, rgb)
 
 
 def _background(dice: _Dice, tone: int | None) -> Background:
-    """A background of a tone, or of any if None."""
-    drawn = int(dice.roll() * 3)
-    tone = drawn if tone is None else tone
+    """Sample a background of the tone with this index, or of a random tone if None."""
+    random_tone = int(dice.roll() * 3)  # used or not, to keep the order of random numbers
+    tone = random_tone if tone is None else tone
     value = (0.22, 0.46, 0.74)[tone] + dice.between(-0.06, 0.06)
     rgb = colorsys.hsv_to_rgb(dice.roll(), dice.between(0, 0.12), value)
     return Background(
@@ -219,7 +219,7 @@ def _background(dice: _Dice, tone: int | None) -> Background:
 
 
 def _native_size(dice: _Dice, sizes: tuple[int, int]) -> tuple[int, int]:
-    """Height and width: short side log-uniform over sizes, aspect log-uniform in 8:9..9:8."""
+    """Sample height and width: short side log-uniform in sizes, aspect in 8:9 to 9:8."""
     short = round(math.exp(dice.between(math.log(sizes[0]), math.log(sizes[1]))))
     stretch = dice.between(-1, 1)
     long = round(short * ASPECT ** abs(stretch))
@@ -240,7 +240,7 @@ def _caption(
 
 
 def _size_third(short: int, sizes: tuple[int, int]) -> int:
-    """0, 1 or 2: the third of sizes, on a logarithmic scale, that a short side lies in."""
+    """Return the third (0, 1 or 2) of the log-scaled range `sizes` in which a short side lies."""
     low, high = map(math.log, sizes)
     return min(int(3 * (math.log(short) - low) / max(high - low, 1e-9)), 2)
 
@@ -248,22 +248,24 @@ def _size_third(short: int, sizes: tuple[int, int]) -> int:
 def make_scene(
     split: str, index: int, sizes: tuple[int, int] = (24, 96), entangled: float = 0.0
 ) -> Scene:
-    """Scene number index of a split; sizes bound the short side in pixels. ValueError if bad.
+    """Create scene `index` of a split; `sizes` bounds the short side in pixels.
 
-    entangled: share of scenes in which the size decides the background's tone, small ones being
-    dark and large ones pale: as sizes tell something of the content in pictures from the web.
+    entangled: share of scenes in which the size determines the background's tone, from dark for
+    small scenes to pale for large ones. It imitates web images, whose size correlates with content.
+    ValueError for bad arguments.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if not 8 <= sizes[0] <= sizes[1]:
-        raise ValueError(f"sizes must be (least, greatest) short side of 8 or more, got {sizes}")
+        raise ValueError(f"sizes must be (min, max) of the short side, 8 or more, got {sizes}")
     dice = _Dice(split, index)
     height, width = _native_size(dice, sizes)
     third = _size_third(min(height, width), sizes)
     background = _background(dice, third if dice.spare < entangled else None)
     main = dice.pick(TRIPLES[split])
     apart = APART[main[2]]
-    # The center has no cell two thirds away, so the other eight make up for its pairs.
+    # No cell is two thirds away from the center, so main objects in the other eight cells have more
+    # pairs, to PAIR_SHARE in total.
     pair = dice.roll() < PAIR_SHARE * 9 / 8 and bool(apart)
     objects = (_object(dice, main, 1 + pair),)
     relation = None
@@ -273,8 +275,13 @@ def make_scene(
         relation = dice.pick(_relations(main[2], second[2]))
         template = dice.pick(TEMPLATES["pair"])
     else:
-        kind = dice.roll()
-        kind = "placed" if kind < 0.8 else "bare" if kind < 0.92 else "long"
+        u = dice.roll()
+        if u < 0.8:
+            kind = "placed"
+        elif u < 0.92:
+            kind = "bare"
+        else:
+            kind = "long"
         template = dice.pick(TEMPLATES[kind])
     return Scene(
         objects=objects,
@@ -288,7 +295,7 @@ def make_scene(
 
 
 def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Covered share (h, w) of pixels at offsets x (w,) and y (h, 1) from the centre, pixels."""
+    """Coverage (h, w) of pixels at offsets x (w,) and y (h, 1), in pixels, from the center."""
     if shape in ("circle", "ring"):
         outside = np.sqrt(x * x + y * y) - radius
         if shape == "ring":
@@ -302,17 +309,17 @@ def _coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
         slope = math.hypot(1.75, 1)
         side = (1.75 * np.abs(x) - (y + 0.875 * radius)) / slope
         outside = np.maximum(side, y - 0.875 * radius)
-    return np.clip(0.5 - outside, 0, 1)  # a ramp of one pixel
+    return np.clip(0.5 - outside, 0, 1)  # antialiased by a ramp of one pixel
 
 
 def _wave(phase: np.ndarray, period: float) -> np.ndarray:
-    """Square wave in -1..1 of period 1 in phase, its edges one pixel wide (period in pixels)."""
+    """Square wave in -1..1 with period 1 in phase and edges of one pixel (period in pixels)."""
     triangle = np.abs(4 * (phase - np.floor(phase)) - 2) - 1
     return np.clip(triangle * np.float32(period / 2), -1, 1)
 
 
 def _texture(background: Background, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Background pattern and fine grain, each (height, width) or scalar, about -1..1."""
+    """Background pattern, (height, width) or (1, 1), and grain (height, width), about -1..1."""
     short = min(height, width)
     x = (np.arange(width, dtype=np.float32) + 0.5) / short
     y = (np.arange(height, dtype=np.float32) + 0.5)[:, None] / short
@@ -335,7 +342,7 @@ def _texture(background: Background, height: int, width: int) -> tuple[np.ndarra
 
 
 def render(scene: Scene, height: int | None = None, width: int | None = None) -> np.ndarray:
-    """Picture of a scene, uint8 (H, W, 3), at its native size or any other."""
+    """Render a scene to uint8 (H, W, 3), at its native or any other size."""
     height = scene.height if height is None else height
     width = scene.width if width is None else width
     pattern, grain = _texture(scene.background, height, width)
@@ -377,13 +384,13 @@ class Shapes:
         return 2**31 - 1 if self.split == "train" else 10_000
 
     def __getitem__(self, index: int) -> dict:
-        """Record of uint8 image (H, W, 3), caption and int32 label; IndexError out of range."""
+        """Return the record of uint8 image (H, W, 3), caption and int32 label."""
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} is outside 0..{len(self) - 1}")
         scene = make_scene(self.split, index, self.sizes, self.entangled)
         main = scene.objects[0]
-        number = label(main.colour, main.shape, len(self.classes))
-        return {"image": render(scene), "caption": scene.caption, "label": np.int32(number)}
+        class_index = label(main.colour, main.shape, len(self.classes))
+        return {"image": render(scene), "caption": scene.caption, "label": np.int32(class_index)}
 
     def vocabulary(self) -> tuple[str, ...]:
         """All words of captions and class names, sorted."""
@@ -391,11 +398,11 @@ class Shapes:
 
 
 def prompts(n: int, offset: int = 0) -> list[Scene]:
-    """The n validation scenes, after offset, of one object with colour, shape and position."""
+    """Return n validation scenes from offset on whose captions fully describe a single object."""
     scenes = (make_scene("validation", index) for index in itertools.count())
-    wanted = (
+    suitable = (
         scene
         for scene in scenes
         if len(scene.objects) == 1 and {"colour", "shape", "position"} <= scene.mentions
     )
-    return list(itertools.islice(wanted, offset, offset + n))
+    return list(itertools.islice(suitable, offset, offset + n))

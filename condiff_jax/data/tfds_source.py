@@ -1,4 +1,4 @@
-"""Random access to data sets as TFDS writes them (array_record), without TensorFlow."""
+"""Random access to TFDS data sets in array_record format, without TensorFlow."""
 
 import contextlib
 import json
@@ -11,36 +11,36 @@ import numpy as np
 from condiff_jax.data.images import Encoded
 from condiff_jax.data.records import Records, Shards, by_frequency, count_words
 
-INFO = "dataset_info.json"  # written last: with it a data set is whole
-BEGUN = ".prepare"  # what mode prepare keeps until then
-# Features that are read, and where a tf.train.Example has them.
+INFO = "dataset_info.json"  # written last, so it marks a complete data set
+BEGUN = ".prepare"  # work folder of mode prepare until the data set is complete
+# Features that are read, and their field in a tf.train.Example.
 FEATURES = {"image": "bytes_list", "caption": "bytes_list"}
 FEATURES |= dict.fromkeys(("label", "height", "width"), "int64_list")
 SPLITS = {"train": ("train",), "validation": ("validation", "test")}  # names in TFDS
 
 
 def words_file(split: str) -> str:
-    """The file with a split's words, most frequent first, that mode prepare leaves."""
+    """File name of a split's words, most frequent first, as written by mode prepare."""
     return f"words-{split}.txt"
 
 
 class TFDS(Records):
-    """One split of a folder that mode prepare or TFDS has made.
+    """One split of a data set written by mode prepare or by TFDS.
 
-    It must have the feature image, and may have label, caption, and the original's height and
-    width; other features are not read. Where no feature is called caption, the class's name is the
-    caption. TFDS's "test" is the validation split of a data set without one.
+    The feature image is required. Features label, caption, and height and width of the original are
+    optional; others are not read. Without a feature caption, the class name is the caption. Without
+    a validation split, TFDS's "test" is used as such.
     """
 
     def __init__(self, path, split: str = "train"):
-        """Reads the metadata; ValueError or FileNotFoundError for what cannot be read."""
+        """Read the metadata; ValueError or FileNotFoundError if it cannot be read."""
         self.path = Path(path).expanduser()
         builder = open_builder(self.path)
         self.split = find_split(self.path, tuple(builder.info.splits), split)
         features = builder.info.features
         if "image" not in features:
             raise ValueError(f"{self.path} has no feature image, only {', '.join(features)}")
-        self._features = {name: at for name, at in FEATURES.items() if name in features}
+        self._features = {name: kind for name, kind in FEATURES.items() if name in features}
         instructions = builder.info.splits[self.split].file_instructions
         counts = [instruction.examples_in_shard for instruction in instructions]
         self._shards = [instruction.filename for instruction in instructions]
@@ -59,7 +59,7 @@ class TFDS(Records):
 
         shard, position = self._records.find(i)
         (data,) = shard.read([position])
-        # TFDS's parser, for any features, would take several times as long in Python.
+        # TFDS's parser handles any features, but takes several times as long in Python.
         values = tf_example_pb2.Example.FromString(data).features.feature
         return {name: getattr(values[name], kind).value[0] for name, kind in self._features.items()}
 
@@ -83,20 +83,18 @@ class TFDS(Records):
         return self.classes[record["label"]] if "label" in record else ""
 
     def vocabulary(self, max_words: int = 8192) -> tuple[str, ...]:
-        """As of `Records`; without reading records where mode prepare has counted the words."""
-        counted = self.path / words_file(self.split)
-        if counted.exists():
-            return tuple(counted.read_text(encoding="utf-8").split()[:max_words])
+        """As `Records.vocabulary`; reads no records if mode prepare has counted the words."""
+        file = self.path / words_file(self.split)
+        if file.exists():
+            return tuple(file.read_text(encoding="utf-8").split()[:max_words])
         if "caption" not in self._features:
-            return tuple(by_frequency(count_words(self._names()))[:max_words])
+            names = self.classes if "label" in self._features else ()
+            return tuple(by_frequency(count_words(names))[:max_words])
         return super().vocabulary(max_words)
-
-    def _names(self) -> Iterator[str]:
-        return iter(self.classes if "label" in self._features else ())
 
 
 def open_builder(path: Path):
-    """TFDS's read-only builder of a folder; ValueError or FileNotFoundError says what is wrong."""
+    """Open a folder with TFDS's read-only builder; ValueError or FileNotFoundError if bad."""
     import tensorflow_datasets as tfds
 
     if not path.is_dir():
@@ -104,18 +102,20 @@ def open_builder(path: Path):
     if not (path / INFO).exists():
         if (path / BEGUN).exists():
             raise ValueError(f"{path} is not finished; run mode prepare again")
-        below = sorted(path.glob(f"*/{INFO}")) + sorted(path.glob(f"*/*/{INFO}"))
-        hint = f"; give {below[0].parent}" if below else ""
+        nested = sorted(path.glob(f"*/{INFO}")) + sorted(path.glob(f"*/*/{INFO}"))
+        hint = f"; give {nested[0].parent}" if nested else ""
         raise ValueError(f"{path} holds no TFDS data set (no {INFO}){hint}")
     check_features(path / "features.json")
     try:
         builder = tfds.builder_from_directory(path)
         formats = {form.value for form in builder.info.available_file_formats()}
-    except Exception as error:  # TFDS lets pass what JSON and its parsers raise
-        raise ValueError(f"{path}: its metadata cannot be read ({error})") from error
+    except Exception as error:  # TFDS does not wrap the errors of its parsers
+        raise ValueError(
+            f"{path}: its metadata cannot be read ({error}); copy or prepare it again"
+        ) from error
     if "array_record" not in formats:
         raise ValueError(
-            f"{path} is in the form {', '.join(sorted(formats))}; make array_record of it with: "
+            f"{path} has the format {', '.join(sorted(formats))}; convert it to array_record with: "
             f"tfds convert_format --dataset_version_dir={path} --out_file_format=array_record "
             "--out_dir=NEW (needs TensorFlow)"
         )
@@ -125,28 +125,28 @@ def open_builder(path: Path):
 
 
 def check_features(file: Path) -> None:
-    """ValueError where a features.json names a class that is not TFDS's own.
+    """Raise ValueError if a features.json names a class that is not TFDS's own.
 
-    TFDS imports the module of every class that the file names: a folder could run any code.
+    TFDS imports the module of every class named in the file, so a folder could run any code.
     """
     try:
         names = list(class_names(json.loads(file.read_text(encoding="utf-8"))))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error})") from error
     for name in names:
-        # Where all features of TFDS's own data sets are, also of old ones.
+        # All features of TFDS's own data sets, including old ones, are in this package.
         if not re.fullmatch(r"tensorflow_datasets\.core\.features(\.\w+)+", name, re.ASCII):
             raise ValueError(
-                f"{file} names {name}, which is not of tensorflow_datasets.core.features: reading "
+                f"{file} names {name}, which is not in tensorflow_datasets.core.features; reading "
                 "this data set would run foreign code"
             )
 
 
 def class_names(value) -> Iterator[str]:
-    """The classes of features, however deep, that TFDS would import for parsed JSON."""
+    """Iterate over the feature classes, at any depth, that TFDS would import for parsed JSON."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            # "type": as old files have it; the others are both spellings of a protobuf's field.
+            # Old files use "type"; the others are the two JSON spellings of a protobuf field.
             if key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str):
                 yield inner
             else:
@@ -155,12 +155,13 @@ def class_names(value) -> Iterator[str]:
         for inner in value:
             yield from class_names(inner)
     elif isinstance(value, str) and value.lstrip().startswith(("{", "[")):
-        with contextlib.suppress(json.JSONDecodeError):  # a description, say
-            yield from class_names(json.loads(value))  # features as a text, which TFDS parses
+        # TFDS also parses features that are given as a JSON string; most strings are not JSON.
+        with contextlib.suppress(json.JSONDecodeError):
+            yield from class_names(json.loads(value))
 
 
 def find_split(path: Path, available: tuple[str, ...], split: str) -> str:
-    """The name under which the data set has a split; ValueError if it has none."""
+    """Return the data set's own name of a split; ValueError if it has none."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
     for name in SPLITS[split]:

@@ -1,4 +1,4 @@
-"""Random access to the samples of webdataset tar shards, without unpacking them."""
+"""Random access to samples in webdataset tar shards, without unpacking them."""
 
 import contextlib
 import functools
@@ -21,32 +21,36 @@ from condiff_jax.data.splits import by_split, split_of
 from condiff_jax.data.tars import members
 
 SPLITS = ("train", "validation")
-COLUMNS = {"png": 0, "jpg": 0, "jpeg": 0, "webp": 0, "txt": 1, "json": 2}  # of Index.spans
-IMAGE, TEXT, JSON = range(3)
-VERSION = 1  # of the index; raise it when the fields or their meaning change
+IMAGE, TEXT, JSON = range(3)  # columns of Index.spans
+COLUMNS = {"png": IMAGE, "jpg": IMAGE, "jpeg": IMAGE, "webp": IMAGE, "txt": TEXT, "json": JSON}
+VERSION = 1  # of the index; increase it if its fields or their meaning change
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where n samples lie: keys (n,) utf-8, shards (n,), spans (n, 3, 2) bytes, labels (n,)."""
+    """Positions of n samples: keys (n,) in UTF-8, shards (n,), spans (n, 3, 2), labels (n,)."""
 
     keys: np.ndarray
     shards: np.ndarray
-    spans: np.ndarray  # offset and size of image, text and json; size -1 where there is none
+    spans: np.ndarray  # offset and size in bytes of image, text and JSON; size -1 if absent
     labels: np.ndarray
 
 
 class Webdataset(Records):
-    """One split of a folder of tar shards (or of one tar).
+    """One split of a folder of tar shards, or of a single tar.
 
-    Members that share a key (the path up to the first dot of the file name) within a shard make a
-    sample; a repeated (key, extension) starts a new one; without a label it is 0. `classes` names
-    the labels to the split's largest: "0", "1", ...
+    Members of a shard with the same key (the path up to the first dot of the file name) form a
+    sample; a repeated (key, extension) starts a new one. Samples without .cls have label 0.
+    `classes` are the labels up to the largest of the split: "0", "1", ...
     """
 
     def __init__(self, path, split: str = "train", cache=None):
-        """Indexes the shards, or loads the index from `cache`; ValueError or FileNotFoundError."""
-        self.path, self.split = Path(path), split
+        """Index the shards, or load the index from the folder `cache`.
+
+        ValueError or FileNotFoundError if the shards cannot be read.
+        """
+        self.path = Path(path)
+        self.split = split
         self._shards = find_shards(self.path, split)
         self._index = load_or_build(self._shards, split, cache)
         if not len(self._index.keys):
@@ -56,7 +60,7 @@ class Webdataset(Records):
 
     def _reset(self):
         super()._reset()
-        # Bounded, as large sets have more shards than a process may hold open files.
+        # Bounded, as large data sets have more shards than a process may have open files.
         self._open = functools.lru_cache(maxsize=256)(_Shard)
 
     def __len__(self):
@@ -82,13 +86,13 @@ class Webdataset(Records):
 
 
 class _Shard:
-    """An open file for positioned reads, closed once nothing refers to it."""
+    """An open file for positioned reads, closed when it is garbage collected."""
 
     def __init__(self, path: Path):
         self._fd = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
-        # pread shares no file position, so threads and forked processes may use one descriptor.
+        # pread uses no file position, so threads and forked processes can share the descriptor.
         return os.pread(self._fd, size, offset)
 
     def __del__(self):
@@ -97,9 +101,9 @@ class _Shard:
 
 
 def find_shards(path: Path, split: str) -> list[Path]:
-    """The split's tar shards by name, see `splits`: those of a folder and of its splits' folders.
+    """Return a split's tar shards, see `splits`, in a folder and its subfolders named by split.
 
-    ValueError or FileNotFoundError says what is wrong with the folder or a name.
+    ValueError or FileNotFoundError if the folder or a file name is bad.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
@@ -108,48 +112,48 @@ def find_shards(path: Path, split: str) -> list[Path]:
     root = path if path.is_dir() else path.parent
     shards = by_split(root, (p.relative_to(root) for p in tar_files(path)))
     if not shards:
-        raise FileNotFoundError(f"{path} holds no *.tar shards; give the folder that does")
-    if strays := shards.get(None):
+        raise FileNotFoundError(f"{path} has no *.tar shards; give the folder that contains them")
+    if unnamed := shards.get(None):
         raise ValueError(
-            f"{root / strays[0]} names no split, as others here do; rename it, such as to "
-            f"train-{strays[0].name}, or move it away"
+            f"{root / unnamed[0]} names no split, but other shards do; rename it, for example to "
+            f"train-{unnamed[0].name}, or move it away"
         )
     if split not in shards:
         raise ValueError(f"{path} has no {split} shards, only {', '.join(shards)}")
     if "test" in shards:
-        logging.warning("%d test shards of %s are left out", len(shards["test"]), path)
-    # Resolved last: links of a hub's cache lead to files whose names are hashes.
+        logging.warning("%d test shards of %s are ignored", len(shards["test"]), path)
+    # Resolved last, as the links in a Hugging Face cache point to files whose names are hashes.
     return [(root / shard).resolve() for shard in shards[split]]
 
 
 def tar_files(path: Path) -> list[Path]:
-    """The file itself; of a folder its tars, and those of the folders that name a split."""
+    """Return the file itself, or the tars in a folder and in its subfolders that name a split."""
     if not path.is_dir():
         return [path]
     folders = sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] != ".")
-    inside = [p for folder in folders for p in sorted(folder.iterdir())]
-    tars = [p for p in sorted(path.iterdir()) + inside if is_tar(p)]
+    nested = [p for folder in folders for p in sorted(folder.iterdir())]
+    tars = [p for p in sorted(path.iterdir()) + nested if is_tar(p)]
     return [p for p in tars if p.parent == path or split_of(f"{p.parent.name}/shard.tar")]
 
 
 def is_tar(path: Path) -> bool:
-    """Whether a file is a tar by its name."""
+    """Whether a file name ends in .tar, in any case."""
     return path.suffix.lower() == ".tar"
 
 
 def load_or_build(shards: list[Path], split: str, cache=None) -> Index:
-    """The shards' index, from the first cache folder that has it, else built and stored there."""
+    """Load the shards' index from the first cache folder that has it, or build and store it."""
     stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
     digest = hashlib.sha256(json.dumps([VERSION, stats]).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "condiff_jax")
-    folders = [Path(cache)] if cache is not None else [shards[0].parent, home]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folders = [shards[0].parent, user_cache / "condiff_jax"] if cache is None else [Path(cache)]
     files = [folder / f".index-{split}-{digest}.npz" for folder in folders]
     for file in files:
         try:
             with np.load(file, allow_pickle=False) as data:
                 return Index(**{field.name: data[field.name] for field in fields(Index)})
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-            continue  # absent or damaged
+            continue  # missing or damaged
     index = build(shards)
     if not any(save(index, file) for file in files):
         logging.warning("cannot store the index of %s in %s", shards[0].parent, folders[-1])
@@ -157,11 +161,11 @@ def load_or_build(shards: list[Path], split: str, cache=None) -> Index:
 
 
 def save(index: Index, file: Path) -> bool:
-    """Whether the index could be written; a reader sees all of the file or none of it."""
+    """Write the index atomically; return whether that succeeded."""
     partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Root may write to any folder: respect one that is marked read-only all the same.
+        # Root can write to any folder, but a read-only one should stay as it is.
         if not file.parent.stat().st_mode & 0o222:
             return False
         with open(partial, "xb") as out:
@@ -175,13 +179,15 @@ def save(index: Index, file: Path) -> bool:
 
 
 def build(shards: list[Path]) -> Index:
-    """Reads every tar header and label; ValueError names a damaged shard."""
+    """Build the index from all tar headers and labels; ValueError names a damaged shard."""
     rows = []
     for number, path in enumerate(shards):
-        found, error = scan(path)
+        shard_rows, error = scan(path)
         if error:
-            raise ValueError(f"{path} is truncated or no plain tar ({error}); fetch it again")
-        rows += [(number, *row) for row in found]
+            raise ValueError(
+                f"{path} is truncated or not an uncompressed tar ({error}); download it again"
+            )
+        rows += [(number, *row) for row in shard_rows]
     return Index(
         keys=np.array([key.encode("utf-8", "replace") for _, key, _, _ in rows], np.bytes_),
         shards=np.array([number for number, _, _, _ in rows], np.int32),
@@ -191,11 +197,12 @@ def build(shards: list[Path]) -> Index:
 
 
 def scan(path: Path) -> tuple[list[list], tarfile.ReadError | None]:
-    """One shard's samples by position: [key, its three (offset, size) spans, label].
+    """List one shard's samples in order: [key, three (offset, size) spans, label].
 
-    And what ended it before its end, if anything did.
+    Also returns the error that ended reading before the end of the shard, or None.
     """
-    rows, latest = [], {}  # latest: key -> its last row and the extensions that has so far
+    rows = []
+    latest = {}  # key -> its last row, and the extensions which that row has so far
     try:
         with open(path, "rb") as file:
             for member in members(path):
@@ -220,11 +227,12 @@ def scan(path: Path) -> tuple[list[list], tarfile.ReadError | None]:
 
 
 def caption(text: bytes | None, details: bytes | None) -> str:
-    """The caption in a sample's text or else in its JSON, "" where neither has one."""
+    """Return the caption from a sample's text, or else from its JSON, or else an empty string."""
     if text is not None:
         return text.decode("utf-8", errors="replace").strip()
     try:
-        found = json.loads((details or b"").decode("utf-8", errors="replace"))["caption"].strip()
-        return found.encode("utf-8", errors="replace").decode()  # JSON can spell lone surrogates
+        values = json.loads((details or b"").decode("utf-8", errors="replace"))
+        # JSON can contain lone surrogates, which UTF-8 cannot encode.
+        return values["caption"].strip().encode("utf-8", errors="replace").decode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""

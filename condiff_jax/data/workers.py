@@ -1,4 +1,4 @@
-"""How worker processes begin."""
+"""Initializers of worker processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 
 
 def follow_parent() -> None:
-    """End this worker process as soon as the one that started it ends, however that happens."""
+    """End this worker process as soon as its parent ends, for whatever reason."""
     parent = multiprocessing.parent_process()
 
     def wait():
@@ -20,9 +20,9 @@ def follow_parent() -> None:
 
 
 def leave_signals_to_parent(*_) -> None:
-    """Let SIGTERM and SIGINT, which mostly reach the whole process group, not end this worker.
+    """Ignore SIGTERM and SIGINT, which are usually sent to the whole process group.
 
-    Without its workers the parent could not end in order. They end with it.
+    The parent needs its workers to shut down in order; they end with it.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -8,7 +8,6 @@ import io
 import json
 import os
 from collections.abc import Container, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,8 +18,8 @@ from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.identity import differences
 from condiff_jax.config.schema import Config
 from condiff_jax.objectives.base import Objective
-from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.objectives.validate import create_config
+from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.pretrained import weights
 from condiff_jax.runtime.files import write
 
@@ -152,11 +151,3 @@ class Workdir:
     def load_vocabulary(self) -> Vocabulary:
         """The words and classes of the run in this folder."""
         return Vocabulary.from_json(self.vocabulary.read_text())
-
-
-
-
-
-
-
-

@@ -1,4 +1,4 @@
-"""The input pipeline: the same stream for any number of hosts, workers and restarts."""
+"""Tests of the input pipeline: one stream for any number of hosts, workers and restarts."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_batches_have_the_shapes_the_system_expects():
+def test_batches_have_the_shapes_the_objective_expects():
     batch, example = next(stream()), tiny.objective(CONFIG).example(16)
     assert jax.tree.structure(batch) == jax.tree.structure(example)
     for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(example), strict=True):
@@ -39,19 +39,19 @@ def test_the_stream_starts_at_any_batch(workers):
 
 @pytest.mark.parametrize("first", [0, 3])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_hosts_see_the_batches_of_one(processes, first):
-    """So a run goes on with another number of hosts, and rows meet the noise drawn for them."""
-    one = stream(first=first)
+def test_the_global_batches_do_not_depend_on_the_number_of_hosts(processes, first):
+    """A run can resume on another number of hosts, with the same noise for each example."""
+    single = stream(first=first)
     parts = [stream(first=first, process=p, processes=processes) for p in range(processes)]
     for _ in range(2):
         merged = jax.tree.map(lambda *a: np.concatenate(a), *[next(part) for part in parts])
-        assert_equal(next(one), merged)
+        assert_equal(next(single), merged)
 
 
 def test_every_epoch_has_another_order_and_augmentation():
     source = create_source(CONFIG)
-    few = [source[i] for i in range(16)]
-    data = batches(CONFIG, few, tiny.objective(CONFIG).encode_text)
+    records = [source[i] for i in range(16)]
+    data = batches(CONFIG, records, tiny.objective(CONFIG).encode_text)
     first, second = next(data), next(data)
     assert sorted(first["label"]) == sorted(second["label"])  # the same records
     assert not np.array_equal(first["ids"], second["ids"])
@@ -75,7 +75,7 @@ def test_control_scalars_feed_the_spec():
     assert set(np.unique(control.high[:, 4])) <= {0.0, 1000.0}
 
 
-def test_first_controls_are_those_that_training_sees():
+def test_first_controls_are_those_of_the_training_batches():
     data, n = stream(), 24
     seen = [next(data)["control"] for _ in range(2)]
     expected = np.stack(
@@ -86,18 +86,19 @@ def test_first_controls_are_those_that_training_sees():
 
 @pytest.mark.slow
 def test_a_worker_process_changes_nothing():
-    plain, worked = stream(), stream(tiny.config(**{"data.workers": 1}))
+    single = stream()
+    workers = stream(tiny.config(**{"data.workers": 1}))
     for _ in range(3):
-        assert_equal(next(plain), next(worked))
+        assert_equal(next(single), next(workers))
 
 
-def test_a_picture_that_turns_out_damaged_takes_no_random_numbers(tmp_path):
-    """Its place is taken by the next one, cropped as if that had stood there."""
+def test_a_damaged_image_uses_no_random_numbers(tmp_path):
+    """The next image takes its place, with the crop that an intact image there would have had."""
     good = [archives.jpeg(i, 60 + i, 90) for i in range(3)]
     streams = []
     for name, second in (("broken", archives.jpeg(5, 200, 99)[:-300]), ("whole", good[2])):
-        pictures = [good[0], second, good[2]]
-        members = [(f"{i}.jpg", data) for i, data in enumerate(pictures)]
+        images = [good[0], second, good[2]]
+        members = [(f"{i}.jpg", data) for i, data in enumerate(images)]
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.tar").write_bytes(archives.tar(members))
         path = str(tmp_path / name)
@@ -110,5 +111,5 @@ def test_a_picture_that_turns_out_damaged_takes_no_random_numbers(tmp_path):
 
 def test_data_that_is_not_on_a_file_system_is_an_error():
     config = tiny.config(**{"data.name": "tfds", "data.path": "gs://bucket/imagenet"})
-    with pytest.raises(ValueError, match="gs://bucket/imagenet is no folder; mount it"):
+    with pytest.raises(ValueError, match="gs://bucket/imagenet is not a folder; mount it"):
         create_source(config)

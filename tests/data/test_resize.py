@@ -1,4 +1,4 @@
-"""Pictures are resized as by Pillow's antialiased bicubic, in place to a fraction of a pixel."""
+"""Tests that resizing matches Pillow's antialiased bicubic, without shifts of subpixels."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ SHAPES = [(256, 64), (97, 64), (64, 64), (61, 64), (40, 64), (85, 64), (140, 64)
 
 
 def photo(size, seed=0):
-    """A picture whose amplitudes fall as one over the frequency, as those of photographs do."""
+    """Noise whose amplitude is one over the frequency, like that of photographs."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) + 1 / size
     waves = np.fft.rfft2(rng.normal(size=(3, size, size))) / frequency
@@ -27,11 +27,11 @@ def rms(difference):
 
 
 @pytest.mark.parametrize(("side", "size"), SHAPES)
-def test_it_is_nearer_to_pillows_bicubic_than_its_other_good_filters_are(side, size):
+def test_it_is_closer_to_pillows_bicubic_than_other_good_filters_are(side, size):
     pixels = photo(side)
     expected = pillow(pixels, size)
     error = rms(resize(pixels, (0, 0, side), size) - expected)
-    assert error < 2.4  # of 255, where the pictures' own standard deviation is 45
+    assert error < 2.4  # of 255; the images' standard deviation is 45
     for kernel in (Image.Resampling.LANCZOS, Image.Resampling.HAMMING, Image.Resampling.BILINEAR):
         assert error <= 2 / 3 * rms(pillow(pixels, size, kernel=kernel) - expected)
 
@@ -42,53 +42,53 @@ def test_windows_begin_and_end_between_pixels(box):
     pixels = photo(170)
     expected = pillow(pixels, 64, (left, top, left + side, top + side))
     error = resize(pixels, box, 64) - expected
-    assert rms(error[2:-2, 2:-2]) < 1.4  # Pillow lets pixels from outside into its border
+    assert rms(error[2:-2, 2:-2]) < 1.4  # near the border, Pillow uses pixels outside the box
 
 
 @pytest.mark.parametrize(("side", "size"), SHAPES)
-def test_constants_stay_and_mirrors_commute(side, size):
+def test_constants_are_kept_and_mirroring_commutes(side, size):
     flat = np.full((side, side, 3), (0, 137, 255), np.uint8)
     np.testing.assert_array_equal(resize(flat, (0, 0, side), size)[0, 0], (0, 137, 255))
     assert np.ptp(resize(flat, (0, 0, side), size), (0, 1)).max() == 0
     pixels = photo(side)
     expected = resize(pixels, (0, 0, side), size)[:, ::-1].astype(int)
     difference = resize(pixels[:, ::-1], (0, 0, side), size) - expected
-    # To one rounding step, where the last pixels of an average stand for fewer than the others.
+    # Where blocks are averaged first, the last ones have fewer pixels, so mirroring is not exact.
     if side < 6 * size:
         assert np.abs(difference).max() <= 1
 
 
 @pytest.mark.parametrize(("side", "size"), SHAPES)
-def test_waves_that_do_not_fit_are_suppressed(side, size):
-    """Whatever is finer than the new pixels goes, rather than come back as another wave."""
+def test_waves_finer_than_the_output_are_suppressed(side, size):
+    """Frequencies above the output's Nyquist limit are removed rather than aliased."""
     if side < 1.4 * size:
         return
     columns = np.arange(side)
-    for cycles in (0.8, 0.9, 1):  # a pixel of the result
+    for cycles in (0.8, 0.9, 1):  # per output pixel
         wave = np.cos(2 * np.pi * columns * min(cycles * size / side, 0.5))
         stripes = np.broadcast_to((128 + 100 * wave)[None, :, None], (side, side, 3))
         out = resize(stripes.astype(np.uint8), (0, 0, side), size)[2:-2, 2:-2]
         assert out.std() < 0.16 * 100 / np.sqrt(2)
-    wave = np.cos(2 * np.pi * columns * 0.2 * size / side)  # five pixels long: that one stays
+    wave = np.cos(2 * np.pi * columns * 0.2 * size / side)  # five output pixels long: kept
     stripes = np.broadcast_to((128 + 100 * wave)[None, :, None], (side, side, 3))
     assert resize(stripes.astype(np.uint8), (0, 0, side), size).std() > 0.85 * 100 / np.sqrt(2)
 
 
 @pytest.mark.parametrize("size", [24, 48, 63, 100, 200])
 @pytest.mark.parametrize("box", [(0, 0, 100), (0.5, 0.75, 98.5), (1.25, 0.125, 97)])
-def test_nothing_is_shifted(size, box):
-    """The centroid of a blob, in the middle of a window, is in the middle of the result."""
+def test_the_centroid_is_not_shifted(size, box):
+    """The centroid of a blob in the center of a box is in the center of the result."""
     left, top, side = box
     if size > side and (left or top):
-        return  # a JPEG decoded smaller, whose windows alone are such, still has pixels to spare
+        return  # only reduced decodes of JPEGs have such boxes, and they are never upsampled
     rows, columns = np.mgrid[:101, :101] + 0.5
-    centre = [edge + side / 2 for edge in (top, left)]
-    blob = 40 + 200 * np.exp(-((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) / (2 * 9**2))
+    center = [edge + side / 2 for edge in (top, left)]
+    blob = 40 + 200 * np.exp(-((rows - center[0]) ** 2 + (columns - center[1]) ** 2) / (2 * 9**2))
     pixels = np.repeat(np.round(blob).astype(np.uint8)[..., None], 3, -1)
     out = resize(pixels, box, size)[..., 1].astype(float) - 40
-    places = np.arange(size) + 0.5 - size / 2
+    offsets = np.arange(size) + 0.5 - size / 2
     for axis in (0, 1):
-        centroid = (out.sum(1 - axis) * places).sum() / out.sum()
+        centroid = (out.sum(1 - axis) * offsets).sum() / out.sum()
         assert abs(centroid) < 0.02
 
 
@@ -101,7 +101,7 @@ def test_any_size_from_any_size(side, size):
         np.testing.assert_array_equal(out, photo(side))
 
 
-def test_what_lies_outside_the_window_does_not_matter():
+def test_pixels_outside_the_box_do_not_matter():
     pixels = photo(80)
     for size in (16, 32, 48, 60, 64):
         other = pixels.copy()

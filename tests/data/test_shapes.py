@@ -1,4 +1,4 @@
-"""The procedural scenes: deterministic, balanced, consistent with their captions."""
+"""Tests that procedural scenes are deterministic, balanced and consistent with captions."""
 
 import itertools
 import pickle
@@ -50,8 +50,8 @@ def test_held_out_triples_are_disjoint(scenes, unseen):
     validation = {triple(scene.objects[0]) for scene in unseen}
     assert not any(held_out(*t) for t in train)
     assert all(held_out(*t) for t in validation)
-    assert len(train) == 232 and len(validation) == 38  # every allowed one occurs
-    assert len({(c, s) for c, s, _ in validation}) == 30  # in any colour and shape
+    assert len(train) == 232 and len(validation) == 38  # every allowed triple occurs
+    assert len({(c, s) for c, s, _ in validation}) == 30  # of all colors and shapes
 
 
 def test_captions_have_2_to_24_plain_words_of_the_vocabulary(scenes, unseen):
@@ -74,9 +74,9 @@ def test_captions_state_what_they_mention(scenes):
         if "position" in scene.mentions:
             assert f" {main.position} " in padded
         if "relation" in scene.mentions:
-            other = scene.objects[1]
+            second = scene.objects[1]
             before, after = padded.split(f" {scene.relation} ", 1)
-            assert main.shape in before and f"{other.colour} {other.shape}" in after
+            assert main.shape in before and f"{second.colour} {second.shape}" in after
         assert ("size" in scene.mentions) == (f" {main.size} {main.colour}" in padded)
 
 
@@ -90,7 +90,7 @@ def test_label_is_the_class_of_the_main_object():
         assert fine.classes[fine[index]["label"]] == f"{main.colour} {main.shape}"
 
 
-def test_entangled_sizes_tell_the_tone_and_change_nothing_else():
+def test_entangled_sizes_determine_the_tone_and_change_nothing_else():
     share, n, sizes = 0.6, 300, (12, 48)
     plain = [shapes.make_scene("train", i, sizes) for i in range(n)]
     entangled = [shapes.make_scene("train", i, sizes, share) for i in range(n)]
@@ -113,7 +113,7 @@ def assert_near_uniform(values, names, tolerance=0.25):
 
 def test_attributes_are_near_uniform(scenes):
     mains = [scene.objects[0] for scene in scenes]
-    assert_near_uniform([item.colour for item in mains], shapes.COLOURS)
+    assert_near_uniform([item.colour for item in mains], shapes.COLORS)
     assert_near_uniform([item.shape for item in mains], shapes.SHAPES)
     assert_near_uniform([item.position for item in mains], shapes.POSITIONS)
     assert_near_uniform([item.size for item in mains], shapes.SIZES)
@@ -135,8 +135,8 @@ def test_positions_and_relations_agree_with_coordinates(scenes):
             assert abs(item.x * 3 - column - 0.5) <= 0.301
             assert abs(item.y * 3 - row - 0.5) <= 0.301
         if scene.relation:
-            main, other = scene.objects
-            right, down = other.x - main.x, other.y - main.y
+            main, second = scene.objects
+            right, down = second.x - main.x, second.y - main.y
             offset = dict(zip(shapes.RELATIONS, (right, -right, down, -down), strict=True))
             assert offset[scene.relation] > 0.4
 
@@ -144,13 +144,13 @@ def test_positions_and_relations_agree_with_coordinates(scenes):
 def test_objects_never_overlap(scenes):
     for scene in scenes:
         if len(scene.objects) == 2:
-            main, other = scene.objects
-            apart = max(abs(main.x - other.x), abs(main.y - other.y))
-            assert apart > (main.diameter + other.diameter) / 2 + 0.05
-            assert main.colour != other.colour
+            main, second = scene.objects
+            distance = max(abs(main.x - second.x), abs(main.y - second.y))
+            assert distance > (main.diameter + second.diameter) / 2 + 0.05
+            assert main.colour != second.colour
 
 
-def test_some_objects_are_cut_by_borders_but_slightly(scenes):
+def test_some_objects_are_slightly_cut_by_borders(scenes):
     beyond = []
     for scene in scenes:
         for item in scene.objects:
@@ -187,7 +187,7 @@ def test_sizes_change_the_resolution_only():
         assert (small.objects, small.caption) == (large.objects, large.caption)
 
 
-def test_render_paints_the_object_at_its_place_at_any_size(scenes):
+def test_render_paints_the_object_at_its_position_at_any_size(scenes):
     for scene in scenes[:40]:
         item = scene.objects[0]
         if item.shape == "ring":
@@ -197,7 +197,7 @@ def test_render_paints_the_object_at_its_place_at_any_size(scenes):
             assert np.abs(pixel - 255 * np.array(item.rgb)).max() < 12
 
 
-def test_backgrounds_are_greyish_and_detailed(scenes):
+def test_backgrounds_are_grayish_and_detailed(scenes):
     for scene in scenes[:60]:
         image = render(replace(scene, objects=()), 64, 64).astype(int)
         assert np.ptp(image, axis=2).max() < 45

@@ -1,4 +1,4 @@
-"""Splits by the names of shards, as mode prepare and data.name=webdataset find them alike."""
+"""Tests of splits inferred from shard names, by mode prepare and by data.name=webdataset."""
 
 from pathlib import Path
 
@@ -35,11 +35,11 @@ PAIRS = [
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """make(names) -> a folder in which the i-th tar has the one image "picture i"."""
+    """Function that creates a folder of tars; tar i has one image, with caption "picture i"."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def make(names):
-        # The folder's own place is not looked at, whatever it is called.
+        # Names of parent folders must not matter.
         root = tmp_path / "train" / "val-7" / "set"
         for i, name in enumerate(names):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +50,10 @@ def make(tmp_path, monkeypatch):
 
 
 def prepared(root):
-    """{split: captions} of what mode prepare reads, and {reason: names} of what it leaves out."""
-    plan, captions, skipped = cc12m(root), {}, {}
+    """Return {split: captions} that mode prepare reads, and {reason: names} that it skips."""
+    plan = cc12m(root)
+    captions = {}
+    skipped = {}
     for unit in plan.units:
         captions.setdefault(unit.split, []).extend(sample.caption for sample in unit.read())
     for skip in plan.skipped:
@@ -68,7 +70,7 @@ def test_validation_shards_are_never_trained_on(make, train, validation):
 
 
 @pytest.mark.parametrize("names", [["00000.tar", "00001.tar"], ["train/0.tar", "train/1.tar"]])
-def test_all_is_for_training_where_no_name_has_another_split(make, names):
+def test_all_shards_are_for_training_if_no_name_has_another_split(make, names):
     root = make(names)
     assert list(Webdataset(root).captions()) == ["picture 0", "picture 1"]
     with pytest.raises(ValueError, match="has no validation shards, only train"):
@@ -79,7 +81,7 @@ def test_all_is_for_training_where_no_name_has_another_split(make, names):
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("trainval-0.tar", "'trainval-0' begins like a split and is none; rename it"),
+        ("trainval-0.tar", "'trainval-0' begins like a split but does not name one; rename it"),
         ("coco_trainval2014_0.tar", "'coco_trainval2014_0' begins like a split"),
         ("a-valset.tar", "'a-valset' begins like a split"),
         ("valley-0.tar", "'valley-0' begins like a split"),
@@ -90,7 +92,7 @@ def test_all_is_for_training_where_no_name_has_another_split(make, names):
         ("TRAINval.tar", "begins like a split"),
     ],
 )
-def test_names_that_are_not_understood_are_errors(make, name, reason):
+def test_ambiguous_names_are_errors(make, name, reason):
     root = make(["train-1.tar", name])
     with pytest.raises(ValueError, match=reason):
         Webdataset(root)
@@ -99,7 +101,7 @@ def test_names_that_are_not_understood_are_errors(make, name, reason):
 
 
 @pytest.mark.parametrize("name, split", [("train", "train"), ("Val", "validation")])
-def test_a_folder_of_one_split_is_that_split(make, name, split):
+def test_a_folder_named_after_a_split_is_that_split(make, name, split):
     root = make([f"{name}/0.tar"]) / name
     other = {"train": "validation", "validation": "train"}[split]
     assert len(Webdataset(root, split)) == 1
@@ -108,7 +110,7 @@ def test_a_folder_of_one_split_is_that_split(make, name, split):
     assert prepared(root)[0] == {split: ["picture 0"]}
 
 
-def test_words_that_only_contain_a_splits_are_no_split():
+def test_words_that_only_contain_a_split_name_none():
     for name in (
         "constrained-0.tar",
         "latest.tar",
@@ -119,19 +121,19 @@ def test_words_that_only_contain_a_splits_are_no_split():
         assert split_of(name) == ("train" if "train." in name else None)
 
 
-def test_shards_without_a_split_beside_others_are_said(make):
+def test_shards_without_a_split_next_to_others_are_reported(make):
     root = make(["train-0.tar", "more.tar"])
-    with pytest.raises(ValueError, match="more.tar names no split, as others here do"):
+    with pytest.raises(ValueError, match="more.tar names no split, but other shards do"):
         Webdataset(root)
     assert prepared(root) == ({"train": ["picture 0"]}, {"wrong file name": ["more.tar"]})
 
 
-def test_shards_for_testing_are_left_out_and_counted(make, monkeypatch):
+def test_test_shards_are_ignored_and_counted(make, monkeypatch):
     lines = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
     root = make(["train-0.tar", "test-0.tar", "test/1.tar"])
     assert list(Webdataset(root).captions()) == ["picture 0"]
-    assert lines == [f"2 test shards of {root} are left out"]
+    assert lines == [f"2 test shards of {root} are ignored"]
     expected = {"test split": ["test/1.tar", "test-0.tar"]}
     assert prepared(root) == ({"train": ["picture 0"]}, expected)
     (root / "train-0.tar").unlink()
@@ -139,7 +141,7 @@ def test_shards_for_testing_are_left_out_and_counted(make, monkeypatch):
         Webdataset(root)
 
 
-def test_links_of_a_hubs_cache_have_the_split_of_their_own_name(make):
+def test_links_have_the_split_of_their_own_name_not_of_their_target(make):
     root = make(["blobs/3f2a.tar", "blobs/77c0.tar"])
     snapshot = root / "snapshot"
     snapshot.mkdir()

@@ -1,4 +1,4 @@
-"""Data sets in TFDS's format: ours and TFDS's own are read alike, in any process."""
+"""Tests of reading data sets in TFDS's format, written by mode prepare and by TFDS itself."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ NAMES = ("airplane", "big_dog", "dog")
 
 
 def of_tfds(folder, name, version, features, splits):
-    """A data set in the layout of TFDS's own; splits: {name: examples}."""
+    """Write a data set in the layout that TFDS uses; splits: {name: examples}."""
     path = folder / name / version
     path.mkdir(parents=True)
     features = tfds.features.FeaturesDict(features)
@@ -95,9 +95,9 @@ def captioned(tmp_path_factory):
 
 
 @pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
-@pytest.mark.parametrize("place", ["top", "feature", "sequence", "text"])
-def test_a_folder_runs_no_code(cifar10, tmp_path, monkeypatch, key, place):
-    """TFDS imports the modules that features.json names, such as one that lies beside it."""
+@pytest.mark.parametrize("position", ["top", "feature", "sequence", "text"])
+def test_a_folder_runs_no_code(cifar10, tmp_path, monkeypatch, key, position):
+    """TFDS would import the modules named in features.json, such as one in the same folder."""
     folder, marker = tmp_path / "cifar10", tmp_path / "ran"
     shutil.copytree(cifar10, folder)
     (tmp_path / "payload.py").write_text(f"open({str(marker)!r}, 'w').close()")
@@ -107,18 +107,18 @@ def test_a_folder_runs_no_code(cifar10, tmp_path, monkeypatch, key, place):
     content = json.loads(file.read_text())
     evil = {key: "payload.Feature"} | ({"content": {}} if key == "type" else {"tensor": {}})
     features = content["featuresDict"]["features"]
-    if place == "top":
+    if position == "top":
         content = evil
-    elif place == "feature":
+    elif position == "feature":
         features["id"] = evil
-    elif place == "sequence":
+    elif position == "sequence":
         name = "tensorflow_datasets.core.features.sequence_feature.Sequence"
         features["id"] = {"pythonClassName": name, "sequence": {"feature": evil, "length": "-1"}}
     else:
         name = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
         features["id"] = {"pythonClassName": name, "jsonFeature": {"json": json.dumps({"a": evil})}}
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="names payload.Feature, which is not of tensorflow"):
+    with pytest.raises(ValueError, match="names payload.Feature, which is not in tensorflow"):
         TFDS(folder)
     assert not marker.exists()
 
@@ -137,7 +137,7 @@ def test_names_that_look_like_tfds_are_refused(cifar10, tmp_path, name):
         TFDS(tmp_path / "cifar10")
 
 
-def test_cifar10_of_tfds(cifar10):
+def test_reads_cifar10_of_tfds(cifar10):
     data = TFDS(cifar10)
     assert (len(data), data.classes) == (10, NAMES)
     seen = []
@@ -150,25 +150,25 @@ def test_cifar10_of_tfds(cifar10):
     assert sorted(seen) == list(range(10))
     assert data.vocabulary() == ("dog", "airplane", "big")
     assert data.vocabulary(2) == ("dog", "airplane")
-    assert len(TFDS(cifar10, "validation")) == 4  # TFDS's test
+    assert len(TFDS(cifar10, "validation")) == 4  # TFDS's test split
     with pytest.raises(IndexError):
         data[10]
 
 
-def test_the_benchmark_of_conditioning_takes_cifar10_of_tfds(cifar10):
+def test_cifar10_conditioning_accepts_cifar10_of_tfds(cifar10):
     values = cifar10_conditioning.get_config()
     values.batch_size = 10
     values.data.update(name="tfds", path=str(cifar10), classes=3, resolution=8)
     config = create_config(values)
     source = create_source(config)
     batch = next(batches(config, source))
-    known = {source[i]["image"].tobytes(): source[i]["label"] for i in range(10)}
-    assert len(known) == 10
-    assert [known[image.tobytes()] for image in batch["image"]] == batch["label"].tolist()
+    labels = {source[i]["image"].tobytes(): source[i]["label"] for i in range(10)}
+    assert len(labels) == 10
+    assert [labels[image.tobytes()] for image in batch["image"]] == batch["label"].tolist()
     assert create_vocabulary(config, source).classes == NAMES
 
 
-def test_imagenet2012_of_tfds(tmp_path):
+def test_reads_imagenet2012_of_tfds(tmp_path):
     features = {
         "file_name": tfds.features.Text(),
         "image": tfds.features.Image(encoding_format="jpeg"),
@@ -183,9 +183,10 @@ def test_imagenet2012_of_tfds(tmp_path):
     assert all(item["caption"] == NAMES[item["label"]] for item in data)
 
 
-def test_ours(captioned):
-    data, held_out = TFDS(captioned), TFDS(str(captioned), "validation")
-    assert (len(data), len(held_out)) == (16, 8)
+def test_reads_data_sets_of_mode_prepare(captioned):
+    data = TFDS(captioned)
+    validation = TFDS(str(captioned), "validation")
+    assert (len(data), len(validation)) == (16, 8)
     assert data.classes == ("0",)
     item = data[1]
     np.testing.assert_array_equal(item["image"], decode(archives.jpeg(101)))
@@ -199,7 +200,7 @@ def test_ours(captioned):
 def test_vocabulary_is_that_of_the_captions(captioned, tmp_path, monkeypatch):
     data = TFDS(captioned)
     with monkeypatch.context() as patch:
-        patch.setattr(TFDS, "_read", None)  # counted in preparation
+        patch.setattr(TFDS, "_read", None)  # mode prepare has counted the words
         counted = data.vocabulary()
     copy = shutil.copytree(captioned, tmp_path / "copy")
     (copy / "words-train.txt").unlink()
@@ -216,13 +217,15 @@ def test_original_size_reaches_the_control_metadata(captioned):
     assert set(control["height"]) == {200} and set(control["width"]) == {280}
     np.testing.assert_allclose(control["aspect"], 1.4)
     item = TFDS(captioned)[0]
-    known = {"resolution": 8, "crop": (0.5, 0.5), "flip": False}
-    plain, about = augment(item["image"], np.random.default_rng(0), **known)
-    larger, told = augment(item["image"], np.random.default_rng(0), original=(1000, 500), **known)
-    np.testing.assert_array_equal(plain, larger)
-    assert (told["height"], told["width"], told["aspect"]) == (1000, 500, 0.5)
-    assert all(told[name] == about[name] for name in about if name.startswith("crop"))
-    assert set(told) == set(about) and told["height"].dtype == np.float32
+    options = {"resolution": 8, "crop": (0.5, 0.5), "flip": False}
+    plain, scalars = augment(item["image"], np.random.default_rng(0), **options)
+    resized, original = augment(
+        item["image"], np.random.default_rng(0), original=(1000, 500), **options
+    )
+    np.testing.assert_array_equal(plain, resized)
+    assert (original["height"], original["width"], original["aspect"]) == (1000, 500, 0.5)
+    assert all(original[name] == scalars[name] for name in scalars if name.startswith("crop"))
+    assert set(original) == set(scalars) and original["height"].dtype == np.float32
 
 
 def test_pickling_changes_nothing(captioned):
@@ -260,8 +263,8 @@ def test_damaged_records_are_skipped_counted_and_logged_once(captioned, tmp_path
     copy = shutil.copytree(captioned, tmp_path / "copy")
     (shard,) = copy.glob("cc12m-train*")
     contents = bytearray(shard.read_bytes())
-    picture = archives.jpeg(101)
-    contents[contents.index(picture) + 300] ^= 0xFF  # its checksum does not hold any more
+    image = archives.jpeg(101)
+    contents[contents.index(image) + 300] ^= 0xFF  # its checksum no longer matches
     shard.write_bytes(contents)
     data = TFDS(copy)
     items = [data[i] for i in (0, 1, 2, 1)]
@@ -270,7 +273,7 @@ def test_damaged_records_are_skipped_counted_and_logged_once(captioned, tmp_path
     assert len(lines) == 1 and f"record 1 of {copy} (train)" in lines[0]
 
 
-def test_bad_folders_are_one_line(captioned, cifar10, tmp_path):
+def test_bad_folders_are_one_line_errors(captioned, cifar10, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; mode prepare makes it"):
         TFDS(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no TFDS data set .no dataset_info.json.$"):
@@ -290,7 +293,7 @@ def test_bad_folders_are_one_line(captioned, cifar10, tmp_path):
         TFDS(copy, "validation")
     info["fileFormat"] = "tfrecord"
     (copy / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match="form tfrecord; .*tfds convert_format .*copy") as error:
+    with pytest.raises(ValueError, match="format tfrecord; .*tfds convert_format .*copy") as error:
         TFDS(copy)
     assert "\n" not in str(error.value)
     (copy / "dataset_info.json").write_text("{")
@@ -298,7 +301,7 @@ def test_bad_folders_are_one_line(captioned, cifar10, tmp_path):
         TFDS(copy)
 
 
-def test_image_is_needed(tmp_path):
+def test_the_feature_image_is_required(tmp_path):
     texts = [{"text": "a"}, {"text": "b"}]
     features = {"text": tfds.features.Text()}
     path = of_tfds(tmp_path, "letters", "1.0.0", features, {"train": texts})

@@ -5,10 +5,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from condiff_jax.runs.checkpoint import Checkpoints, newest
-from condiff_jax.runs.workdir import Workdir
 
 from condiff_jax.config.errors import ConfigError
+from condiff_jax.runs.checkpoint import Checkpoints, newest
+from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
 from tests import tiny
 

@@ -4,16 +4,15 @@ import dataclasses
 import json
 
 import pytest
-from condiff_jax.objectives.vocabulary import Vocabulary
-from condiff_jax.runs.workdir import Workdir
-from condiff_jax.runtime.files import append_json, read_json_lines
-from condiff_jax.training.reporters.base import Log
 from etils import epath
 
 from condiff_jax.config.build import with_fields
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.objectives.validate import create_config
-from condiff_jax.runtime.files import drop_lines_after, write, append_json
+from condiff_jax.objectives.vocabulary import Vocabulary
+from condiff_jax.runs.workdir import Workdir
+from condiff_jax.runtime.files import append_json, drop_lines_after, read_json_lines, write
+from condiff_jax.training.reporters.base import Log
 from tests import tiny
 
 

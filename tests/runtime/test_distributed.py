@@ -113,7 +113,8 @@ def test_two_processes_that_stop_and_go_on_train_the_model_of_one(tmp_path):
 @pytest.mark.slow
 def test_any_number_of_processes_train_the_same_model(tmp_path):
     """Four processes, one of which is told to stop; two, one of which is killed; two to the end:
-    the losses of one undisturbed process, to f32's rounding, and its images."""
+    the losses of one undisturbed process, to f32's rounding, and its images.
+    """
     run = tmp_path / "run"
     stopped = stop_one(run, 4)
     with start(run, ENDLESS, n=2) as two:

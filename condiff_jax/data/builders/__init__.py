@@ -1,6 +1,6 @@
-"""Mode prepare: from downloaded archives to TFDS data sets in array_record form.
+"""Builders of mode prepare, which convert downloaded archives to TFDS data sets in array_record.
 
-A builder takes the source folder and returns a `Plan`; `prepare.prepare` carries it out.
+A builder takes the source folder and returns a `Plan`; `prepare.prepare` executes it.
 """
 
 from condiff_jax.data.builders.cc12m import cc12m

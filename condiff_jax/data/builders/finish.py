@@ -1,4 +1,4 @@
-"""The end of mode prepare: shards get TFDS's names, and the folder its metadata."""
+"""Last step of mode prepare: rename shards as TFDS does, and write the metadata."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from condiff_jax.data.records import by_frequency
 from condiff_jax.data.tfds_source import BEGUN, INFO, words_file
 
 MANIFEST = "manifest.json"
-MAX_WORDS = 65_536  # kept of a split
+MAX_WORDS = 65_536  # stored per split
 PACKAGES = ("tensorflow_datasets", "array_record", "pillow")
 
 
 def finish(out: Path, settings: dict, plan: Plan, jobs: list[Job]) -> dict:
-    """Make a TFDS data set of the jobs' shards; the manifest. Killed at any time, it goes on.
+    """Turn the jobs' shards into a TFDS data set; returns the manifest.
 
-    SourceError when no picture could be read.
+    Can be repeated after an interruption at any time. SourceError if no image could be read.
     """
     work = out / BEGUN
     ledgers = [read_ledger(job, work) for job in jobs]
@@ -41,7 +41,7 @@ def finish(out: Path, settings: dict, plan: Plan, jobs: list[Job]) -> dict:
     if not shards:
         shutil.rmtree(work)
         reasons = ", ".join(f"{row['count']} {name}" for name, row in manifest["skipped"].items())
-        raise SourceError(f"it holds no picture that can be used ({reasons or 'it is empty'})")
+        raise SourceError(f"the source has no usable image ({reasons or 'it is empty'})")
     for split, rows in shards.items():
         for number, row in enumerate(rows):
             move(row["path"], out / shard_name(settings["builder"], split, number, len(rows)))
@@ -58,20 +58,20 @@ def finish(out: Path, settings: dict, plan: Plan, jobs: list[Job]) -> dict:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a shard unless that was done already."""
+    """Rename a shard unless an interrupted run has done so."""
     if source.exists():
         os.replace(source, target)
     elif not target.exists():
-        raise OutputError(f"{source} is missing; delete {target.parent} to prepare anew")
+        raise OutputError(f"{source} is missing; delete {target.parent} to prepare it again")
 
 
 def shard_name(name: str, split: str, number: int, count: int) -> str:
-    """As TFDS names it."""
+    """File name of a shard, as TFDS names it."""
     return f"{name}-{split}.array_record-{number:05d}-of-{count:05d}"
 
 
 def write_info(folder: Path, name: str, classes: tuple[str, ...], shards: dict) -> None:
-    """TFDS's own description of the data set, by TFDS."""
+    """Write TFDS's metadata files."""
     import tensorflow_datasets as tfds
 
     version = tfds.core.Version("1.0.0")
@@ -81,7 +81,7 @@ def write_info(folder: Path, name: str, classes: tuple[str, ...], shards: dict) 
     info = tfds.core.DatasetInfo(
         builder=identity,
         features=features(classes),
-        description=f"{name}, prepared by condiff_jax; manifest.json says from what.",
+        description=f"{name}, prepared by condiff_jax; manifest.json lists its sources.",
     )
     info.set_file_format("array_record")
     splits = []
@@ -104,7 +104,7 @@ def write_info(folder: Path, name: str, classes: tuple[str, ...], shards: dict) 
 def create_manifest(
     settings: dict, plan: Plan, jobs: list[Job], ledgers: list[dict], shards: dict
 ) -> dict:
-    """What was made, from what, and what was left out; the same for every run of one source."""
+    """Summarize data set, sources and skipped samples; deterministic for a given source."""
     skipped = {}
     for skip in plan.skipped:
         add_skip(skipped, skip.reason, 1, [skip.key])
@@ -146,26 +146,27 @@ def create_manifest(
 
 
 def class_summary(counts: Counter, classes: tuple[str, ...]) -> dict:
-    """Least, median and most pictures of a class; classes without any, the first few by name."""
-    numbers = [counts[str(label)] for label in range(len(classes))]
-    empty = [name for name, number in zip(classes, numbers, strict=True) if not number]
+    """Min, median and max images per class; number of empty classes and the first few names."""
+    sizes = [counts[str(label)] for label in range(len(classes))]
+    empty = [name for name, size in zip(classes, sizes, strict=True) if not size]
     return {
-        "least": min(numbers),
-        "median": statistics.median(numbers),
-        "most": max(numbers),
+        "least": min(sizes),
+        "median": statistics.median(sizes),
+        "most": max(sizes),
         "empty": {"count": len(empty), "examples": empty[:EXAMPLES]},
     }
 
 
 def count_repeated(ledgers: list[dict]) -> int:
-    """Pictures whose key an earlier one has, of any split and archive."""
+    """Count images whose key an earlier image of any split and archive has."""
     keys = b"".join(base64.b64decode(ledger["keys"]) for ledger in ledgers)
-    found = np.frombuffer(keys, np.uint64)  # hashes: of 12 million keys, two agree by 4e-6
-    return len(found) - len(np.unique(found))
+    # 64-bit hashes: among 12 million keys, the probability of any collision is 4e-6.
+    hashes = np.frombuffer(keys, np.uint64)
+    return len(hashes) - len(np.unique(hashes))
 
 
 def total(ledgers: list[dict], name: str, split: str) -> Counter:
-    """The sum of a split's counters in all ledgers; JSON has made their keys strings."""
+    """Sum a split's counters over all ledgers; JSON has turned their keys into strings."""
     counts = Counter()
     for ledger in ledgers:
         if ledger["split"] == split:
@@ -174,5 +175,5 @@ def total(ledgers: list[dict], name: str, split: str) -> Counter:
 
 
 def read_ledger(job: Job, work: Path) -> dict:
-    """What a finished job did."""
+    """Read the ledger of a finished job."""
     return json.loads(job.ledger(work).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""ImageNet-1k from the official files of ILSVRC 2012, and ImageNet-22k from its classes' tars.
+"""Builders of ImageNet-1k, from the official ILSVRC 2012 files, and ImageNet-22k, from class tars.
 
-Labels count the WordNet ids in alphabetical order, as everybody's do.
+Labels are indices of the WordNet ids in alphabetical order, as is usual.
 """
 
 import io
@@ -15,10 +15,10 @@ from condiff_jax.data.builders.units import (
     SourceError,
     chunks,
     class_tars,
+    file_as_tar,
     files_below,
     inner_tars,
-    need,
-    span_of,
+    require,
     stem,
 )
 from condiff_jax.data.splits import first_split
@@ -31,15 +31,16 @@ CLASS_TAR = r"(n\d{8})\.tar"
 
 
 def imagenet1k(source: Path) -> Plan:
-    """1,281,167 and 50,000 pictures, where the files are whole; captions are the classes' words."""
-    train, validation, devkit = (need(source, name) for name in (TRAIN, VALIDATION, DEVKIT))
+    """Plan 1,281,167 training and 50,000 validation images; captions are the class names."""
+    train, validation, devkit = (require(source, name) for name in (TRAIN, VALIDATION, DEVKIT))
     words, ids, truth = read_devkit(devkit)
     tars, skipped = inner_tars(train, CLASS_TAR)
     unknown = sorted(set(tars) - set(words))
     skipped += [Skip("unknown class", f"{TRAIN}/{name}.tar") for name in unknown]
-    units = class_tars("train", {n: t for n, t in tars.items() if n in words}, words)
+    known = {name: tar for name, tar in tars.items() if name in words}
+    units = class_tars("train", known, words)
     if not units:
-        raise SourceError(f"{train} holds no tars of the classes in {DEVKIT}; fetch it again")
+        raise SourceError(f"{train} has no tars of the classes in {DEVKIT}; download it again")
     labels = {name: label for label, name in enumerate(sorted(words))}
     items = {}
     try:
@@ -52,66 +53,79 @@ def imagenet1k(source: Path) -> Plan:
                 skipped.append(Skip("duplicate key", key))
             elif member.whole:
                 name = ids[truth[int(number[1]) - 1]]
-                where = {"path": validation, "size": member.size, "offset": member.offset}
-                rest = {"caption": words[name], "label": labels[name]}
-                items[key] = Item(key, **where, **rest)
+                items[key] = Item(
+                    key,
+                    path=validation,
+                    size=member.size,
+                    offset=member.offset,
+                    caption=words[name],
+                    label=labels[name],
+                )
     except tarfile.ReadError:
         skipped.append(Skip("truncated tar", VALIDATION))
     if not items:
-        raise SourceError(f"{validation} holds no ILSVRC2012_val_########.JPEG; fetch it again")
-    units += chunks(VALIDATION, "validation", items.values(), span_of(validation).mtime)
+        raise SourceError(f"{validation} has no ILSVRC2012_val_########.JPEG; download it again")
+    units += chunks(VALIDATION, "validation", items.values(), file_as_tar(validation).mtime)
     return Plan(units, tuple(sorted(words)), tuple(skipped))
 
 
 def read_devkit(path: Path) -> tuple[dict[str, str], dict[int, str], list[int]]:
-    """Words by WordNet id, WordNet ids by ILSVRC id, and the validation pictures' ILSVRC ids."""
+    """Read {WordNet id: words}, {ILSVRC id: WordNet id} and the validation images' ILSVRC ids."""
     import scipy.io
 
     try:
         with tarfile.open(path) as tar:
-            found = {
+            files = {
                 end: tar.extractfile(member).read()
                 for member in tar
                 for end in (META, TRUTH)
                 if member.isreg() and member.name.endswith(end)
             }
-        synsets = scipy.io.loadmat(io.BytesIO(found[META]), squeeze_me=True)["synsets"]
+        synsets = scipy.io.loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"]
         leaves = [row for row in synsets if int(row["num_children"]) == 0]
         words = {str(row["WNID"]): str(row["words"]) for row in leaves}
         ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
-        truth = [int(line) for line in found[TRUTH].split()]
-        strangers = set(truth) - set(ids)
-        if strangers:
-            raise ValueError(f"{TRUTH} has the unknown class {min(strangers)}")
-    except Exception as error:  # scipy raises nearly anything on a damaged file
-        what = f"no {error.args[0]}" if isinstance(error, KeyError) else error
-        raise SourceError(f"{path} cannot be read ({what}); fetch it again") from error
+        truth = [int(line) for line in files[TRUTH].split()]
+        unknown = set(truth) - set(ids)
+        if unknown:
+            raise ValueError(f"{TRUTH} has the unknown class {min(unknown)}")
+    except Exception as error:  # scipy can raise nearly anything on a damaged file
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else error
+        raise SourceError(f"{path} cannot be read ({reason}); download it again") from error
     return words, ids, truth
 
 
 def imagenet22k(source: Path) -> Plan:
-    """All classes for training, in a folder of n########.tar or in one tar of these.
+    """Plan all classes for training, from a folder of n########.tar or from one tar of these.
 
-    There are 21,841 classes in the release of fall 2011, which the paper uses. What a folder calls
-    validation or test is left out.
+    The release of fall 2011, which the paper uses, has 21,841 classes. Tars in folders named after
+    the validation or test split are skipped.
     """
-    tars, skipped = {}, []
+    tars = {}
+    skipped = []
     for path in files_below(source) if source.is_dir() else [source]:
-        name = re.fullmatch(CLASS_TAR, path.name)
+        match = re.fullmatch(CLASS_TAR, path.name)
         if path.suffix != ".tar" and path != source:
             continue
         if not path.is_file():
             skipped.append(Skip("missing file", path.name))
             continue
-        inside = path.relative_to(source)
-        if (split := first_split(inside.parts[:-1])) not in (None, "train"):
-            skipped.append(Skip(f"{split} split", inside.as_posix()))
+        relative = path.relative_to(source)
+        if (split := first_split(relative.parts[:-1])) not in (None, "train"):
+            skipped.append(Skip(f"{split} split", relative.as_posix()))
             continue
-        found, wrong = ({name[1]: span_of(path)}, []) if name else inner_tars(path, CLASS_TAR)
-        again = sorted(tars.keys() & found.keys())
-        skipped += [*wrong, *(Skip("duplicate key", found[name].name) for name in again)]
-        tars = found | tars
+        if match:
+            new_tars = {match[1]: file_as_tar(path)}
+        else:
+            new_tars, bad_members = inner_tars(path, CLASS_TAR)
+            skipped += bad_members
+        duplicates = sorted(tars.keys() & new_tars.keys())
+        skipped += [Skip("duplicate key", new_tars[name].name) for name in duplicates]
+        tars = new_tars | tars
     if not tars:
-        raise SourceError(f"{source} holds no n########.tar, nor a plain tar of such")
+        raise SourceError(
+            f"{source} has no n########.tar, nor an uncompressed tar of these; give the folder of "
+            "the class tars"
+        )
     names = tuple(sorted(tars))
     return Plan(class_tars("train", tars, dict.fromkeys(names, "")), names, tuple(skipped))

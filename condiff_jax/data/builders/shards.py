@@ -1,4 +1,4 @@
-"""One job of mode prepare: units of a split, about a file's worth, become array_record shards."""
+"""A job of mode prepare: write units of one split, about one shard of data, as array_record."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from condiff_jax.data.builders.units import Sample, Skip, Unit
 from condiff_jax.data.images import decode, decode_error
 from condiff_jax.data.records import count_words, open_shard
 
-EXAMPLES = 20  # names kept of what is skipped for one reason
-OPTIONS = "group_size:1,uncompressed"  # any record alone; pictures are compressed already
+EXAMPLES = 20  # names listed for each reason of skipping
+OPTIONS = "group_size:1,uncompressed"  # random access; images are already compressed
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all jobs share; they write into `folder`."""
+    """Settings shared by all jobs, which write into `folder`."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -47,25 +47,25 @@ class Job:
 
     @property
     def split(self) -> str:
-        """Of its units."""
+        """Split of its units."""
         return self.units[0].split
 
     @property
     def size(self) -> int:
-        """Of its units, bytes."""
+        """Total size of its units in bytes."""
         return sum(unit.size for unit in self.units)
 
     def ledger(self, folder: Path) -> Path:
-        """The file that says that the job is done, and what it did."""
+        """Path of the file that marks the job as done and records its results."""
         return folder / f"{self.number:05d}.json"
 
     def shard(self, folder: Path, number: int) -> Path:
-        """The job's shard `number`."""
+        """Path of the job's shard `number`."""
         return folder / f"{self.number:05d}-{number:03d}.array_record"
 
 
-def jobs_of(units: list[Unit], shard_bytes: int) -> list[Job]:
-    """Units in their order, grouped by split to about the size of a shard."""
+def create_jobs(units: list[Unit], shard_bytes: int) -> list[Job]:
+    """Group units in order, by split, into jobs of up to the size of a shard where possible."""
     groups: list[list[Unit]] = []
     for unit in sorted(units, key=lambda unit: unit.split):
         last = groups[-1] if groups else None
@@ -78,20 +78,22 @@ def jobs_of(units: list[Unit], shard_bytes: int) -> list[Job]:
 
 
 class Tally:
-    """What happened to a job's samples."""
+    """Statistics of a job's samples."""
 
     def __init__(self):
         self.skipped: dict[str, dict] = {}
-        self.labels, self.words, self.blurred = Counter(), Counter(), []
-        self.keys = bytearray()  # 8 bytes of hash for each that is kept
+        self.labels: Counter = Counter()
+        self.words: Counter = Counter()
+        self.blurred: list[str] = []  # keys
+        self.keys = bytearray()  # an 8 byte hash of each written sample's key
 
     def skip(self, skip: Skip) -> None:
-        """Count a sample that is left out."""
+        """Count a skipped sample."""
         add_skip(self.skipped, skip.reason, 1, [skip.key])
 
 
 def add_skip(table: dict[str, dict], reason: str, count: int, keys: list[str]) -> None:
-    """Add to {reason: {"count", "examples"}}, keeping the first EXAMPLES keys."""
+    """Add to {reason: {"count", "examples"}}, with at most EXAMPLES keys as examples."""
     row = table.setdefault(reason, {"count": 0, "examples": []})
     row["count"] += count
     row["examples"] += keys[: EXAMPLES - len(row["examples"])]
@@ -99,15 +101,15 @@ def add_skip(table: dict[str, dict], reason: str, count: int, keys: list[str]) -
 
 @functools.cache
 def features(classes: tuple[str, ...]):
-    """TFDS's description of a record, the same for every builder."""
+    """TFDS features of a record, the same for all builders."""
     import tensorflow_datasets as tfds
 
     size = tfds.features.Scalar(np.int32, doc="pixels of the original, upright")
     names = {"names": classes} if classes else {"num_classes": 1}
     return tfds.features.FeaturesDict(
         {
-            "image": tfds.features.Image(shape=(None, None, 3), doc="the file as it came"),
-            "caption": tfds.features.Text(doc="empty where there is none"),
+            "image": tfds.features.Image(shape=(None, None, 3), doc="original file"),
+            "caption": tfds.features.Text(doc="empty if there is none"),
             "label": tfds.features.ClassLabel(**names),
             "key": tfds.features.Text(doc="the sample's name in its source"),
             "height": size,
@@ -118,70 +120,72 @@ def features(classes: tuple[str, ...]):
 
 @functools.cache
 def serializer(classes: tuple[str, ...]):
-    """The features of a record -> its bytes, which are the same in every process."""
+    """Return a function from a record's features to its bytes, deterministic across processes."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-    form = features(classes)
-    protos = ExampleSerializer(form.get_serialized_info())
+    record_features = features(classes)
+    protos = ExampleSerializer(record_features.get_serialized_info())
 
     def serialize(values: dict) -> bytes:
-        proto = protos.get_tf_example(form.encode_example(values))
+        proto = protos.get_tf_example(record_features.encode_example(values))
         return proto.SerializeToString(deterministic=True)
 
     return serialize
 
 
-boxes_of = functools.cache(load_boxes)  # once in each process
+cached_boxes = functools.cache(load_boxes)  # read once per process
 
 
 def examples(job: Job, settings: Settings, tally: Tally) -> Iterator[dict]:
-    """The features of each sample that decodes as it will in training."""
-    boxes = boxes_of(settings.boxes)
-    for found in (found for unit in job.units for found in once(unit.read())):
-        if isinstance(found, Skip):
-            tally.skip(found)
+    """Iterate over the features of each sample that the training code can decode."""
+    boxes = cached_boxes(settings.boxes)
+    samples = (sample for unit in job.units for sample in without_duplicates(unit.read()))
+    for sample in samples:
+        if isinstance(sample, Skip):
+            tally.skip(sample)
             continue
         try:
-            pixels = decode(found.image)
-        except Exception as error:  # damaged files make Pillow raise nearly anything
-            tally.skip(Skip(decode_error(error), found.key))
+            pixels = decode(sample.image)
+        except Exception as error:  # Pillow can raise nearly anything on damaged files
+            tally.skip(Skip(decode_error(error), sample.key))
             continue
-        image = found.image
-        if found.key in boxes:
-            image = blur(pixels, boxes[found.key])
-            tally.blurred.append(found.key)
-        tally.labels[found.label] += 1
-        tally.keys += hashlib.blake2b(found.key.encode(), digest_size=8).digest()
-        tally.words.update(count_words([found.caption]))
-        height, width = found.original or pixels.shape[:2]
+        image = sample.image
+        if sample.key in boxes:
+            image = blur(pixels, boxes[sample.key])
+            tally.blurred.append(sample.key)
+        tally.labels[sample.label] += 1
+        tally.keys += hashlib.blake2b(sample.key.encode(), digest_size=8).digest()
+        tally.words.update(count_words([sample.caption]))
+        height, width = sample.original or pixels.shape[:2]
         yield {
-            "image": io.BytesIO(image), "caption": found.caption, "label": found.label,
-            "key": found.key, "height": height, "width": width,
+            "image": io.BytesIO(image), "caption": sample.caption, "label": sample.label,
+            "key": sample.key, "height": height, "width": width,
         }  # fmt: skip
 
 
-def once(found: Iterator[Sample | Skip]) -> Iterator[Sample | Skip]:
-    """The samples of a unit; of those that share a key, the first."""
-    seen = set()
-    for sample in found:
-        if isinstance(sample, Sample) and sample.key in seen:
+def without_duplicates(samples: Iterator[Sample | Skip]) -> Iterator[Sample | Skip]:
+    """Replace samples of a unit by a Skip if an earlier one has the same key."""
+    keys = set()
+    for sample in samples:
+        if isinstance(sample, Sample) and sample.key in keys:
             sample = Skip("duplicate key", sample.key)
-        seen.add(sample.key)
+        keys.add(sample.key)
         yield sample
 
 
 def run_job(job: Job, settings: Settings) -> None:
-    """Write the job's shards, then its ledger: whatever ends it before leaves no trace to a reader.
+    """Write the job's shards, then its ledger; without a ledger, the shards are ignored.
 
-    Shards of a job of more than shard_bytes are about equally long.
+    A job of more than shard_bytes is split into shards of about equal size.
     """
-    folder, tally = settings.folder, Tally()
+    folder = settings.folder
+    tally = Tally()
     parts = math.ceil(job.size / settings.shard_bytes)
-    # A little more than a part, so that records' overhead makes no small shard at the end.
+    # Slightly more than a part, so that the overhead of records does not add a small last shard.
     limit = settings.shard_bytes if parts <= 1 else 1.05 * job.size / parts
     shards: list[dict] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about what is counted or does no harm
+        warnings.simplefilter("ignore")  # Pillow warns of images that are skipped or harmless
         records = map(serializer(settings.classes), examples(job, settings, tally))
         first = next(records, None)
         while first is not None:
@@ -203,8 +207,8 @@ def run_job(job: Job, settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def reporting():
-    """What array_record says of a disk becomes an OSError."""
+def array_record_errors():
+    """Re-raise array_record's disk errors, which are RuntimeErrors, as OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -212,24 +216,30 @@ def reporting():
 
 
 def write_shard(path: Path, first: bytes, records: Iterator[bytes], limit: float):
-    """Write records up to `limit` bytes; {"records", "bytes"}, and the first one for the next."""
+    """Write records, beginning with `first`, to a shard until it has `limit` bytes.
+
+    Returns its {"records", "bytes"}, and the first record of the next shard, or None at the end.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer, record, count, size = ArrayRecordWriter(str(path), OPTIONS), first, 0, 0
+    writer = ArrayRecordWriter(str(path), OPTIONS)
+    record = first
+    count = size = 0
     while record is not None and (not count or size < limit):
-        with reporting():
+        with array_record_errors():
             writer.write(record)
-        count, size = count + 1, size + len(record)
+        count += 1
+        size += len(record)
         record = next(records, None)
-    with reporting():
+    with array_record_errors():
         writer.close()
     if open_shard(str(path)).num_records() != count:
-        raise OSError(f"{path} was not written whole; is the disk full?")
+        raise OSError(f"{path} is incomplete after writing; is the disk full?")
     return {"records": count, "bytes": path.stat().st_size}, record
 
 
 def write_json(path: Path, value, indent: int | None = None) -> None:
-    """Replace a file in one step."""
+    """Write a JSON file atomically."""
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     temporary.write_text(json.dumps(value, indent=indent), encoding="utf-8")
     os.replace(temporary, path)

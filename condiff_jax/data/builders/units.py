@@ -1,4 +1,4 @@
-"""What a builder is made of: units of work, and the samples that are read from them."""
+"""Building blocks of builders: units of work, and the samples that are read from them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from pathlib import Path
 
 from condiff_jax.data.tars import Member, members
 
-BLOCK = 1 << 20  # bytes read at a time
-CHUNK = 500  # single files or members in one unit
-# What reading a damaged or vanished file, or member of a zip file, raises.
+BLOCK = 1 << 20  # bytes per read
+CHUNK = 500  # single files or zip members per unit
+# Errors from reading a damaged or missing file, or a member of a zip file.
 UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 IMAGE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 
 
 class SourceError(ValueError):
-    """A source folder that is not what its builder needs: one line that says what is missing."""
+    """A source folder that does not have what its builder needs; the message is one line."""
 
 
 class BoxesError(ValueError):
-    """A file of boxes that cannot be read: one line that says what it should be."""
+    """A file of boxes that cannot be read; the message is one line."""
 
 
 class OutputError(ValueError):
-    """A target folder that cannot be prepared into: one line that says why."""
+    """A target folder that cannot be written to; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as it came; `original` is its (height, width) before it was made smaller."""
+    """An encoded image; `original` is its (height, width) before any earlier downscaling."""
 
     key: str
     image: bytes
@@ -49,7 +49,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Skip:
-    """Something that is left out, for a reason in a few words, with its name."""
+    """The name of a sample or file that is skipped, and the reason in a few words."""
 
     reason: str
     key: str
@@ -57,7 +57,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source: `name` is unique, `size` in bytes, `mtime` in ns of the newest file."""
+    """A part of a source; `name` is unique, `size` in bytes, `mtime` of the newest file in ns."""
 
     name: str
     split: str
@@ -65,19 +65,19 @@ class Unit:
     mtime: int
 
     def blocks(self) -> Iterator[bytes]:
-        """All bytes."""
+        """Iterate over all bytes."""
         raise NotImplementedError
 
     def read(self) -> Iterator[Sample | Skip]:
-        """The samples in a fixed order; what is damaged is a Skip. OSError if the file is gone."""
+        """Read the samples in a fixed order; damaged ones are a Skip. OSError if a file is gone."""
         raise NotImplementedError
 
     def metadata(self) -> str:
-        """A hash of what the samples get from elsewhere: labels, captions."""
+        """Hash of sample data that is not part of the bytes: labels, captions."""
         return ""
 
     def sha256(self) -> str:
-        """Of all bytes."""
+        """Hash of all bytes."""
         digest = hashlib.sha256()
         for block in self.blocks():
             digest.update(block)
@@ -86,7 +86,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a source holds, in a fixed order. No classes: captions alone."""
+    """The content of a source in a fixed order; `classes` is empty if there are only captions."""
 
     units: list[Unit]
     classes: tuple[str, ...] = ()
@@ -95,17 +95,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Tar(Unit):
-    """A tar, maybe within another: `size` bytes of `path` from `offset` on."""
+    """A tar, possibly nested in another: `size` bytes of `path` from `offset`."""
 
     path: Path
     offset: int = 0
 
     def blocks(self) -> Iterator[bytes]:
-        """The tar's bytes."""
         yield from read_span(self.path, self.offset, self.size)
 
     def members(self) -> Iterator[Member | Skip]:
-        """The whole files with a decent name; one Skip for the tar if it is truncated."""
+        """Iterate over complete files with safe names; a truncated tar adds one Skip at its end."""
         try:
             for member in members(self.path, self.offset, self.size):
                 if unsafe(member.name):
@@ -118,17 +117,15 @@ class Tar(Unit):
 
 @dataclass(frozen=True)
 class ClassTar(Tar):
-    """A tar of pictures of one class."""
+    """A tar of images of one class; their key is the file name without extension."""
 
     label: int = 0
     caption: str = ""
 
     def metadata(self) -> str:
-        """Of the class."""
         return short_hash([self.label, self.caption])
 
     def read(self) -> Iterator[Sample | Skip]:
-        """Its pictures; their key is the file's name without extension."""
         with open(self.path, "rb") as file:
             for member in self.members():
                 if isinstance(member, Skip):
@@ -142,7 +139,7 @@ class ClassTar(Tar):
 
 @dataclass(frozen=True)
 class Item:
-    """A picture that is `size` bytes of `path` from `offset` on, or `member` of a zip file."""
+    """An image: `size` bytes of `path` from `offset`, or `member` of the zip file `path`."""
 
     key: str
     path: Path
@@ -155,16 +152,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Items(Unit):
-    """Single files, or members of an archive."""
+    """Single files or members of archives."""
 
     items: tuple[Item, ...]
 
     def metadata(self) -> str:
-        """Of the items' keys, captions and labels."""
         return short_hash([[item.key, item.caption, item.label] for item in self.items])
 
     def load(self) -> Iterator[bytes | None]:
-        """The bytes of each item, None where it cannot be read; OSError where it is gone."""
+        """Read each item's bytes, or None if they cannot be read; OSError if the file is gone."""
         with contextlib.ExitStack() as stack:
             opened = functools.cache(lambda path: stack.enter_context(zipfile.ZipFile(path)))
             for item in self.items:
@@ -174,16 +170,15 @@ class Items(Unit):
                     else:
                         yield b"".join(read_span(item.path, item.offset, item.size))
                 except UNREADABLE:
-                    if not item.path.exists():  # a source that is gone, not a damaged file
+                    # A missing source is an error; only damaged files are skipped.
+                    if not item.path.exists():
                         raise
                     yield None
 
     def blocks(self) -> Iterator[bytes]:
-        """The items' bytes, one after the other."""
         return filter(None, self.load())
 
     def read(self) -> Iterator[Sample | Skip]:
-        """The items."""
         for item, image in zip(self.items, self.load(), strict=True):
             if image is None:
                 yield Skip("unreadable file", item.key)
@@ -192,8 +187,9 @@ class Items(Unit):
 
 
 def chunks(name: str, split: str, items: Iterable[Item], mtime: int) -> list[Items]:
-    """Units of up to CHUNK items each."""
-    items, units = tuple(items), []
+    """Split items into units of up to CHUNK items."""
+    items = tuple(items)
+    units = []
     for start in range(0, len(items), CHUNK):
         part = items[start : start + CHUNK]
         size = sum(item.size for item in part)
@@ -202,7 +198,7 @@ def chunks(name: str, split: str, items: Iterable[Item], mtime: int) -> list[Ite
 
 
 def class_tars(split: str, tars: dict[str, Tar], captions: dict[str, str]) -> list[ClassTar]:
-    """Units of tars by class; labels count the classes in alphabetical order of `captions`."""
+    """Make units of tars by class name; labels are indices of the sorted names in `captions`."""
     labels = {name: label for label, name in enumerate(sorted(captions))}
     return [
         ClassTar(**vars(tar) | {"split": split}, label=labels[name], caption=captions[name])
@@ -211,25 +207,32 @@ def class_tars(split: str, tars: dict[str, Tar], captions: dict[str, str]) -> li
 
 
 def inner_tars(path: Path, pattern: str) -> tuple[dict[str, Tar], list[Skip]]:
-    """The tars within a tar whose file names match, by the pattern's group; and what is wrong."""
-    whole, tars, skipped = span_of(path), {}, []
+    """Find the tars nested in a tar whose file names match `pattern`.
+
+    Returns them by the pattern's group, and the skipped members.
+    """
+    outer = file_as_tar(path)
+    tars = {}
+    skipped = []
     for member in _all_members(path):
-        found = None if isinstance(member, Skip) else re.fullmatch(pattern, stem(member.name, 0))
         if isinstance(member, Skip):
             skipped.append(member)
-        elif not found:
+            continue
+        file_name = stem(member.name, 0)
+        match = re.fullmatch(pattern, file_name)
+        if not match:
             skipped.append(Skip("wrong file name", text(member.name)))
-        elif found[1] in tars:
+        elif match[1] in tars:
             skipped.append(Skip("duplicate key", text(member.name)))
         else:
-            size = min(member.size, whole.size - member.offset)
-            name = f"{path.name}/{stem(member.name, 0)}"
-            tars[found[1]] = Tar(name, "", size, whole.mtime, path, member.offset)
+            size = min(member.size, outer.size - member.offset)
+            name = f"{path.name}/{file_name}"
+            tars[match[1]] = Tar(name, "", size, outer.mtime, path, member.offset)
     return tars, skipped
 
 
 def _all_members(path: Path) -> Iterator[Member | Skip]:
-    """As `Tar.members`, with the cut last one: an inner tar's beginning is of use."""
+    """Iterate as `Tar.members`, but keep a cut last member: truncated inner tars are usable."""
     try:
         for member in members(path):
             yield Skip("unsafe path", text(member.name)) if unsafe(member.name) else member
@@ -237,14 +240,14 @@ def _all_members(path: Path) -> Iterator[Member | Skip]:
         yield Skip("truncated tar", path.name)
 
 
-def span_of(path: Path, split: str = "", name: str = "", kind: type[Tar] = Tar) -> Tar:
-    """A whole file as a tar."""
+def file_as_tar(path: Path, split: str = "", name: str = "", kind: type[Tar] = Tar) -> Tar:
+    """Make a tar unit of a whole file."""
     stat = path.stat()
     return kind(name or path.name, split, stat.st_size, stat.st_mtime_ns, path)
 
 
 def read_span(path: Path, offset: int, size: int) -> Iterator[bytes]:
-    """Bytes of a file, less where it ends before."""
+    """Read `size` bytes of a file from `offset`, or fewer if it ends before."""
     with open(path, "rb", buffering=0) as file:
         for start in range(0, size, BLOCK):
             data = os.pread(file.fileno(), min(BLOCK, size - start), offset + start)
@@ -253,54 +256,57 @@ def read_span(path: Path, offset: int, size: int) -> Iterator[bytes]:
             yield data
 
 
-def need(source: Path, *names: str) -> Path:
-    """The first of the names that the source folder has; SourceError if it has none of them."""
+def require(source: Path, *names: str) -> Path:
+    """Return the first of the names that exists in the source folder; SourceError if none does."""
     if not source.is_dir():
-        raise SourceError(f"{source} is no folder; give the one with {' or '.join(names)}")
+        raise SourceError(f"{source} is not a folder; give the one with {' or '.join(names)}")
     for name in names:
         if (source / name).exists():
             return source / name
-    here = sorted(path.name for path in source.iterdir())
-    found = ", ".join(here[:5]) + (", ..." if len(here) > 5 else "") if here else "nothing"
-    raise SourceError(f"{source} has no {' or '.join(names)}, only {found}")
+    entries = sorted(path.name for path in source.iterdir())
+    listing = ", ".join(entries[:5]) or "nothing"
+    if len(entries) > 5:
+        listing += ", ..."
+    raise SourceError(f"{source} has no {' or '.join(names)}, only {listing}")
 
 
 def files_below(top: Path) -> list[Path]:
-    """All files of a folder and of those within, links to folders included, in order.
+    """List all files below a folder in order, following links to folders.
 
-    OSError for a folder that cannot be read.
+    OSError if a folder cannot be read.
     """
 
     def fail(error):
         raise error
 
-    found, seen = [], set()
-    for folder, names, files in os.walk(top, onerror=fail, followlinks=True):
-        names.sort()
+    paths = []
+    visited = set()
+    for folder, subfolders, files in os.walk(top, onerror=fail, followlinks=True):
+        subfolders.sort()
         real = os.path.realpath(folder)
-        if real in seen:  # links in a circle
-            names.clear()
+        if real in visited:  # links can form a cycle
+            subfolders.clear()
             continue
-        seen.add(real)
-        found += [Path(folder, name) for name in files]
-    return sorted(found)
+        visited.add(real)
+        paths += [Path(folder, name) for name in files]
+    return sorted(paths)
 
 
 def short_hash(value) -> str:
-    """Of anything that JSON can spell."""
+    """Short SHA-256 of a JSON-serializable value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def unsafe(name: str) -> bool:
-    """Whether a path within an archive or list leads out of its folder."""
+    """Whether a path in an archive or list points outside its folder."""
     return name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name)
 
 
 def stem(name: str, cut: int = 1) -> str:
-    """A path's file name, without the last `cut` extensions."""
+    """Return a path's file name without its last `cut` extensions."""
     return text(name.rsplit("/", 1)[-1].rsplit(".", cut)[0])
 
 
 def text(value: str) -> str:
-    """A string that UTF-8 can spell: without lone surrogates."""
+    """Replace lone surrogates, which UTF-8 cannot encode."""
     return value.encode("utf-8", errors="replace").decode()

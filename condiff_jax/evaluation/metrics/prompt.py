@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from condiff_jax.data.shapes import COLOURS, POSITIONS, SHAPES, WARM
+from condiff_jax.data.shapes import COLORS, POSITIONS, SHAPES, WARM
 
 ATTRIBUTES = ("colour", "shape", "position", "relation", "left_right")
 LEAST_CHROMA = 36  # grey levels; weaker tints belong to the background
@@ -141,7 +141,7 @@ def detect(image: np.ndarray, max_objects: int = 2) -> list[Detection]:
         cell = 3 * min(int(3 * y), 2) + min(int(3 * x), 2)
         found.append(
             Detection(
-                colour=COLOURS[round(6 * hue) % 6],
+                colour=COLORS[round(6 * hue) % 6],
                 shape=shape,
                 position=POSITIONS[cell],
                 x=x,
@@ -233,8 +233,8 @@ def prompt_accuracy(images: np.ndarray, scenes: Sequence) -> dict[str, float]:
 def _judge_class(image: np.ndarray, name: str) -> dict[str, bool]:
     """Whether the shape which fits a class such as "warm circle" or "red circle" best fits it."""
     wanted, shape = name.split()
-    colours = {"warm": WARM, "cool": [c for c in COLOURS if c not in WARM]}.get(wanted, (wanted,))
-    if shape not in SHAPES or not set(colours) <= set(COLOURS):
+    colours = {"warm": WARM, "cool": [c for c in COLORS if c not in WARM]}.get(wanted, (wanted,))
+    if shape not in SHAPES or not set(colours) <= set(COLORS):
         raise ValueError(f"class {name!r} does not name a colour, warm or cool and a shape")
     verdicts = [(d.colour in colours, d.shape == shape) for d in detect(image, max_objects=2)]
     colour, shaped = max(verdicts, key=sum, default=(False, False))

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import load, save
 
-from condiff_jax.data.shapes import COLOURS, POSITIONS, SHAPES, TEXTURES, TONES
+from condiff_jax.data.shapes import COLORS, POSITIONS, SHAPES, TEXTURES, TONES
 from condiff_jax.evaluation.metrics.features import FeatureNetwork
 
 WEIGHTS = Path(__file__).with_name("shapes_features.safetensors")
@@ -29,7 +29,7 @@ BATCH = 256
 # What it tells apart, and into how many. `count` is one or two shapes; the attributes of shapes
 # are those of single ones. `log_size` is log(original's short side in pixels), up to what shows.
 HEADS = {
-    "colour": len(COLOURS),
+    "colour": len(COLORS),
     "shape": len(SHAPES),
     "position": len(POSITIONS),
     "tone": len(TONES),

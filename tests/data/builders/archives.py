@@ -1,4 +1,4 @@
-"""Tiny sources in the formats that the builders are for."""
+"""Tiny sources in the formats that the builders read."""
 
 import io
 import json
@@ -9,11 +9,11 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-WNIDS = tuple(f"n{number:08d}" for number in (7, 3, 1, 9, 5, 2, 8, 4, 6, 10))  # in no order
+WNIDS = tuple(f"n{number:08d}" for number in (7, 3, 1, 9, 5, 2, 8, 4, 6, 10))  # unsorted
 
 
 def pixels(seed, height=20, width=28):
-    """Smooth, so that JPEG keeps it: (H, W, 3) uint8."""
+    """Smooth random image (H, W, 3) uint8, which JPEG changes little."""
     small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -31,7 +31,7 @@ def jpeg(seed, height=20, width=28):
 
 
 def tar(members, **options):
-    """A tar's bytes; a member is (name, data)."""
+    """Bytes of a tar with members (name, data)."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=options.pop("mode", "w"), **options) as archive:
         for name, data in members:
@@ -42,7 +42,7 @@ def tar(members, **options):
 
 
 def devkit(wnids=WNIDS, truth=(1, 2, 3)):
-    """ILSVRC2012_devkit_t12.tar.gz: ids 1.. in the given order, then a parent of them all."""
+    """ILSVRC2012_devkit_t12.tar.gz, with ids 1, 2, ... in the order of wnids, and a parent."""
     fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children")
     synsets = np.empty((len(wnids) + 1, 1), [(field, object) for field in fields])
     for row, wnid in enumerate(wnids):
@@ -71,8 +71,8 @@ def imagenet1k(folder, n=3, validation=5):
     folder.mkdir(parents=True)
     inner = [(f"{wnid}.tar", class_tar(wnid, n)) for wnid in WNIDS]
     (folder / "ILSVRC2012_img_train.tar").write_bytes(tar(inner))
-    pictures = [(f"ILSVRC2012_val_{i + 1:08d}.JPEG", jpeg(900 + i)) for i in range(validation)]
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar(pictures))
+    images = [(f"ILSVRC2012_val_{i + 1:08d}.JPEG", jpeg(900 + i)) for i in range(validation)]
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar(images))
     truth = [i % len(WNIDS) + 1 for i in range(validation)]
     (folder / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(devkit(truth=truth))
     return folder
@@ -87,7 +87,7 @@ def imagenet22k(folder, classes=30, n=2):
 
 
 def details(key, caption, size, original):
-    """The JSON that img2dataset writes beside a picture."""
+    """JSON values that img2dataset writes for each image."""
     height, width = size
     return {
         "key": key, "caption": caption, "status": "success", "error_message": None,
@@ -98,11 +98,11 @@ def details(key, caption, size, original):
 
 
 def captioned(seed, caption, original=(200, 280), image=None):
-    """The members of one sample of img2dataset."""
+    """Tar members of one sample of img2dataset."""
     key = f"{seed:09d}"
     data = jpeg(seed) if image is None else image
-    about = json.dumps(details(key, caption, (20, 28), original)).encode()
-    return [(f"{key}.jpg", data), (f"{key}.txt", caption.encode()), (f"{key}.json", about)]
+    metadata = json.dumps(details(key, caption, (20, 28), original)).encode()
+    return [(f"{key}.jpg", data), (f"{key}.txt", caption.encode()), (f"{key}.json", metadata)]
 
 
 def cc12m(folder, tars=2, n=8):
@@ -117,18 +117,18 @@ def cc12m(folder, tars=2, n=8):
 
 def coco(folder, n=4, zipped=False, splits=("val2014",)):
     folder.mkdir(parents=True)
-    files = {}  # by archive
+    files = {}  # archive -> {member: data}
     for split in splits:
         names = [f"COCO_{split}_{i:012d}.jpg" for i in range(n)]
         images = [{"id": i, "file_name": name, "height": 20} for i, name in enumerate(names)]
-        notes = [
+        annotations = [
             {"id": 100 + 5 * i + j, "image_id": i, "caption": f"picture {i} text {j}\n"}
             for j in range(5)
             for i in range(n)
         ]
-        captions = json.dumps({"images": images, "annotations": notes}).encode()
-        notes_of = files.setdefault("annotations_trainval2014.zip", {})
-        notes_of[f"annotations/captions_{split}.json"] = captions
+        captions = json.dumps({"images": images, "annotations": annotations}).encode()
+        archive_files = files.setdefault("annotations_trainval2014.zip", {})
+        archive_files[f"annotations/captions_{split}.json"] = captions
         files[f"{split}.zip"] = {f"{split}/{name}": jpeg(i) for i, name in enumerate(names)}
     for name, members in files.items():
         if zipped:
@@ -143,7 +143,7 @@ def coco(folder, n=4, zipped=False, splits=("val2014",)):
 
 
 def classes(folder, names=("cat", "dog"), n=3, splits=("train", "val")):
-    """Class folders, in folders of the splits."""
+    """Class folders inside split folders."""
     for s, split in enumerate(splits):
         for c, name in enumerate(names):
             (folder / split / name).mkdir(parents=True)
@@ -154,7 +154,7 @@ def classes(folder, names=("cat", "dog"), n=3, splits=("train", "val")):
 
 
 def captions(folder, n=4, name="captions.csv"):
-    """Pictures beside a list of their captions, which have the words of `coco`'s."""
+    """Images with a list of captions, which have the same words as those of `coco`."""
     folder.mkdir(parents=True)
     for i in range(n):
         (folder / f"{i}.jpg").write_bytes(jpeg(i))

@@ -1,4 +1,4 @@
-"""Each builder turns its official archives into a TFDS data set with the right records."""
+"""Tests that each builder converts its official archives to a TFDS data set."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ PARENT = ("..", "..")
 
 
 def build(builder, source, out, **options):
-    """The manifest, TFDS's builder, and per split the records that any user of TFDS reads."""
+    """Prepare; returns the manifest, TFDS's builder and {split: {key: record as read by TFDS}}."""
     manifest = prepare(builder, source, out, **{"processes": 1, **options})
     loaded = tfds.builder_from_directory(out)
     records = {}
@@ -40,11 +40,11 @@ def test_imagenet1k(tmp_path):
     for wnid in archives.WNIDS:
         for i in range(2):
             record = records["train"][f"{wnid}_{i}"]
-            assert record["image"] == archives.jpeg(int(wnid[1:]) * 10 + i)  # as it came
+            assert record["image"] == archives.jpeg(int(wnid[1:]) * 10 + i)  # unchanged
             assert record["label"] == names.index(wnid)
             assert record["caption"].decode() == f"thing {wnid[-2:]}, a thing"
             assert (record["height"], record["width"]) == (20, 28)
-    for i in range(12):  # the devkit's numbers follow another order than labels
+    for i in range(12):  # the devkit's class ids are in another order than labels
         record = records["validation"][f"ILSVRC2012_val_{i + 1:08d}"]
         assert record["image"] == archives.jpeg(900 + i)
         assert names[record["label"]] == archives.WNIDS[i % 10]
@@ -63,14 +63,14 @@ def test_imagenet1k(tmp_path):
         "imagenet1k-validation.array_record-00000-of-00001",
         "label.labels.txt", "manifest.json", "words-train.txt", "words-validation.txt",
     ]  # fmt: skip
-    picture = loaded.as_data_source(split="train")[0]["image"]  # decoded by TFDS
-    assert picture.shape == (20, 28, 3) and picture.dtype == np.uint8
+    image = loaded.as_data_source(split="train")[0]["image"]  # decoded by TFDS
+    assert image.shape == (20, 28, 3) and image.dtype == np.uint8
 
 
 @pytest.mark.parametrize(
     "name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"]
 )
-def test_imagenet1k_needs_its_three_files(tmp_path, name):
+def test_imagenet1k_requires_its_three_files(tmp_path, name):
     source = archives.imagenet1k(tmp_path / "in", n=1)
     (source / name).rename(source / "renamed.bin")
     with pytest.raises(SourceError, match=f"has no {name}, only .*renamed.bin"):
@@ -87,7 +87,7 @@ def test_imagenet1k_needs_its_three_files(tmp_path, name):
         (lambda data: archives.devkit(truth=(1, 77)), "unknown class 77"),
     ],
 )
-def test_imagenet1k_needs_a_whole_devkit(tmp_path, damage, message):
+def test_imagenet1k_requires_an_intact_devkit(tmp_path, damage, message):
     source = archives.imagenet1k(tmp_path / "in", n=1)
     devkit = source / "ILSVRC2012_devkit_t12.tar.gz"
     devkit.write_bytes(damage(devkit.read_bytes()))
@@ -95,44 +95,46 @@ def test_imagenet1k_needs_a_whole_devkit(tmp_path, damage, message):
         prepare("imagenet1k", source, tmp_path / "out")
 
 
-def test_imagenet1k_counts_what_does_not_belong(tmp_path):
+def test_imagenet1k_counts_skipped_members(tmp_path):
     source = archives.imagenet1k(tmp_path / "in", n=1, validation=2)
     known, inner = archives.WNIDS[0], archives.jpeg(1)
     members = [(f"{known}_1.JPEG", inner), ("../../up.JPEG", inner), ("notes.txt", b"x")]
-    again = [(f"{known}_1.JPEG", archives.jpeg(2))]
+    duplicate = [(f"{known}_1.JPEG", archives.jpeg(2))]
     outer = [
-        (f"{known}.tar", archives.tar(members + again)),
+        (f"{known}.tar", archives.tar(members + duplicate)),
         ("n77777777.tar", archives.class_tar("n77777777")),
         ("stray.txt", b"x"),
         ("../n00000001.tar", archives.class_tar("n00000001")),
         (f"again/{known}.tar", archives.class_tar(known)),
     ]
     (source / "ILSVRC2012_img_train.tar").write_bytes(archives.tar(outer))
-    more = [("ILSVRC2012_val_00000001.JPEG", inner), ("ILSVRC2012_val_00000003.JPEG", inner)]
-    more += [("ILSVRC2012_val_00000000.JPEG", inner), ("ILSVRC2012_val_1.JPEG", inner)]
-    more += [("val/ILSVRC2012_val_00000001.JPEG", inner), ("ILSVRC2012_val_00000001.JPEG", inner)]
-    (source / "ILSVRC2012_img_val.tar").write_bytes(archives.tar(more))
+    names = ("00000001", "00000003", "00000000", "1")
+    validation = [(f"ILSVRC2012_val_{name}.JPEG", inner) for name in names]
+    validation += [(f"{folder}ILSVRC2012_val_00000001.JPEG", inner) for folder in ("val/", "")]
+    (source / "ILSVRC2012_img_val.tar").write_bytes(archives.tar(validation))
     manifest, _, records = build("imagenet1k", source, tmp_path / "out")
-    strangers = ("00000003", "00000000", "1")
     assert skipped(manifest) == {
         "duplicate key": [f"again/{known}.tar", *2 * ["ILSVRC2012_val_00000001"], f"{known}_1"],
         "no image name": ["notes.txt"],
         "unknown class": ["ILSVRC2012_img_train.tar/n77777777.tar"],
         "unsafe path": ["../n00000001.tar", "../../up.JPEG"],
-        "wrong file name": ["stray.txt", *(f"ILSVRC2012_val_{n}.JPEG" for n in strangers)],
+        "wrong file name": ["stray.txt", *(f"ILSVRC2012_val_{n}.JPEG" for n in names[1:])],
     }
     assert records["train"][f"{known}_1"]["image"] == inner  # the first of two
     assert manifest["images"] == {"train": 1, "validation": 1}
-    found = manifest["images_of_a_class"]["train"]
-    assert (found["empty"]["count"], found["median"], found["most"]) == (9, 0, 1)
+    class_sizes = manifest["images_of_a_class"]["train"]
+    assert class_sizes["empty"]["count"] == 9
+    assert (class_sizes["median"], class_sizes["most"]) == (0, 1)
 
 
-def test_truncated_outer_tar_keeps_what_is_readable(tmp_path):
+def test_truncated_outer_tar_keeps_readable_images(tmp_path):
     source = archives.imagenet1k(tmp_path / "in", n=4)
     train = source / "ILSVRC2012_img_train.tar"
     whole = train.read_bytes()
     size = len(archives.class_tar(archives.WNIDS[0], 4))
-    cut = 512 + size + 512 + 512 + len(archives.jpeg(30)) + 600  # in the second picture of tar two
+    cut = (
+        512 + size + 512 + 512 + len(archives.jpeg(30)) + 600
+    )  # inside the second image of the second tar
     train.write_bytes(whole[:cut])
     manifest, _, records = build("imagenet1k", source, tmp_path / "out")
     first, second = archives.WNIDS[:2]
@@ -143,20 +145,20 @@ def test_truncated_outer_tar_keeps_what_is_readable(tmp_path):
     assert manifest["images_of_a_class"]["train"]["empty"]["count"] == 8
 
 
-def test_truncated_validation_keeps_what_is_readable(tmp_path):
+def test_truncated_validation_keeps_readable_images(tmp_path):
     source = archives.imagenet1k(tmp_path / "in", n=1, validation=3)
-    pictures = source / "ILSVRC2012_img_val.tar"
-    whole = pictures.read_bytes()
-    pictures.write_bytes(whole[: whole.index(archives.jpeg(902)) + 300])
+    validation = source / "ILSVRC2012_img_val.tar"
+    whole = validation.read_bytes()
+    validation.write_bytes(whole[: whole.index(archives.jpeg(902)) + 300])
     manifest, _, records = build("imagenet1k", source, tmp_path / "out")
     assert len(records["validation"]) == 2
     assert skipped(manifest) == {"truncated tar": ["ILSVRC2012_img_val.tar"]}
-    pictures.write_bytes(b"")
-    with pytest.raises(SourceError, match="img_val.tar holds no ILSVRC2012_val_########.JPEG"):
+    validation.write_bytes(b"")
+    with pytest.raises(SourceError, match="img_val.tar has no ILSVRC2012_val_########.JPEG"):
         prepare("imagenet1k", source, tmp_path / "new")
     outer = archives.tar([("n77777777.tar", archives.class_tar("n77777777"))])
     (source / "ILSVRC2012_img_train.tar").write_bytes(outer)
-    with pytest.raises(SourceError, match="img_train.tar holds no tars of the classes in ILSVRC"):
+    with pytest.raises(SourceError, match="img_train.tar has no tars of the classes in ILSVRC"):
         prepare("imagenet1k", source, tmp_path / "new")
 
 
@@ -188,7 +190,7 @@ def test_imagenet22k(tmp_path, nested):
     assert not manifest["skipped"]
 
 
-def test_imagenet22k_trains_on_no_validation(tmp_path):
+def test_imagenet22k_skips_validation_folders(tmp_path):
     source = archives.imagenet22k(tmp_path / "in", classes=2, n=1)
     (source / "val").mkdir()
     shutil.copy(source / "n00000001.tar", source / "val" / "n00000001.tar")
@@ -198,7 +200,7 @@ def test_imagenet22k_trains_on_no_validation(tmp_path):
     assert loaded.info.features["label"].names == ["n00000000", "n00000009"]
 
 
-def test_imagenet22k_counts_classes_that_come_twice(tmp_path):
+def test_imagenet22k_counts_duplicate_classes(tmp_path):
     source = archives.imagenet22k(tmp_path / "in", classes=2, n=1)
     inner = [(path.name, path.read_bytes()) for path in sorted(source.iterdir())]
     (source / "a.tar").write_bytes(archives.tar(inner[:1]))
@@ -210,7 +212,9 @@ def test_imagenet22k_counts_classes_that_come_twice(tmp_path):
         "duplicate key": ["n00000000.tar", "n00000001.tar"],
         "missing file": ["n00000002.tar"],
     }
-    assert manifest["images"] == {"train": 4} and manifest["classes"] == 2  # the first of each
+    assert (
+        manifest["images"] == {"train": 4} and manifest["classes"] == 2
+    )  # the first tar of each class
 
 
 def test_cc12m(tmp_path):
@@ -224,9 +228,8 @@ def test_cc12m(tmp_path):
     assert record["label"] == 0
     words = (tmp_path / "out" / "words-train.txt").read_text().split()
     assert words[0] in ("a", "two") and set(words) >= {"red", "trees", "101"}
-    source = manifest["sources"][0]
-    data = (tmp_path / "in" / "00000.tar").read_bytes()
-    assert source["sha256"] == hashlib.sha256(data).hexdigest()
+    data = (source / "00000.tar").read_bytes()
+    assert manifest["sources"][0]["sha256"] == hashlib.sha256(data).hexdigest()
 
 
 def test_cc12m_splits_by_name(tmp_path):
@@ -240,37 +243,40 @@ def test_cc12m_splits_by_name(tmp_path):
 
 
 def test_splits_in_the_middle_of_names(tmp_path):
-    source = archives.cc12m(tmp_path / "in", tars=2, n=2)  # as pixparse/cc3m-wds has them
+    source = archives.cc12m(tmp_path / "in", tars=2, n=2)
+    # Names as in pixparse/cc3m-wds on Hugging Face.
     (source / "00000.tar").rename(source / "cc3m-train-0000.tar")
     (source / "00001.tar").rename(source / "cc3m-validation-0000.tar")
     manifest, _, _ = build("cc12m", source, tmp_path / "out")
     assert manifest["images"] == {"train": 2, "validation": 2}
 
 
-def test_keys_that_several_tars_have_are_kept_and_counted(tmp_path, capsys):
+def test_keys_in_several_tars_are_kept_and_counted(tmp_path, capsys):
     source = archives.cc12m(tmp_path / "in", tars=2, n=3)
-    shutil.copy(source / "00000.tar", source / "00002.tar")  # or another download, counted anew
+    shutil.copy(
+        source / "00000.tar", source / "00002.tar"
+    )  # or a second download with new numbering
     manifest = prepare("cc12m", source, tmp_path / "out", processes=1)
     assert manifest["images"] == {"train": 9} and manifest["repeated_keys"] == 3
     report(manifest, "cc12m", tmp_path / "out")
-    assert "Kept 3 whose key one in another archive has too" in capsys.readouterr().out
+    assert "Kept 3 images whose key another archive has, too" in capsys.readouterr().out
 
 
-def test_links_are_followed_and_what_is_no_file_is_counted(tmp_path):
+def test_links_are_followed_and_missing_files_are_counted(tmp_path):
     source = archives.cc12m(tmp_path / "in", tars=2, n=1)
     (tmp_path / "far").mkdir()
     (source / "00001.tar").rename(tmp_path / "far" / "00001.tar")
     (source / "far").symlink_to(tmp_path / "far")
-    (tmp_path / "far" / "back").symlink_to(source)  # in a circle
+    (tmp_path / "far" / "back").symlink_to(source)  # a cycle
     (source / "gone.tar").symlink_to("/no/such")
     (source / "folder.tar").mkdir()
     manifest, _, records = build("cc12m", source, tmp_path / "out")
     assert set(records["train"]) == {"000000000", "000000100"}
     assert skipped(manifest) == {"missing file": ["gone.tar"]}
-    pictures = archives.classes(tmp_path / "pictures", splits=("train",), n=1)
-    (pictures / "train" / "dog").rename(tmp_path / "dog")
-    (pictures / "train" / "dog").symlink_to(tmp_path / "dog")
-    _, loaded, _ = build("folder", pictures, tmp_path / "out_pictures")
+    images = archives.classes(tmp_path / "images", splits=("train",), n=1)
+    (images / "train" / "dog").rename(tmp_path / "dog")
+    (images / "train" / "dog").symlink_to(tmp_path / "dog")
+    _, loaded, _ = build("folder", images, tmp_path / "out_images")
     assert loaded.info.features["label"].names == ["cat", "dog"]
 
 
@@ -279,27 +285,27 @@ def test_coco(tmp_path, zipped):
     source = archives.coco(tmp_path / "in", n=12, zipped=zipped)
     manifest, _, records = build("coco", source, tmp_path / "out")
     assert manifest["images"] == {"validation": 12}
-    chosen = []
+    choices = []
     for i in range(12):
         record = records["validation"][f"COCO_val2014_{i:012d}"]
         assert record["image"] == archives.jpeg(i)
         assert record["caption"].decode().startswith(f"picture {i} text ")
-        chosen.append(record["caption"].decode()[-1])
-    assert len(set(chosen)) > 2  # drawn, not the first
-    assert chosen == list("424223231110")  # for good: scores depend on it
+        choices.append(record["caption"].decode()[-1])
+    assert len(set(choices)) > 2  # random, not the first
+    assert choices == list("424223231110")  # must never change, as scores depend on it
     if zipped:
         return
-    notes = source / "annotations" / "captions_val2014.json"  # in another order
-    notes.write_text(json.dumps({k: v[::-1] for k, v in json.loads(notes.read_text()).items()}))
-    _, _, again = build("coco", source, tmp_path / "again")
-    assert list(again["validation"].items()) == list(records["validation"].items())
+    path = source / "annotations" / "captions_val2014.json"
+    path.write_text(json.dumps({k: v[::-1] for k, v in json.loads(path.read_text()).items()}))
+    _, _, reordered = build("coco", source, tmp_path / "reordered")
+    assert list(reordered["validation"].items()) == list(records["validation"].items())
 
 
 def test_a_broken_zip_is_one_error(tmp_path):
     source = archives.coco(tmp_path / "in", zipped=True)
-    pictures = source / "val2014.zip"
-    pictures.write_bytes(pictures.read_bytes()[:-30])
-    with pytest.raises(SourceError, match="val2014.zip is truncated or no zip file .*fetch it ag"):
+    path = source / "val2014.zip"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(SourceError, match="val2014.zip is truncated or not a zip file .*download"):
         prepare("coco", source, tmp_path / "out")
 
 
@@ -312,13 +318,13 @@ def test_coco_of_both_splits(tmp_path):
     assert manifest["images"] == {"train": 1, "validation": 2}
     assert set(records["train"]) == {"COCO_train2014_000000000000"}
     assert skipped(manifest) == {"missing file": ["COCO_train2014_000000000001.jpg"]}
-    for path in (source / "val2014").iterdir():  # the captions are of other pictures
+    for path in (source / "val2014").iterdir():  # names that the captions do not list
         path.rename(path.with_name(path.name.replace("2014", "2017")))
-    with pytest.raises(SourceError, match="val2014 holds none of the pictures of captions_val2"):
+    with pytest.raises(SourceError, match="val2014 has none of the images of captions_val2"):
         prepare("coco", source, tmp_path / "new")
 
 
-def test_coco_counts_what_is_missing(tmp_path):
+def test_coco_counts_skipped_images(tmp_path):
     source = archives.coco(tmp_path / "in", n=5)
     path = source / "annotations" / "captions_val2014.json"
     data = json.loads(path.read_text())
@@ -333,7 +339,7 @@ def test_coco_counts_what_is_missing(tmp_path):
         "no caption": ["COCO_val2014_000000000003"],
     }
     path.write_text("{}")
-    with pytest.raises(SourceError, match="captions_val2014.json is no captions_val2014.json"):
+    with pytest.raises(SourceError, match="captions_val2014.json is not captions_val2014.json"):
         prepare("coco", source, tmp_path / "other")
     path.unlink()
     with pytest.raises(SourceError, match="has no annotations/captions_val2014.json or"):
@@ -404,7 +410,7 @@ def test_folder_with_captions(tmp_path, form):
     }
 
 
-def test_a_list_at_the_top_names_the_folders_of_splits(tmp_path):
+def test_a_list_at_the_top_may_list_split_folders(tmp_path):
     source = archives.classes(tmp_path / "in", names=("cat",), n=1)
     lines = "file_name,caption,split\nval/cat/0.jpg,a cat,\ntrain/cat/0.jpg,one,val\n"
     (source / "captions.csv").write_text(lines)
@@ -431,7 +437,7 @@ def test_folders_of_splits_by_their_usual_names(tmp_path, names):
     assert skipped(manifest) == ({} if names[2] == "t" else left_out)
 
 
-def test_splits_within_the_folders_of_classes(tmp_path):
+def test_splits_inside_class_folders(tmp_path):
     for name in ("cat/train/0.jpg", "cat/val/1.jpg", "dog/train/2.jpg", "dog/test/3.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True)
         (tmp_path / "in" / name).write_bytes(archives.jpeg(0))
@@ -452,11 +458,15 @@ CSV, JSONL = "captions.csv", "captions.jsonl"
         (CSV, b"file_name,caption\n0.jpg,caf\xe9\n1.jpg\n", {"0": "caf\ufffd", "1": ""}),
         (CSV, b"file_name,label\n0.jpg,x\n1.jpg,\n", {"0": "", "no label": "1.jpg"}),
         (CSV, b'file_name,caption\n0.jpg,"a\n1.jpg,b\n', ", line 3: unexpected end of data"),
-        (CSV, b"file_name,text\n0.jpg,a\n", "has neither captions nor labels; its columns"),
-        (CSV, b"file_name;caption\n0.jpg;a\n", "no column file_name but 'file_name;caption'; its"),
-        (CSV, b"file,text\n0.jpg,b\n", "no column file_name but 'file', 'text'; its columns"),
-        (CSV, b"", "no column file_name but none; its columns"),
-        (CSV, b"file_name,caption\n", "in holds no pictures"),
+        (
+            CSV,
+            b"file_name,text\n0.jpg,a\n",
+            "has neither captions nor labels; it needs the columns",
+        ),
+        (CSV, b"file_name;caption\n0.jpg;a\n", "no column file_name but 'file_name;caption'; it"),
+        (CSV, b"file,text\n0.jpg,b\n", "no column file_name but 'file', 'text'; it needs"),
+        (CSV, b"", "no column file_name but none; it needs"),
+        (CSV, b"file_name,caption\n", "in has no images"),
         (JSONL, b'{"file_name": "0.jpg", "caption": 5}\r\n', {"0": "5"}),
         (JSONL, b'{"file_name": "0.jpg", "text": "a"}\n', "has neither captions nor labels"),
         (
@@ -477,7 +487,7 @@ CSV, JSONL = "captions.csv", "captions.jsonl"
     ],
 )
 def test_lists_as_people_write_them(tmp_path, name, data, expected):
-    """expected: an error, or captions by key and what is skipped by reason."""
+    """Expect an error, or captions by key and the first skipped name by reason."""
     source = tmp_path / "in"
     source.mkdir()
     for number in range(2):
@@ -489,19 +499,22 @@ def test_lists_as_people_write_them(tmp_path, name, data, expected):
         assert "\n" not in str(error.value)
         return
     manifest, _, records = build("folder", source, tmp_path / "out")
-    found = {key.removesuffix(".jpg"): r["caption"].decode() for key, r in records["train"].items()}
-    assert found | {reason: keys[0] for reason, keys in skipped(manifest).items()} == expected
+    captions = {
+        key.removesuffix(".jpg"): record["caption"].decode()
+        for key, record in records["train"].items()
+    }
+    assert captions | {reason: keys[0] for reason, keys in skipped(manifest).items()} == expected
 
 
 @pytest.mark.parametrize("builder", ["imagenet1k", "imagenet22k", "cc12m", "coco", "folder"])
-def test_a_source_without_anything(tmp_path, builder):
+def test_empty_sources_are_one_line_errors(tmp_path, builder):
     (tmp_path / "in").mkdir()
-    with pytest.raises(SourceError, match=r"in (holds no|has no)") as error:
+    with pytest.raises(SourceError, match=r"in has no") as error:
         prepare(builder, tmp_path / "in", tmp_path / "out")
     assert "\n" not in str(error.value)
     with pytest.raises(SourceError, match="nowhere does not exist"):
         prepare(builder, tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(SourceError, match="file (is no folder|holds no)|1 truncated tar"):
+    with pytest.raises(SourceError, match="file (is not a folder|has no)|1 truncated tar"):
         prepare(builder, tmp_path / "file", tmp_path / "out", processes=1)

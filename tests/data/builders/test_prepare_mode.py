@@ -1,4 +1,4 @@
-"""From archives to training with the paper's configs: one command to prepare, one to train."""
+"""Tests of mode prepare, and of training on its output with the paper's configs."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ CONFIGS = {
 }
 
 
-# What each builder makes is trained from, with these arguments of its config.
+# Sources of each builder.
 SOURCES = {
     "imagenet1k": archives.imagenet1k,
     "imagenet22k": archives.imagenet22k,
@@ -43,7 +43,7 @@ SOURCES = {
 
 
 def configured(name, out, args="scale=tiny"):
-    """The config of a builder with the smallest model, and its stages, on the folder `out`."""
+    """Config of a builder with the smallest model, whose stages all use the folder `out`."""
     builder = name.split()[0]
     values = CONFIGS[builder].get_config(args)
     for stage in all_stages(values):
@@ -56,17 +56,19 @@ def created(values, **fields):
     return create_config(values)
 
 
-# By default batches are made of all, and one is trained.
+# By default, all sources are tested for batches, and these for training.
 TRAINED = ("coco",)
 
 
 def prepared(name, tmp_path):
-    """The config of a source that has been prepared."""
-    source, fields = SOURCES[name](tmp_path / "in"), {}
+    """Prepare a source; returns its config."""
+    source = SOURCES[name](tmp_path / "in")
+    fields = {}
     args = "scale=tiny"
     if CONFIGS[name.split()[0]] is pictures_64:
         args = f"semantics={'class' if name.endswith('classes') else 'text'}"
-        # As many words as coco's, so that it is compiled once; more steps, so that it is trained.
+        # With the same words, the run with captions resumes that of coco, whose compiled program
+        # it reuses; so it needs more steps.
         steps = 3 if name.endswith("captions") else 2
         fields = {"steps": steps, "model__unroll": 1, "sampling__steps": 2, "sampling__n": 4}
     values = configured(name, tmp_path / "out", args)
@@ -76,13 +78,14 @@ def prepared(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_prepares_what_every_stage_makes_batches_of(name, tmp_path):
+def test_every_stage_makes_batches_of_prepared_data(name, tmp_path):
     for config in stages(prepared(name, tmp_path)):
-        source, side = open_source(config), config.data.resolution
+        source = open_source(config)
+        resolution = config.data.resolution
         vocabulary = create_vocabulary(config, source)
         encode_text = tiny.objective(config).encode_text if vocabulary.words else None
         batch = next(batches(config, source, encode_text))
-        assert batch["image"].shape == (config.batch_size, side, side, 3)
+        assert batch["image"].shape == (config.batch_size, resolution, resolution, 3)
         assert batch["image"].std() > 10 and not batch["broken"].any()
         if encode_text:
             assert batch["mask"].any(1).all()
@@ -94,7 +97,7 @@ def test_prepares_what_every_stage_makes_batches_of(name, tmp_path):
 @pytest.mark.parametrize(
     "name", [n if n in TRAINED else pytest.param(n, marks=pytest.mark.slow) for n in SOURCES]
 )
-def test_prepares_and_trains_from_it(name, tmp_path, trainer):
+def test_trains_on_prepared_data(name, tmp_path, trainer):
     assert trainer([prepared(name, tmp_path)]) == ""
 
 
@@ -108,7 +111,7 @@ def test_imagenet22k_has_the_classes_that_its_config_expects(tmp_path):
         create_vocabulary(paper, open_source(paper))
 
 
-def test_a_path_that_nothing_is_read_from_is_an_error():
+def test_a_path_that_is_not_read_is_an_error():
     config = created(imagenet1k_256.get_config("scale=tiny"), data__path="/prepared")
     with pytest.raises(ConfigError, match="data.path: is /prepared, but data.name=shapes"):
         open_source(config)
@@ -147,7 +150,7 @@ def test_bad_fields_are_named(fields, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_interrupts_end_in_one_line(tmp_path, monkeypatch):
+def test_interrupts_exit_with_one_line(tmp_path, monkeypatch):
     source = archives.cc12m(tmp_path / "in", tars=1, n=1)
     fields = {"prepare__source": str(source), "prepare__processes": 1}
     config = created(configured("cc12m", tmp_path / "out"), **fields)
@@ -170,9 +173,9 @@ def test_the_documented_command(tmp_path):
         f"--config.prepare.source={source}", f"--config.data.path={out}",
     ]  # fmt: skip
     env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == (
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == (
         f"Prepared imagenet1k in {out}: 10 for train, 5 for validation, 10 classes."
     )
     manifest = json.loads((out / "manifest.json").read_text())

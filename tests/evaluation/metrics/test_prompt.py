@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from condiff_jax.data.shapes import (
     CLASSES,
-    COLOURS,
+    COLORS,
     FINE_CLASSES,
     POSITIONS,
     Shapes,
@@ -114,7 +114,7 @@ def test_objects_are_counted_and_ordered_by_size(mixed):
 def test_wrong_images_score_near_chance(mixed):
     images = pictures(mixed, 32)
     accuracy = prompt_accuracy(np.roll(images, 1, axis=0), mixed)
-    assert accuracy["colour"] < 2.5 / len(COLOURS)
+    assert accuracy["colour"] < 2.5 / len(COLORS)
     assert accuracy["shape"] < 2 / 5
     assert accuracy["position"] < 2.5 / len(POSITIONS)
     assert accuracy["relation"] < 0.4 and accuracy["all"] < 0.05

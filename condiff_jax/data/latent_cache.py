@@ -1,9 +1,9 @@
 """Caches written by mode encode: views of each image as moments of an autoencoder's posterior.
 
 For each image, a shard (array_record) has a record of JSON (label, caption), a record of text
-features if there are any, and a record for each view: its control scalars as float32, its label, and its
-moments. Training reads only the view that it samples. With flips, views 2 k and 2 k + 1 are crop k
-and its mirror image.
+features if there are any, and a record for each view: its control scalars as float32, its label,
+and its moments. Training reads only the view that it samples. With flips, views 2 k and 2 k + 1 are
+crop k and its mirror image.
 
 Moments are stored in float16: its relative error, 2^-11, is an eighth of bfloat16's. Moments are
 far smaller than its maximum of 65,504; mode encode raises an error if they are not.

@@ -1,6 +1,6 @@
-"""Mode `report`: the results of a sweep beside the published numbers, or those of one run.
+r"""Mode `report`: the results of a sweep beside the published numbers, or those of one run.
 
-    python -m condiff_jax.main --mode=report --config=configs/table3.py --workdir=runs/table3 \\
+    python -m condiff_jax.main --mode=report --config=configs/table3.py --workdir=runs/table3 \
       --html=table3.html
     python -m condiff_jax.main --mode=report --workdir=runs/guided --html=guided.html
 

@@ -138,9 +138,12 @@ def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
         for stage in stages(run.config):
             if source := shared_runs.start_from_shorter(stage, workdir):
                 print(f"{shared_runs.folder_name(stage)} resumes from {source}")
-    if not loop.run(run.config, str(path)):
+    outcome = loop.run(run.config, str(path))
+    if outcome is None:
         return None
-    if run.config.evaluation.metrics:
+    if outcome.record:
+        evaluation = outcome.record
+    elif run.config.evaluation.metrics:  # the training was there, with another evaluation
         (evaluation,) = evaluate.run(run.config, str(path))
     else:  # as on the paper's data: the grid of the training is the only result
         evaluation = dict.fromkeys(RECORDED) | {"metrics": {}, "seconds": 0.0}

@@ -66,9 +66,9 @@ class Stub:
     def train(self, config, workdir):
         folder = Workdir(workdir)
         if (folder.checkpoints / str(config.steps)).exists():
-            return True
+            return loop.Outcome(None)
         if config.init.pretrain and not self.train(config.init.pretrain, config.init.path):
-            return False
+            return None
         if config.optimizer.learning_rate == 1.0:
             raise FloatingPointError("step 3: loss nan,\nlower it")
         if self.errors:
@@ -77,7 +77,7 @@ class Stub:
         first = max((int(step.name) for step in saved), default=0)
         if self.stop == len(self.trained):
             self.stop = None
-            return False
+            return None
         self.trained.append((folder.path.name, first, config.steps))
         (folder.checkpoints / str(config.steps)).mkdir(parents=True)
         (folder.checkpoints / str(config.steps) / "state").write_text("parameters")
@@ -86,7 +86,7 @@ class Stub:
         with folder.metrics.open("a") as file:
             for step in range(first + 1, config.steps + 1):
                 file.write(json.dumps({"step": step, "step_time": 2.0}) + "\n")
-        return True
+        return loop.Outcome(None)
 
     def evaluate(self, config, workdir):
         self.evaluated.append((Path(workdir).name, config.sampling.guidance))

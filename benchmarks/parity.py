@@ -274,7 +274,7 @@ class ClassUNet(torch.nn.Module):
 
 
 CLASS_UNET = (
-    *(dataclasses.replace(rule, theirs=f"unet.{rule.theirs}") for rule in key_maps.UNET),
+    *(dataclasses.replace(rule, published=f"unet.{rule.published}") for rule in key_maps.UNET),
     key_maps.Rule("class_embed", "class_embed"),
 )
 

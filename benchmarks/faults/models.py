@@ -26,7 +26,7 @@ FAULTS = [
     ),
     *of(
         "models/layers.py", "models/test_transformers.py",
-        ("queries and keys not normalized", "test_qk_norm_is_where_attention_sees_conditions",
+        ("queries and keys not normalized", "test_qk_norm_applies_to_attention_to_conditions",
          "if not enabled:", "if True:"),
     ),
     *of(
@@ -54,7 +54,7 @@ FAULTS = [
     ),
     *of(
         "models/transformer.py", "models/test_transformers.py",
-        ("a dropped class is the class", "test_conditions_are_heard_until_dropped",
+        ("a dropped class is the class", "test_conditions_have_an_effect_unless_dropped",
          "jnp.where(cond.drop_semantics, self.classes, cond.semantics)", "cond.semantics"),
     ),
     *of(
@@ -64,18 +64,18 @@ FAULTS = [
     ),
     *of(
         "models/mmdit.py", "models/test_mmdit.py",
-        ("mmDiT: blocks past their gate", "test_blocks_are_the_identity_at_the_start",
+        ("mmDiT: blocks past their gate", "test_blocks_are_the_identity_at_initialization",
          "z = z + gate1[:, None] * y", "z = z + y"),
         ("mmDiT: the condition's tokens are zero", "test_blocks_are_tied_two_stream_blocks",
          'parts = {"": y[:, : self.tokens], "context_": y[:, self.tokens :]}',
          'parts = {"": y[:, : self.tokens], "context_": 0 * y[:, self.tokens :]}'),
-        ("ours: pooled text in AdaLN", "test_ours_hears_semantics_through_attention_only",
+        ("ours: pooled text in AdaLN", "test_semantics_enter_ours_through_attention_only",
          "        if self.pooled:\n            emb = emb + pooled",
          "        emb = emb + context[:, 0]"),
     ),
     *of(
         "models/mdt.py", "models/test_mdt.py",
-        ("MDT: relative positions wrap around", "test_relative_index_tells_offsets",
+        ("MDT: relative positions wrap around", "test_relative_index_depends_on_the_offset",
          "down * (2 * columns - 1) + right", "down * columns + right"),
         ("MDT: one share hidden in all samples", "test_shares_of_hidden_tokens_fill_the_range",
          "jax.random.uniform(key_share, (batch, 1))", "jax.random.uniform(key_share, (1, 1))"),
@@ -87,7 +87,7 @@ FAULTS = [
     *of(
         "models/classifier.py", "models/test_classifier.py",
         ("pooling asked by the first pixel",
-         "test_pooling_by_hand_and_blind_to_the_order_of_pixels",
+         "test_pooling_by_hand_and_invariant_to_the_order_of_pixels",
          "pixels.mean(1, keepdims=True)", "pixels[:, :1]"),
     ),
     *of(

@@ -1,4 +1,4 @@
-"""Samplers: one compiled `lax.scan`, noise keyed by sample, ignorant of text and guidance."""
+"""Samplers as one `lax.scan`, with one random key per sample, independent of cond and guidance."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 
 def timesteps(total: int, steps: int, spacing: str = "trailing") -> np.ndarray:
-    """Decreasing timestep indices (steps,) out of 0..total-1 (Table 2 of arXiv:2305.08891).
+    """Decreasing timestep indices (steps,) in 0..total-1 (arXiv:2305.08891, Table 2).
 
     Each step goes to the next entry, the last one to clean data. This agrees with diffusers'
-    DDPMScheduler throughout, and with its DDIMScheduler for `leading` and `trailing` when steps
-    divides total. Otherwise the latter steps from t to t - total // steps, which is not where
-    its next step starts; we do not follow it there. `leading` and `linspace` end at t = 0, so
-    with one step they take noise for clean data, as diffusers' do.
+    DDPMScheduler, and with its DDIMScheduler for `leading` and `trailing` when steps divides total.
+    Otherwise DDIMScheduler steps from t to t - total // steps, which is not the start of its next
+    step; we deviate from it there. `leading` and `linspace` end at t = 0, so that with a single
+    step they treat noise as clean data, as in diffusers.
     """
     if not 1 <= steps <= total:
         raise ValueError(f"sampling.steps must be between 1 and {total}, got {steps}")
@@ -35,7 +35,7 @@ def timesteps(total: int, steps: int, spacing: str = "trailing") -> np.ndarray:
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """x_T (B, *shape), sample i from keys[i] alone."""
+    """Draw x_T (B, *shape); sample i depends on keys[i] only."""
     return _normal(keys, 0, shape)
 
 
@@ -57,12 +57,12 @@ def ddim(
     clip: float | None = None,
     gradient: Callable | None = None,
 ) -> jax.Array:
-    """DDIM [arXiv:2010.02502, Eq. 12] from x = x_T (B, H, W, C) to x_0, of the same shape.
+    """Sample by DDIM (arXiv:2010.02502, Eq. 12) from x = x_T (B, H, W, C) to x_0.
 
-    keys (B,): noise of sample i comes from keys[i], so it does not depend on the batch around
-    it. eta: 0 deterministic, 1 ancestral. clip: bound on |x_0_hat| (pixel models use 1).
-    gradient(x, t, cond): shifts the mean of each step by its variance times this, at x = x_t (Alg.
-    1 of arXiv:2105.05233); steps without noise, such as all with eta = 0, have no variance.
+    keys (B,): the noise of sample i comes from keys[i] and does not depend on the rest of the
+    batch. eta: 0 is deterministic, 1 is ancestral. clip: bound on |x_0_hat| (1 for pixel models).
+    gradient(x, t, cond), at x = x_t: shifts the mean of each step by its variance times this
+    (arXiv:2105.05233, Alg. 1). Deterministic steps, such as all with eta = 0, have no variance.
     """
     t = timesteps(schedule.timesteps, steps, spacing)
     alpha_bar = schedule.alpha_bar[t]
@@ -73,8 +73,8 @@ def ddim(
 
     def step(x, inputs):
         i, t, (a, a_next, std) = inputs
-        given = x, jnp.full(x.shape[:1], t), cond
-        eps = denoise(*given)
+        model_inputs = (x, jnp.full(x.shape[:1], t), cond)
+        eps = denoise(*model_inputs)
         x0 = (x - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
         if clip is not None:
             x0 = jnp.clip(x0, -clip, clip)
@@ -82,7 +82,7 @@ def ddim(
         direction = jnp.sqrt(jnp.maximum(1 - a_next - std**2, 0)) * eps
         x = jnp.sqrt(a_next) * x0 + direction
         if gradient is not None:
-            x += std**2 * gradient(*given)
+            x += std**2 * gradient(*model_inputs)
         if eta:
             x += std * _normal(keys, 1 + i, x.shape[1:])
         return x, None
@@ -92,7 +92,7 @@ def ddim(
 
 
 def ddpm(*args, eta: float = 1.0, **kwargs) -> jax.Array:
-    """Ancestral sampling with the "fixed small" posterior variance: DDIM with eta = 1, always."""
+    """Sample by DDPM with the "fixed small" posterior variance: DDIM with eta = 1, eta ignored."""
     del eta
     return ddim(*args, eta=1.0, **kwargs)
 

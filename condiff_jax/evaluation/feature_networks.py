@@ -152,17 +152,17 @@ def _clip_params(
     key, side = jax.random.key(0), image.size.side
     ids = jnp.zeros((1, text.size.length), jnp.int32)
     shapes = jax.eval_shape(text.init, key, ids, ids > 0)["params"]
-    tower = fit(key_maps.CLIP_TEXT, key_maps.CLIP_OTHERS, shapes)
+    tower = fit(key_maps.CLIP_TEXT, key_maps.CLIP_TEXT_IGNORED, shapes)
     kernel = jax.ShapeDtypeStruct((text.size.width, image.size.embedding), jnp.float32)
     shapes = {"text_projection": {"kernel": kernel}}
-    projection = fit(key_maps.CLIP_PROJECTION, key_maps.CLIP_PROJECTION_OTHERS, shapes)
+    projection = fit(key_maps.CLIP_PROJECTION, key_maps.CLIP_PROJECTION_IGNORED, shapes)
     shapes = jax.eval_shape(image.init, key, jnp.zeros((1, side, side, 3)))["params"]
     rules = key_maps.clip_image(image.size.patch)
-    return {"tower": tower, **projection}, fit(rules, key_maps.CLIP_IMAGE_OTHERS, shapes)
+    return {"tower": tower, **projection}, fit(rules, key_maps.CLIP_IMAGE_IGNORED, shapes)
 
 
 def _embed_images(tower: clip.ImageTower, params: dict, images: jax.Array) -> jax.Array:
-    return tower.apply({"params": params}, clip.normalise(images))
+    return tower.apply({"params": params}, clip.normalize(images))
 
 
 def _text_embedder(

@@ -1,4 +1,4 @@
-"""Softmax attention: one entry point, and a backend for each kind of device."""
+"""Softmax attention with one entry point and a backend for each kind of device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import flash_attention as pallas
 from jax.sharding import PartitionSpec as P
 
-LONG = 1024  # keys from which `flash` pays: with fewer XLA needs no more memory for the logits
-TILE = 128  # of tokens on a TPU
-FASTEST = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "flash"}  # by platform; elsewhere xla
+# Number of keys from which `flash` saves memory: with fewer, XLA needs no more for its logits.
+FLASH_MIN_KEYS = 1024
+TILE = 128  # tokens in a tile of a TPU
+FASTEST = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "flash"}  # by platform, xla elsewhere
 
 
 def fastest(platform: str, dtype: jnp.dtype) -> str:
-    """The backend of model.attention=auto for the devices of a platform."""
+    """Return the backend that model.attention=auto selects on a platform."""
     name = FASTEST.get(platform, "xla")
     return "xla" if name == "cudnn" and dtype != jnp.bfloat16 else name
 
@@ -25,21 +26,22 @@ def attention(
 ) -> jax.Array:
     """Softmax attention of q (B, T, heads, head size) to k and v (B, S, heads, head size).
 
-    bias (B or 1, heads, T, S), f32, is added to the logits. A backend does what it can, xla the
-    rest: cudnn has no large or odd heads, flash is for many keys and knows no bias.
+    bias (B or 1, heads, T, S), f32, is added to the logits. xla replaces a backend that does not
+    support the inputs: cudnn needs a head size of at most 128 that is a multiple of 8, flash needs
+    FLASH_MIN_KEYS keys and no bias.
     """
-    size, keys = q.shape[-1], k.shape[1]
-    if backend == "cudnn" and size <= 128 and size % 8 == 0:
+    head_size = q.shape[-1]
+    if backend == "cudnn" and head_size <= 128 and head_size % 8 == 0:
         return cudnn(q, k, v, bias)
-    if backend == "flash" and bias is None and keys >= LONG:
+    if backend == "flash" and bias is None and k.shape[1] >= FLASH_MIN_KEYS:
         return flash(q, k, v)
     return xla(q, k, v, bias)
 
 
 def xla(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """Attention in plain JAX, the softmax in f32."""
-    # Heads before tokens: the layout of XLA's own attention kernels, and on CPUs faster
-    # than jax.nn.dot_product_attention.
+    """Attention in plain JAX, with the softmax in f32."""
+    # Heads come before tokens, as in XLA's own attention kernels. On CPUs this is faster than
+    # jax.nn.dot_product_attention.
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, heads, T, head size)
     q = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("bhtc,bhsc->bhts", q, k, preferred_element_type=jnp.float32)
@@ -51,14 +53,14 @@ def xla(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None)
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """cuDNN's flash attention, for f16 or bf16 inputs.
 
-    JAX (0.10.2 to 0.12.0) refuses its gradient at odd lengths. These get one more token, which the
-    sequence lengths exclude, so that its values do not matter and its gradient is dropped.
+    JAX (0.10.2 to 0.12.0) rejects its gradient at odd lengths. These are padded by one token, which
+    the sequence lengths exclude: its values have no effect, and its gradient is dropped.
     """
     tokens, keys = q.shape[1], k.shape[1]
     lengths = {}
     if tokens % 2 or keys % 2:
-        of_all = partial(jnp.full, q.shape[:1], dtype=jnp.int32)
-        lengths = {"query_seq_lengths": of_all(tokens), "key_value_seq_lengths": of_all(keys)}
+        full = partial(jnp.full, q.shape[:1], dtype=jnp.int32)
+        lengths = {"query_seq_lengths": full(tokens), "key_value_seq_lengths": full(keys)}
         q, k, v = (_pad(a, 2, 1) for a in (q, k, v))
         bias = None if bias is None else _pad(_pad(bias, 2, 2), 2, 3)
     bias = None if bias is None else bias.astype(q.dtype)
@@ -67,10 +69,10 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = Non
 
 
 def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention by Pallas' kernel for TPUs, which keeps no logits.
+    """Pallas' flash attention kernel for TPUs, which does not store the logits.
 
-    Tokens are padded to whole tiles; those added are a segment of their own. XLA cannot divide a
-    kernel among devices, so each runs it on its examples, see `sharding.traced_on`.
+    Tokens are padded to whole tiles; the padding is a separate segment. XLA cannot shard a kernel,
+    so each device runs it on its own examples, see `sharding.traced_on`.
     """
     tokens = q.shape[1]
     ids = pallas.SegmentIds(
@@ -85,20 +87,20 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         spec = P(mesh.axis_names)
-        # The kernel does not tell over which axes its output varies.
+        # check_vma is off because the kernel does not declare over which axes its output varies.
         kernel = jax.shard_map(kernel, in_specs=spec, out_specs=spec, check_vma=False)
     return kernel(q, k, v, ids).swapaxes(1, 2)[:, :tokens]
 
 
 def _pad(x: jax.Array, multiple: int, axis: int, value: int = 0) -> jax.Array:
-    """x with `value` appended along an axis, up to the next multiple of its length."""
+    """Pad x with `value` at the end of an axis, to a length that `multiple` divides."""
     width = [(0, 0)] * x.ndim
     width[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, width, constant_values=value)
 
 
 def _blocks(queries: int, keys: int) -> pallas.BlockSizes:
-    """The largest blocks of up to four tiles that divide padded sequences."""
+    """Return the largest blocks, of at most four tiles, that divide the padded lengths."""
     q, k = (max(n for n in range(TILE, 4 * TILE + 1, TILE) if t % n == 0) for t in (queries, keys))
     return pallas.BlockSizes(
         block_b=1, block_q=q, block_k_major=k, block_k=k,

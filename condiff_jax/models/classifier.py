@@ -1,7 +1,7 @@
-"""The classifier of noised pictures that guides sampling (arXiv:2105.05233, Sec. 4).
+"""Classifier of noised images, for classifier guidance (arXiv:2105.05233, Sec. 4).
 
-The timestep enters through adaptive group normalisation. At high noise many pictures can be behind
-a noised one, and the classifier says what they are on average.
+The timestep enters through adaptive group normalization. At high noise many images can produce the
+same noised image, and the classifier predicts their average class distribution.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from condiff_jax.models.unet import UNet, group_norm
 
 
 class AttentionPool(nn.Module):
-    """One attention, asked by the mean pixel, over all pixels: (B, H, W, C) -> (B, C)."""
+    """Attention pooling with the mean pixel as the query: (B, H, W, C) -> (B, C)."""
 
     heads: int
     backend: str = "xla"
@@ -32,20 +32,20 @@ class AttentionPool(nn.Module):
 
 
 class Classifier(UNet):
-    """x_t (B, H, W, C), t (B,) int32 -> logits of p(y | x_t, t), (B, classes) f32.
+    """Classifier: x_t (B, H, W, C), t (B,) int32 -> logits (B, classes) f32 of p(y | x_t, t).
 
-    The encoder half of the UNet of the same size. It hears no control, and its transformer blocks
-    attend to pixels alone.
+    The encoder half of the UNet of the same size, without control and without cross-attention.
     """
 
     adaptive: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        size, given = self.size, (self.embed_time(t, None), None)
+        size = self.size
+        conditioning = (self.embed_time(t, None), None)
         y = nn.Conv(size.channels[0], (3, 3), dtype=self.dtype, name="conv_in")(x)
-        y, _ = self.down(y, given)
-        y = self.stage("mid", 0, size.channels[-1], True, y, given)
+        y, _ = self.down(y, conditioning)
+        y = self.stage("mid", 0, size.channels[-1], True, y, conditioning)
         y = nn.silu(group_norm(size.groups, 1e-5, "norm_out")(y))
         pool = AttentionPool(
             size.heads_at(size.channels[-1]), self.backend, self.dtype, name="pool"

@@ -19,22 +19,25 @@ from condiff_jax.models import layers
 from condiff_jax.models.layers import Attention, Mlp, patchify
 from condiff_jax.models.text_encoder import tokenize
 
-ACTIVATIONS = {  # by their names in config.json; OpenAI's models have the first
+# By their names in config.json; OpenAI's models use quick_gelu.
+ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": partial(nn.gelu, approximate=False),
 }
-# Of pixels in 0..1, by channel, of OpenAI's training pictures.
+# Mean and standard deviation of each channel of OpenAI's training images, for pixels in 0..1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-CONFIG, WORDS = "config.json", ("vocab.json", "merges.txt")  # besides weights, what a folder holds
+# Files of a checkpoint folder besides its weights.
+CONFIG = "config.json"
+WORDS = ("vocab.json", "merges.txt")
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """Sizes and conventions of a text tower, by default those of ViT-L/14.
 
-    length: tokens of a text. end: id of the end token. OpenAI's files say 2, which it is not:
-    there it is the largest id.
+    words: vocabulary size. length: tokens of a text. end: id of the end token. OpenAI's files have
+    2 there, which is wrong: in these models the end token has the largest id.
     """
 
     width: int = 768
@@ -49,7 +52,7 @@ class Size:
 
     @classmethod
     def read(cls, folder: Path) -> Size:
-        """From config.json of a CLIPTextModel or CLIPModel; ValueError if it is neither's."""
+        """Read config.json of a CLIPTextModel or CLIPModel; ValueError for any other file."""
         from transformers import CLIPTextConfig
 
         config = _read_config(CLIPTextConfig, folder)
@@ -70,7 +73,7 @@ class Size:
 class ImageSize:
     """Sizes and conventions of an image tower, by default those of ViT-L/14.
 
-    side, patch: in pixels. embedding: dimensions of the space that pictures and texts share.
+    side, patch: in pixels. embedding: dimension of the joint embedding space of images and texts.
     """
 
     width: int = 1024
@@ -85,11 +88,11 @@ class ImageSize:
 
     @classmethod
     def read(cls, folder: Path) -> ImageSize:
-        """From config.json of a CLIPModel or CLIPVisionModelWithProjection; else ValueError."""
+        """Read config.json of a CLIPModel or CLIPVisionModelWithProjection; else ValueError."""
         from transformers import CLIPVisionConfig
 
         config = _read_config(CLIPVisionConfig, folder)
-        # A CLIPModel says the embedding's width at the top.
+        # A CLIPModel has projection_dim at the top level.
         top = json.loads((folder / CONFIG).read_text())
         return cls(
             width=config.hidden_size,
@@ -104,11 +107,11 @@ class ImageSize:
         )
 
 
-def _read_config(kind: Any, folder: Path) -> Any:
-    """A tower's config of transformers; ValueError where it cannot be read or is not ours."""
+def _read_config(config_class: Any, folder: Path) -> Any:
+    """Read a tower's transformers config; ValueError if it is unreadable or not supported."""
     try:
-        config = kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of transformers, its validation, or JSON
+        config = config_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers, its validation and JSON raise different types
         raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
     if config.hidden_act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
@@ -119,7 +122,7 @@ def _read_config(kind: Any, folder: Path) -> Any:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, (B, T, D) -> (B, T, D); bias (1, 1, T, T) masks attention."""
+    """Pre-norm transformer block, (B, T, D) -> (B, T, D); bias (1, 1, T, T) masks attention."""
 
     size: Size | ImageSize
     dtype: Any
@@ -135,12 +138,12 @@ class Block(nn.Module):
 
 
 def norm(size: Size | ImageSize, name: str) -> nn.LayerNorm:
-    """A LayerNorm with scale and bias, f32."""
+    """Return a LayerNorm with scale and bias, in f32."""
     return nn.LayerNorm(size.epsilon, dtype=jnp.float32, name=name)
 
 
 def blocks(size: Size | ImageSize, dtype: Any) -> nn.Module:
-    """All blocks of a tower, (x, bias) -> (x, None)."""
+    """Return the scanned blocks of a tower, (x, bias) -> (x, None)."""
     stack = nn.scan(
         Block,
         variable_axes={"params": 0},
@@ -152,9 +155,10 @@ def blocks(size: Size | ImageSize, dtype: Any) -> nn.Module:
 
 
 class TextTower(nn.Module):
-    """Ids and mask (B, T) -> `Text`: tokens (B, T, D) after the last norm; pooled: the end token's.
+    """CLIP's text encoder: ids and mask (B, T) -> `Text`.
 
-    Each token sees itself and those before it, so none sees the padding, which stands last.
+    tokens (B, T, D) are the outputs of the last norm, pooled is the output at the end token.
+    Attention is causal and padding comes last, so padding has no effect on the other tokens.
     """
 
     size: Size
@@ -166,18 +170,18 @@ class TextTower(nn.Module):
         embed = partial(nn.Embed, features=size.width, dtype=self.dtype)
         x = embed(size.words, name="words")(ids)
         x = x + embed(size.length, name="positions")(jnp.arange(ids.shape[1]))
-        seen = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))
-        bias = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)[None, None]
+        causal = jnp.tril(jnp.ones((ids.shape[1],) * 2, bool))
+        bias = jnp.where(causal, 0.0, jnp.finfo(jnp.float32).min)[None, None]
         x, _ = blocks(size, self.dtype)(x, bias)
         tokens = norm(size, "norm_out")(x).astype(self.dtype)
-        end = jnp.argmax(ids if size.end == 2 else ids == size.end, axis=1)  # the first one
+        end = jnp.argmax(ids if size.end == 2 else ids == size.end, axis=1)  # the first match
         return Text(tokens, mask, jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0])
 
 
 class ImageTower(nn.Module):
-    """Pictures (B, side, side, 3), as `normalise` gives them -> embeddings (B, embedding).
+    """CLIP's image encoder: `normalize`d images (B, side, side, 3) -> embeddings (B, embedding).
 
-    The embedding is not of length 1. It is the first token's, which no patch belongs to.
+    The embedding is the projected output at the class token. It does not have unit length.
     """
 
     size: ImageSize
@@ -188,24 +192,24 @@ class ImageTower(nn.Module):
         size = self.size
         dense = partial(nn.Dense, use_bias=False, dtype=self.dtype)
         x = dense(size.width, name="patch_embed")(patchify(images, size.patch))  # (B, N, D)
-        first = self.param("class_embed", nn.initializers.normal(0.02), (size.width,))
-        first = jnp.broadcast_to(first.astype(x.dtype), (len(x), 1, size.width))
-        x = jnp.concatenate([first, x], axis=1)
-        places = nn.Embed(x.shape[1], size.width, dtype=self.dtype, name="positions")
-        x = norm(size, "norm_in")(x + places(jnp.arange(x.shape[1]))).astype(self.dtype)
+        token = self.param("class_embed", nn.initializers.normal(0.02), (size.width,))
+        token = jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, size.width))
+        x = jnp.concatenate([token, x], axis=1)
+        positions = nn.Embed(x.shape[1], size.width, dtype=self.dtype, name="positions")
+        x = norm(size, "norm_in")(x + positions(jnp.arange(x.shape[1]))).astype(self.dtype)
         x, _ = blocks(size, self.dtype)(x, None)
         x = norm(size, "norm_out")(x[:, 0]).astype(self.dtype)
         return dense(size.embedding, name="projection")(x)
 
 
-def normalise(images: jax.Array) -> jax.Array:
-    """Pictures in 0..255 (..., 3) -> what the image tower takes."""
+def normalize(images: jax.Array) -> jax.Array:
+    """Normalize images (..., 3) in 0..255 for the image tower."""
     return (images / 255.0 - jnp.array(MEAN)) / jnp.array(DEVIATION)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Captions -> ids; can be pickled, for the processes that read data."""
+    """CLIP's tokenizer; it can be pickled, as needed by data worker processes."""
 
     backend: tokenizers.Tokenizer
     start: int
@@ -214,22 +218,25 @@ class Tokenizer:
 
     @classmethod
     def read(cls, folder: Path) -> Tokenizer:
-        """From vocab.json and merges.txt; FileNotFoundError or ValueError if they do not do."""
+        """Read vocab.json and merges.txt; FileNotFoundError or ValueError if missing or broken."""
         from transformers import CLIPTokenizer
 
         for name in WORDS:
             if not (folder / name).exists():
                 raise FileNotFoundError(f"no {name} in {folder}")
         try:
-            found = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the tokenizers library raises Exception itself
             raise ValueError(f"{' or '.join(WORDS)} in {folder} is broken: {error}") from error
         return cls(
-            found.backend_tokenizer, found.bos_token_id, found.eos_token_id, found.pad_token_id
+            backend=tokenizer.backend_tokenizer,
+            start=tokenizer.bos_token_id,
+            end=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
         )
 
     def __call__(self, caption: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask (length,), int32 and bool: start, words cut to length - 2, end, padding."""
+        """Tokenize to ids int32 and mask bool (length,): start, at most length - 2 words, end."""
         return tokenize(
             self.backend, caption, length, start=(self.start,), end=self.end, pad=self.pad
         )

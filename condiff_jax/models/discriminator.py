@@ -1,4 +1,4 @@
-"""The critic of autoencoder training: which patches of a picture look real."""
+"""Patch discriminator of autoencoder training (config field `critic`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (arXiv:1611.07004): images (B, H, W, 3) -> a logit a patch (B, h, w), high for real.
+    """PatchGAN (arXiv:1611.07004): images (B, H, W, 3) -> logits (B, h, w), high for real patches.
 
-    widths: channels of the convolutions that halve the sides; one more keeps them. Norms are over
-    groups of channels, so that a picture's logits do not depend on the rest of its batch.
+    widths: channels of the convolutions with stride 2, which one with stride 1 follows. It uses
+    GroupNorm, so that the logits of an image do not depend on the rest of its batch.
     """
 
     widths: tuple[int, ...] = (64, 128, 256)

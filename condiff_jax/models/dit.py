@@ -1,7 +1,8 @@
-"""DiT: a transformer that hears the class through AdaLN, or class or text by cross-attention.
+"""DiT with class conditioning by AdaLN, or class or text conditioning by cross-attention.
 
-`dit_ln` is DiT (arXiv:2212.09748): the class embedding is added to the timestep's. `dit_att` keeps
-AdaLN for timestep and control, and attends to the class token or the text in every block.
+`dit_ln` is DiT (arXiv:2212.09748): the class embedding is added to the timestep embedding.
+`dit_att` uses AdaLN for timestep and control, and cross-attention to the class token or the text
+tokens in every block.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from condiff_jax.models.transformer import Transformer
 
 
 class Block(nn.Module):
-    """A DiT block on tokens x (B, N, D) with AdaLN-zero from emb (B, D).
+    """DiT block on tokens x (B, N, D) with AdaLN-zero from emb (B, D).
 
-    A context (B, T, D) is attended to between self-attention and MLP; that branch starts at zero.
+    With a context (B, T, D), cross-attention comes between self-attention and MLP; its output is
+    zero at initialization.
     """
 
     heads: int
@@ -48,14 +50,15 @@ class Block(nn.Module):
 
 
 class DiT(Transformer):
-    """See `Transformer`. cross: hear semantics by cross-attention, not through AdaLN."""
+    """DiT denoiser, see `Transformer`; cross: cross-attention to semantics instead of AdaLN."""
 
     cross: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
         tokens = self.tokens(x)  # (B, N, D)
-        emb, context = self.time_and_control(t, cond), None
+        emb = self.time_and_control(t, cond)
+        context = None
         if self.cross:
             context = self.condition_tokens(cond)  # (B, T, D)
         else:

@@ -1,8 +1,8 @@
-"""Inception-v3 as FID uses it: the TensorFlow graph of 2015-12-05, equal to torch-fidelity's.
+"""Inception-v3 of FID: the TensorFlow graph of 2015-12-05, equal to torch-fidelity's.
 
-It differs from the network of arXiv:1512.00567: average pools leave their padding out of the
-mean, the last block's pool is a max pool, there are 1008 logits, and pictures are resized as
-TensorFlow 1 did. Modules bear the names of pytorch-fid's and torch-fidelity's weight files.
+It differs from the network of arXiv:1512.00567: average pools exclude their padding from the mean,
+the pool of the last block is a max pool, there are 1008 logits, and images are resized as in
+TensorFlow 1. Modules have the names of the weight files of pytorch-fid and torch-fidelity.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SIDE = 299  # pixels of what the network sees
-WIDTH = 2048  # features
+SIDE = 299  # pixels of the input
+WIDTH = 2048  # number of features
 
 
 class Unit(nn.Module):
-    """Convolution, batch norm with the statistics of a finished training, ReLU.
+    """Convolution, batch norm and ReLU.
 
-    kernel: its side, or (height, width). padding: by default none where it strides.
+    kernel: side, or (height, width). padding: by default SAME at stride 1, VALID otherwise.
     """
 
     width: int
@@ -36,48 +36,49 @@ class Unit(nn.Module):
 
 
 class Norm(nn.Module):
-    """Batch norm in inference, over the last axis."""
+    """Batch norm over the last axis with fixed running statistics (inference)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def get(name, init):
+        def parameter(name, init):
             return self.param(name, init, x.shape[-1:])
 
-        scale, bias = get("scale", nn.initializers.ones), get("bias", nn.initializers.zeros)
-        mean = get("running_mean", nn.initializers.zeros)
-        variance = get("running_var", nn.initializers.ones)
+        scale = parameter("scale", nn.initializers.ones)
+        bias = parameter("bias", nn.initializers.zeros)
+        mean = parameter("running_mean", nn.initializers.zeros)
+        variance = parameter("running_var", nn.initializers.ones)
         return (x - mean) * (scale * jax.lax.rsqrt(variance + 1e-3)) + bias
 
 
 def chain(x: jax.Array, name: str, *units: tuple) -> jax.Array:
-    """Units with these fields, one after the other, called name_1, name_2, ..."""
+    """Apply Units with these fields in sequence, named name_1, name_2, ..."""
     for i, fields in enumerate(units, 1):
         x = Unit(*fields, name=f"{name}_{i}")(x)
     return x
 
 
 def fork(x: jax.Array, name: str) -> jax.Array:
-    """Two units side by side, 1 x 3 and 3 x 1, called name + "a" and name + "b"."""
+    """Apply two parallel Units, 1 x 3 and 3 x 1, named name + "a" and name + "b"."""
     return join(Unit(384, (1, 3), name=f"{name}a")(x), Unit(384, (3, 1), name=f"{name}b")(x))
 
 
 def join(*branches: jax.Array) -> jax.Array:
-    """Channels of all branches."""
+    """Concatenate the channels of all branches."""
     return jnp.concatenate(branches, -1)
 
 
-def average(x: jax.Array) -> jax.Array:
-    """Mean of the 3 x 3 pixels around each, of fewer at the border."""
+def avg_pool(x: jax.Array) -> jax.Array:
+    """3 x 3 average pool with stride 1; padding is excluded from the mean."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
-def largest(x: jax.Array, stride: int = 2) -> jax.Array:
-    """Largest of 3 x 3 pixels."""
+def max_pool(x: jax.Array, stride: int = 2) -> jax.Array:
+    """3 x 3 max pool: SAME padding at stride 1, VALID otherwise."""
     return nn.max_pool(x, (3, 3), (stride, stride), "SAME" if stride == 1 else "VALID")
 
 
 class MixedA(nn.Module):
-    """(B, 35, 35, C) -> (B, 35, 35, 224 + pool)."""
+    """Inception block: (B, 35, 35, C) -> (B, 35, 35, 224 + pool)."""
 
     pool: int
 
@@ -87,26 +88,26 @@ class MixedA(nn.Module):
             Unit(64, 1, name="branch1x1")(x),
             chain(x, "branch5x5", (48, 1), (64, 5)),
             chain(x, "branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-            Unit(self.pool, 1, name="branch_pool")(average(x)),
+            Unit(self.pool, 1, name="branch_pool")(avg_pool(x)),
         )
 
 
 class MixedB(nn.Module):
-    """(B, 35, 35, C) -> (B, 17, 17, 480 + C)."""
+    """Inception block: (B, 35, 35, C) -> (B, 17, 17, 480 + C)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return join(
             Unit(384, 3, 2, name="branch3x3")(x),
             chain(x, "branch3x3dbl", (64, 1), (96, 3), (96, 3, 2)),
-            largest(x),
+            max_pool(x),
         )
 
 
 class MixedC(nn.Module):
-    """(B, 17, 17, 768) -> (B, 17, 17, 768)."""
+    """Inception block: (B, 17, 17, 768) -> (B, 17, 17, 768); width: channels inside branches."""
 
-    width: int  # inside the branches
+    width: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -115,30 +116,30 @@ class MixedC(nn.Module):
             Unit(192, 1, name="branch1x1")(x),
             chain(x, "branch7x7", (n, 1), (n, row), (192, column)),
             chain(x, "branch7x7dbl", (n, 1), (n, column), (n, row), (n, column), (192, row)),
-            Unit(192, 1, name="branch_pool")(average(x)),
+            Unit(192, 1, name="branch_pool")(avg_pool(x)),
         )
 
 
 class MixedD(nn.Module):
-    """(B, 17, 17, 768) -> (B, 8, 8, 1280)."""
+    """Inception block: (B, 17, 17, 768) -> (B, 8, 8, 1280)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return join(
             chain(x, "branch3x3", (192, 1), (320, 3, 2)),
             chain(x, "branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)),
-            largest(x),
+            max_pool(x),
         )
 
 
 class MixedE(nn.Module):
-    """(B, 8, 8, C) -> (B, 8, 8, 2048). max_pool: the last block's peculiarity."""
+    """Inception block: (B, 8, 8, C) -> (B, 8, 8, 2048); max_pool: true in the last block only."""
 
     max_pool: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        pooled = largest(x, 1) if self.max_pool else average(x)
+        pooled = max_pool(x, 1) if self.max_pool else avg_pool(x)
         return join(
             Unit(320, 1, name="branch1x1")(x),
             fork(Unit(384, 1, name="branch3x3_1")(x), "branch3x3_2"),
@@ -148,16 +149,16 @@ class MixedE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Pictures (B, 299, 299, 3) with values 0..255 -> features (B, 2048), logits (B, 1008)."""
+    """Inception-v3: images (B, 299, 299, 3) in 0..255 -> features (B, 2048), logits (B, 1008)."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = (images - 128) / 128
         x = Unit(32, 3, 2, name="Conv2d_1a_3x3")(x)  # (B, 149, 149, 32)
         x = Unit(32, 3, padding="VALID", name="Conv2d_2a_3x3")(x)
-        x = largest(Unit(64, 3, name="Conv2d_2b_3x3")(x))  # (B, 73, 73, 64)
+        x = max_pool(Unit(64, 3, name="Conv2d_2b_3x3")(x))  # (B, 73, 73, 64)
         x = Unit(80, 1, name="Conv2d_3b_1x1")(x)
-        x = largest(Unit(192, 3, padding="VALID", name="Conv2d_4a_3x3")(x))  # (B, 35, 35, 192)
+        x = max_pool(Unit(192, 3, padding="VALID", name="Conv2d_4a_3x3")(x))  # (B, 35, 35, 192)
         x = MixedA(32, name="Mixed_5b")(x)
         x = MixedA(64, name="Mixed_5c")(x)
         x = MixedA(64, name="Mixed_5d")(x)
@@ -175,24 +176,24 @@ class InceptionV3(nn.Module):
 
 @jax.jit
 def resize(images: jax.Array) -> jax.Array:
-    """Pictures (B, H, W, 3) at (B, SIDE, SIDE, 3), f32: bilinear as TensorFlow 1 had it.
+    """Resize images (B, H, W, 3) to (B, SIDE, SIDE, 3), f32: bilinear as in TensorFlow 1.
 
-    Pixel i of the result looks at i * H / SIDE of the source, not at the centre of what it covers,
-    and nothing is smoothed before: FID is defined with that.
+    Pixel i of the result is at i * H / SIDE of the source, not at the center of the area that it
+    covers, and there is no antialiasing: FID is defined with this resize.
     """
     x = images.astype(jnp.float32)
     for axis in (2, 1):
         n = x.shape[axis]
-        place = np.arange(SIDE, dtype=np.float32) * np.float32(n / SIDE)
-        low = place.astype(np.int32)
+        position = np.arange(SIDE, dtype=np.float32) * np.float32(n / SIDE)
+        low = position.astype(np.int32)
         shape = [1, 1, 1, 1]
         shape[axis] = SIDE
-        share = (place - low).reshape(shape)
+        fraction = (position - low).reshape(shape)
         first = jnp.take(x, low, axis)
-        x = first + (jnp.take(x, np.minimum(low + 1, n - 1), axis) - first) * share
+        x = first + (jnp.take(x, np.minimum(low + 1, n - 1), axis) - first) * fraction
     return x
 
 
 def features(params: dict, images: jax.Array) -> jax.Array:
-    """What FID compares: features (B, 2048) of pictures that `resize` gave."""
+    """FID features (B, 2048) of images from `resize`."""
     return InceptionV3().apply({"params": params}, images)[0]

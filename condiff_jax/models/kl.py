@@ -1,6 +1,6 @@
 """AutoencoderKL: the network of Stable Diffusion's autoencoder, equal to diffusers' class.
 
-Only the network: `autoencoder.py` owns the scale and shift of the latents.
+The scale and shift of the latents are in `autoencoder.py`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from condiff_jax.models import layers
 from condiff_jax.models.layers import HeadMerge, HeadProjection
 from condiff_jax.models.unet import ResNetBlock, group_norm, upsample
 
-EPSILON = 1e-6  # of every GroupNorm
+EPSILON = 1e-6  # epsilon of every GroupNorm
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Width of each level, of which all but the last halve the picture's sides.
+    """Autoencoder size: channels of each level, of which all but the last halve the sides.
 
-    codes: entries of the codebook of a VQ autoencoder (vq.py).
+    latent: channels of the latents. codes: codebook size of a VQ autoencoder (vq.py).
     """
 
     channels: tuple[int, ...]
@@ -33,12 +33,12 @@ class Size:
 
     @property
     def groups(self) -> int:
-        """Groups of each GroupNorm: 32 as published, fewer where that leaves under 4 channels."""
+        """Groups of each GroupNorm: 32 as published, or fewer for at least 4 channels in each."""
         return min(32, self.channels[0] // 4)
 
     @property
     def factor(self) -> int:
-        """Sides of a picture over sides of its latents."""
+        """Downsampling factor: the sides of an image over the sides of its latents."""
         return 2 ** (len(self.channels) - 1)
 
 
@@ -46,7 +46,7 @@ SIZES = {"tiny": Size((16, 32, 32), resnets=1, codes=1024), "sd": Size((128, 256
 
 
 class SelfAttention(nn.Module):
-    """Single-head attention over the pixels of (B, H, W, C), with residual."""
+    """Residual single-head self-attention over the pixels of (B, H, W, C)."""
 
     groups: int
     dtype: Any
@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, H, W, 3) -> (B, h, w, channels)."""
+    """Encoder: images (B, H, W, 3) -> (B, h, w, channels)."""
 
     size: Size
     channels: int
@@ -72,7 +72,8 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        size, last = self.size, len(self.size.channels) - 1
+        size = self.size
+        last = len(size.channels) - 1
         y = nn.Conv(size.channels[0], (3, 3), dtype=self.dtype, name="conv_in")(images)
         for level, width in enumerate(size.channels):
             for index in range(size.resnets):
@@ -86,14 +87,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, h, w, latent) -> images (B, H, W, 3)."""
+    """Decoder: (B, h, w, latent) -> images (B, H, W, 3)."""
 
     size: Size
     dtype: Any
 
     @nn.compact
     def __call__(self, latents: jax.Array) -> jax.Array:
-        size, last = self.size, len(self.size.channels) - 1
+        size = self.size
+        last = len(size.channels) - 1
         y = nn.Conv(size.channels[-1], (3, 3), dtype=self.dtype, name="conv_in")(latents)
         y = mid(size, self.dtype, y)
         for level, width in enumerate(size.channels[::-1]):  # up_0 is the deepest level
@@ -107,12 +109,12 @@ class Decoder(nn.Module):
 
 
 def resnet(size: Size, width: int, dtype: Any, name: str) -> ResNetBlock:
-    """A ResNet block without time embedding."""
+    """Create a ResNet block without time embedding."""
     return ResNetBlock(width, size.groups, EPSILON, dtype, name=name)
 
 
 def mid(size: Size, dtype: Any, y: jax.Array) -> jax.Array:
-    """The deepest blocks of encoder and decoder, (B, h, w, C) -> (B, h, w, C)."""
+    """Apply the deepest blocks of encoder and decoder, (B, h, w, C) -> (B, h, w, C)."""
     width = size.channels[-1]
     y = resnet(size, width, dtype, "mid_resnet_0")(y)
     y = SelfAttention(size.groups, dtype, name="mid_attention")(y)
@@ -120,13 +122,13 @@ def mid(size: Size, dtype: Any, y: jax.Array) -> jax.Array:
 
 
 def head(size: Size, channels: int, y: jax.Array) -> jax.Array:
-    """The last norm and convolution of encoder and decoder; f32."""
+    """Apply the last norm and convolution of encoder and decoder; the output is f32."""
     y = nn.silu(group_norm(size.groups, EPSILON, "norm_out")(y))
     return nn.Conv(channels, (3, 3), dtype=jnp.float32, name="conv_out")(y)
 
 
 class AutoencoderKL(nn.Module):
-    """Images f32 (B, H, W, 3) in [-1, 1] to and from latents (B, h, w, latent), both f32."""
+    """Autoencoder between images (B, H, W, 3) in [-1, 1] and latents (B, h, w, latent), f32."""
 
     size: Size
     dtype: Any = jnp.float32
@@ -138,25 +140,25 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv(self.size.latent, (1, 1))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images (B, H, W, 3) decoded from their mean latents; initialises everything."""
+        """Reconstruct images (B, H, W, 3) from their mean latents; initializes all parameters."""
         return self.decode(self.sample(self.encode(images), None))
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Moments (B, h, w, 2 * latent) of the latents, see `mean_and_std`."""
+        """Encode to the moments (B, h, w, 2 * latent) of the latents, see `mean_and_std`."""
         return self.quant_conv(self.encoder(images))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Images (B, H, W, 3), near [-1, 1] but not clipped."""
+        """Decode to images (B, H, W, 3), near [-1, 1] but not clipped."""
         return self.decoder(self.post_quant_conv(latents))
 
     @staticmethod
     def sample(moments: jax.Array, noise: jax.Array | None) -> jax.Array:
-        """Latents (B, h, w, latent) of moments with standard normal noise; their mean without."""
+        """Sample latents (B, h, w, latent) with standard normal noise; without noise, the mean."""
         mean, std = mean_and_std(moments)
         return mean if noise is None else mean + std * noise
 
 
 def mean_and_std(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of the latents; the log-variance is clipped to [-30, 20]."""
+    """Split moments into mean and standard deviation; log-variance is clipped to [-30, 20]."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2)

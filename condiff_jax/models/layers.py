@@ -1,4 +1,4 @@
-"""Layers of the transformers: attention, MLP, modulation, patches, position embedding."""
+"""Common layers of the models: attention, MLP, modulation, patches, position embedding."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ zeros = nn.initializers.zeros
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """x (B, ...), with each example on one device of the mesh that `sharding.traced_on` set.
+    """Shard x (B, ...) by example over the mesh set by `sharding.traced_on`; x without a mesh.
 
-    Without one nothing happens. XLA would else split activations like the parameters that they
-    meet, and send them around instead of gathering parameters, which are far smaller.
+    Otherwise XLA would shard activations like the parameters they are multiplied with, and
+    communicate activations instead of gathering the parameters, which are far smaller.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, P(mesh.axis_names))
@@ -44,7 +44,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 class Modulation(nn.Module):
-    """AdaLN-zero: `count` vectors (B, D) from the conditioning vector (B, D); zero at the start."""
+    """AdaLN-zero: `count` vectors (B, D) from an embedding (B, D), zero at initialization."""
 
     count: int
     dtype: Any = jnp.float32
@@ -57,10 +57,10 @@ class Modulation(nn.Module):
 
 
 class AdaGN(nn.Module):
-    """Adaptive group normalisation (arXiv:2105.05233, Sec. 3): y_s GroupNorm(h) + y_b.
+    """Adaptive group normalization (arXiv:2105.05233, Sec. 3): y_s GroupNorm(h) + y_b.
 
-    h (B, H, W, C) and an embedding (B, E), of which [y_s, y_b] are a linear projection, -> h's
-    shape and dtype. Without bias the projection is around zero, so that of y_s starts at one.
+    h (B, H, W, C) and an embedding (B, E), whose linear projection is [y_s, y_b], -> h's shape and
+    dtype. The bias of y_s starts at one: without it, y_s would start near zero.
     """
 
     groups: int
@@ -83,7 +83,7 @@ class AdaGN(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear-GELU(tanh)-Linear, (B, T, D) -> (B, T, out); or with another activation."""
+    """Linear-activation-Linear, (B, T, D) -> (B, T, out); GELU (tanh) by default."""
 
     hidden: int
     out: int
@@ -100,8 +100,8 @@ class Mlp(nn.Module):
 class VectorEmbed(nn.Module):
     """Linear-SiLU-Linear of a vector (B, C) to (B, width).
 
-    The initialisation keeps variances at every width; DiT's normal(0.02) gives small embeddings
-    at the widths of our small models.
+    The initialization preserves the variance at every width; DiT's normal(0.02) gives small
+    embeddings at the widths of our small models.
     """
 
     width: int
@@ -125,9 +125,9 @@ class TimestepEmbed(nn.Module):
 
 
 class HeadProjection(nn.Module):
-    """Linear (B, T, C) -> (B, T, heads, width / heads): the layout attention wants, no transpose.
+    """Linear (B, T, C) -> (B, T, heads, width / heads), the input layout of `attention`.
 
-    width: C if not given.
+    width: C by default.
     """
 
     heads: int
@@ -155,11 +155,12 @@ class HeadMerge(nn.Module):
         merge = nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=self.kernel_init, dtype=self.dtype, name="linear"
         )
-        return constrain_batch(merge(x))  # on TPUs that of cross-attention would be gathered
+        # Without the constraint, TPUs would gather the output of cross-attention.
+        return constrain_batch(merge(x))
 
 
 def rms_norm(enabled: bool, name: str):
-    """RMSNorm over the head size with a learned scale (Sec. 3.1), in f32; identity if disabled."""
+    """Return an RMSNorm over the head size (Sec. 3.1), in f32; the identity if disabled."""
     if not enabled:
         return lambda x: x
     norm = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
@@ -167,7 +168,7 @@ def rms_norm(enabled: bool, name: str):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, T, D) to itself, or to a context (B, S, C)."""
+    """Multi-head attention of x (B, T, D) to itself or to a context (B, S, C)."""
 
     heads: int
     qk_norm: bool = False
@@ -191,7 +192,7 @@ class Attention(nn.Module):
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
-    """(B, H, W, C) -> (B, H/p * W/p, p * p * C), patches in row order, channels last in a patch."""
+    """Split into patches, row by row: (B, H, W, C) -> (B, H/p * W/p, p * p * C), channels last."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
     return x.reshape(b, h * w // patch**2, patch**2 * c)
@@ -205,7 +206,7 @@ def unpatchify(x: jax.Array, patch: int, height: int, width: int) -> jax.Array:
 
 
 def position_grid(grid: int, base: int, mode: str = "resample") -> np.ndarray:
-    """Coordinates (grid,) of the tokens along one axis, for a model whose base grid is `base`.
+    """Token coordinates (grid,) along one axis, for a model whose base grid is `base`.
 
     resample: linspace(0, base, grid), the same limits at every resolution (pseudocode 1).
     extrapolate: 0, 1, 2, ..., the baseline of Fig. 8a.
@@ -222,8 +223,8 @@ def position_embedding(
 ) -> np.ndarray:
     """2-D sin-cos position embedding (height * columns, width), f32.
 
-    The first half of the channels encodes the column, the second half the row, each as sines
-    then cosines with periods to 10000 (the convention of MAE, DiT and diffusers).
+    The first half of the channels encodes the column, the second half the row. Each half has
+    sines, then cosines, with periods up to 10000 (the convention of MAE, DiT and diffusers).
     """
 
     def encode(position):  # (N,) -> (N, width / 2)

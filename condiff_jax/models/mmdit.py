@@ -1,7 +1,7 @@
 """mmDiT: joint attention over image and condition tokens (SD3), and the paper's model.
 
-`ours` is mmDiT with semantics heard only through attention and control metadata (Eq. 1) heard
-only through AdaLN; `mmdit` also adds the pooled text or the class to the AdaLN input.
+In `ours`, semantics enter only through attention and control metadata (Eq. 1) only through AdaLN.
+`mmdit` also adds the pooled text or the class to the AdaLN input.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from condiff_jax.conditioning.cond import Cond
 from condiff_jax.models import layers
 from condiff_jax.models.layers import HeadMerge, HeadProjection, Mlp, Modulation, modulate
-from condiff_jax.models.transformer import Transformer, kept_text
+from condiff_jax.models.transformer import Transformer, text_or_null
 
 STREAMS = ("shared", "qkv", "full")
 
 
 class Block(nn.Module):
-    """A DiT block over the joint sequence z (B, N + T, D) of N image and T condition tokens.
+    """DiT block over the joint sequence z (B, N + T, D) of N image and T condition tokens.
 
-    Everything is shared between the two kinds of tokens, except that `streams="qkv"` gives
-    condition tokens queries, keys and values of their own.
+    All parameters are shared between image and condition tokens, except that with `streams="qkv"`
+    condition tokens have their own projections to queries, keys and values.
     """
 
     heads: int
@@ -50,7 +50,7 @@ class Block(nn.Module):
         return z + gate2[:, None] * y, None
 
     def queries_keys_values(self, y: jax.Array) -> list[jax.Array]:
-        """Three arrays (B, N + T, heads, head size), queries and keys normalised."""
+        """Project to queries, keys and values, each (B, N + T, heads, head size)."""
         project = partial(HeadProjection, self.heads, dtype=self.dtype)
         norm = partial(layers.rms_norm, self.qk_norm)
         parts = {"": y}
@@ -58,7 +58,8 @@ class Block(nn.Module):
             parts = {"": y[:, : self.tokens], "context_": y[:, self.tokens :]}
         qkv = []
         for prefix, part in parts.items():
-            bias = not prefix  # Table A1 leaves no room for biases of the condition's projections
+            # Table A1's parameter count excludes biases of the condition's projections.
+            bias = not prefix
             q = norm(prefix + "query_norm")(project(bias, name=prefix + "query")(part))
             k = norm(prefix + "key_norm")(project(bias, name=prefix + "key")(part))
             qkv.append((q, k, project(bias, name=prefix + "value")(part)))
@@ -66,10 +67,9 @@ class Block(nn.Module):
 
 
 class TwoStreamBlock(nn.Module):
-    """An SD3 block: image x (B, N, D) and context c (B, T, D) share attention and nothing else.
+    """SD3 block: image x (B, N, D) and context c (B, T, D) share attention and no parameters.
 
-    last: the context only provides keys and values (and queries nobody reads), as its output
-    would not be used.
+    last: the context is not updated, as its output would not be used; its queries have no effect.
     """
 
     heads: int
@@ -98,7 +98,7 @@ class TwoStreamBlock(nn.Module):
         return (x, c), None
 
     def queries_keys_values(self, prefix: str, y: jax.Array) -> tuple[jax.Array, ...]:
-        """Queries, keys and values of one stream, each (B, T, heads, head size)."""
+        """Project one stream to queries, keys and values, each (B, T, heads, head size)."""
         project = partial(HeadProjection, self.heads, dtype=self.dtype)
         norm = partial(layers.rms_norm, self.qk_norm)
         q = norm(prefix + "query_norm")(project(name=prefix + "query")(y))
@@ -106,7 +106,7 @@ class TwoStreamBlock(nn.Module):
         return q, k, project(name=prefix + "value")(y)
 
     def update(self, prefix: str, x: jax.Array, attended: jax.Array, mod: list) -> jax.Array:
-        """Attention output and MLP of one stream, each added behind its gate."""
+        """Add the gated attention output and the gated MLP to one stream."""
         gate1, shift2, scale2, gate2 = mod
         x = x + gate1[:, None] * HeadMerge(self.dtype, name=prefix + "out")(attended)
         y = modulate(layers.layer_norm(x), shift2, scale2)
@@ -115,7 +115,7 @@ class TwoStreamBlock(nn.Module):
 
 
 class MMDiT(Transformer):
-    """x_t (B, H, W, C), t (B,) int32, cond -> eps (B, H, W, C) f32.
+    """mmDiT denoiser: x_t (B, H, W, C), t (B,) int32, cond -> eps (B, H, W, C) f32.
 
     streams: `shared` (the paper's class-conditional size), `qkv` (its text size) or `full` (SD3).
     pooled: also add the pooled text or the class to the AdaLN input (SD3; not the paper's model).
@@ -135,27 +135,28 @@ class MMDiT(Transformer):
         return self.predict(image, *Modulation(2, self.dtype, name="final_modulation")(emb), x)
 
     def embed_semantics(self, cond: Cond) -> tuple[jax.Array, jax.Array | None]:
-        """Condition tokens (B, T, D) and the vector (B, D) for AdaLN, null where dropped."""
+        """Condition tokens (B, T, D) and the AdaLN vector (B, D), null where dropped."""
         if self.classes is not None:
             emb = self.class_embedding(cond)
             return emb[:, None], emb
-        text = kept_text(cond)
-        if self.streams == "full":  # as in SD3
+        text = text_or_null(cond)
+        if self.streams == "full":
             caption = nn.Dense(
                 self.width, kernel_init=layers.xavier, dtype=self.dtype, name="caption"
             )
             pool = layers.VectorEmbed(self.width, self.dtype, name="pooled")
-        else:  # one MLP for tokens and pooled text: what the paper's parameter count allows
+        else:
+            # The paper's parameter count implies one MLP for tokens and pooled text.
             caption = pool = Mlp(self.width, self.width, self.dtype, name="caption")
             if self.pooled and text.pooled.shape[-1] != text.tokens.shape[-1]:
                 raise ValueError(
                     f"pooled text has {text.pooled.shape[-1]} channels, its tokens "
-                    f"{text.tokens.shape[-1]}: mmdit needs the same, or streams=full"
+                    f"{text.tokens.shape[-1]}: mmdit needs equal widths, or model.streams=full"
                 )
         return caption(text.tokens), pool(text.pooled) if self.pooled else None
 
     def blocks(self, image: jax.Array, context: jax.Array, emb: jax.Array) -> jax.Array:
-        """The image tokens (B, N, D) after all blocks, whose parameters are stacked by layer."""
+        """Apply all blocks to the image tokens (B, N, D); parameters are stacked by layer."""
         common = {"qk_norm": self.qk_norm, "backend": self.backend, "dtype": self.dtype}
         n = image.shape[1]
         if self.streams == "full":

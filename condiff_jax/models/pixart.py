@@ -1,7 +1,7 @@
 """PixArt-alpha (arXiv:2310.00426): cross-attention, and one AdaLN projection for all blocks.
 
-"AdaLN-single": the projection of the timestep embedding is shared; each block adds a learned table
-of its own. Control (Eq. 1) is added to the timestep embedding.
+In "AdaLN-single" all blocks share the projection of the timestep embedding, and each block adds its
+own learned table. Control (Eq. 1) is added to the timestep embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from condiff_jax.models.transformer import Transformer
 
 
 class Table(nn.Module):
-    """AdaLN-single: learned vectors (count, D) added to shared ones (B, count, D)."""
+    """AdaLN-single: adds a learned table (count, D) to the shared vectors (B, count, D)."""
 
     count: int
     dtype: Any = jnp.float32
@@ -33,7 +33,7 @@ class Table(nn.Module):
 
 
 class Block(nn.Module):
-    """A PixArt block on tokens x (B, N, D), context (B, T, D); modulation (B, 6, D) is shared."""
+    """PixArt block on tokens x (B, N, D), context (B, T, D) and shared modulation (B, 6, D)."""
 
     heads: int
     qk_norm: bool
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class PixArt(Transformer):
-    """See `Transformer`."""
+    """PixArt denoiser, see `Transformer`."""
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Text encoders: a small trainable word embedding for data that ships without CLIP features."""
+"""Trainable word embedding, the text encoder of data without CLIP features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ END, UNKNOWN = "<end>", "<unk>"
 
 
 def word_tokenizer(words: Iterable[str]) -> Tokenizer:
-    """A lower-casing word-level tokenizer (of the `tokenizers` library) over `words`."""
+    """Create a lower-casing word-level tokenizer (of the `tokenizers` library) over `words`."""
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([END, UNKNOWN, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -34,7 +34,7 @@ def tokenize(
     end: int = 0,
     pad: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask (length,), int32 and bool: `start`, the words cut to fit, `end`; then `pad`."""
+    """Tokenize to ids int32 and mask bool (length,): `start`, truncated words, `end`, `pad`."""
     words = tokenizer.encode(caption, add_special_tokens=False).ids
     ids = [*start, *words[: length - len(start) - 1], end]
     out = np.full((length,), pad, np.int32)
@@ -43,7 +43,7 @@ def tokenize(
 
 
 class WordEmbedding(nn.Module):
-    """Ids and mask (B, T) -> `Text`: word plus position embeddings; pooled is the mean."""
+    """Ids and mask (B, T) -> `Text`: word plus position embeddings; pooled is their masked mean."""
 
     vocabulary: int
     width: int

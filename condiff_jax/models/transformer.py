@@ -1,4 +1,4 @@
-"""What our diffusion transformers share: patches in, eps out, time, control, stacked blocks."""
+"""Base class of the diffusion transformers: embeddings, scanned blocks and output layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from condiff_jax.conditioning.control import ControlEmbed, Weighting
 from condiff_jax.models import layers
 from condiff_jax.models.layers import Mlp
 
-# What the backward pass finds stored: nothing of a block, or its matrix products with weights.
+# Activations stored for the backward pass: all, none of a block, or its products with weights.
 REMAT = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -35,7 +35,7 @@ class Transformer(nn.Module):
 
     classes: number of classes for class-conditional models, None for text. base_grid: tokens per
     side at the base resolution, see `layers.position_grid`. qk_norm: RMSNorm of queries and keys
-    where attention sees conditions.
+    in attention to condition tokens.
     """
 
     depth: int
@@ -53,7 +53,7 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
 
     def patches(self, x: jax.Array) -> jax.Array:
-        """Linear embedding of the patches of x, (B, N, D)."""
+        """Embed the patches of x linearly, (B, N, D)."""
         embed = nn.Dense(
             self.width, kernel_init=layers.xavier, dtype=self.dtype, name="patch_embed"
         )
@@ -65,11 +65,11 @@ class Transformer(nn.Module):
         return layers.position_embedding(self.width, rows, columns, self.base_grid, self.position)
 
     def tokens(self, x: jax.Array) -> jax.Array:
-        """Embedded patches and positions, (B, N, D)."""
+        """Sum of the patch and position embeddings, (B, N, D)."""
         return self.patches(x) + jnp.asarray(self.positions(x), self.dtype)
 
     def time_and_control(self, t: jax.Array, cond: Cond) -> jax.Array:
-        """The timestep embedding plus c_emb of Eq. 1, (B, D)."""
+        """Timestep embedding plus c_emb of Eq. 1, (B, D)."""
         emb = layers.TimestepEmbed(self.width, self.dtype, name="timestep")(t)
         if cond.control is not None:
             control = ControlEmbed(self.width, self.weighting, self.dtype, name="control")
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         return emb
 
     def class_embedding(self, cond: Cond) -> jax.Array:
-        """The class as a vector (B, D); the last row of the table stands for dropped classes."""
+        """Class embedding (B, D); the last row of the table is the null class."""
         table = nn.Embed(
             self.classes + 1, self.width, embedding_init=layers.normal, dtype=self.dtype,
             name="class_embed",
@@ -85,14 +85,14 @@ class Transformer(nn.Module):
         return table(jnp.where(cond.drop_semantics, self.classes, cond.semantics))
 
     def condition_tokens(self, cond: Cond) -> jax.Array:
-        """The class as one token, or the text tokens through a two-layer MLP, (B, T, D)."""
+        """Condition tokens (B, T, D): the class embedding, or text tokens through an MLP."""
         if self.classes is not None:
             return self.class_embedding(cond)[:, None]
         caption = Mlp(self.width, self.width, self.dtype, name="caption")
-        return caption(kept_text(cond).tokens)
+        return caption(text_or_null(cond).tokens)
 
     def scan(self, block: type[nn.Module], length: int, in_axes=nn.broadcast):
-        """`block` applied `length` times in a row, rematerialised and unrolled as configured."""
+        """Scan `block` over `length` layers, with the configured remat and unrolling."""
         if self.remat != "none":
             policy = REMAT[self.remat]
             block = nn.remat(block, policy=policy, prevent_cse=self.unroll != 1)
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         )
 
     def predict(self, tokens: jax.Array, shift: jax.Array, scale: jax.Array, like: jax.Array):
-        """eps with the shape of `like` from the last tokens (B, N, D), modulated once more."""
+        """Modulate and project the last tokens (B, N, D) to eps with the shape of `like`."""
         tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)
         out = nn.Dense(
             self.patch**2 * like.shape[-1], kernel_init=layers.zeros, dtype=jnp.float32,
@@ -115,8 +115,8 @@ class Transformer(nn.Module):
         return layers.unpatchify(out, self.patch, *like.shape[1:3])
 
 
-def kept_text(cond: Cond) -> Text:
-    """The text features, all zero where semantics are dropped."""
+def text_or_null(cond: Cond) -> Text:
+    """Text features, all zero where semantics are dropped."""
     text: Text = jax.tree.map(layers.constrain_batch, cond.semantics)
     return text.replace(
         tokens=jnp.where(cond.drop_semantics[:, None, None], 0, text.tokens),

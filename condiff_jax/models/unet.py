@@ -1,8 +1,8 @@
-"""UNet of LDM and Stable Diffusion: ResNet blocks, and transformer blocks that hear semantics.
+"""UNet of LDM and Stable Diffusion: ResNet blocks, and transformer blocks with cross-attention.
 
-Semantics enter through cross-attention only; the timestep and control metadata (Eq. 1) through
-the time embedding, which every ResNet block adds to its features. Without normalised queries and
-keys it equals diffusers' UNet2DConditionModel.
+Semantics enter through cross-attention only. The timestep and control metadata (Eq. 1) enter
+through the time embedding, which every ResNet block adds to its features. Without qk_norm it equals
+diffusers' UNet2DConditionModel.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from condiff_jax.conditioning.control import ControlEmbed, Weighting, sinusoid
 from condiff_jax.models import layers
 from condiff_jax.models.layers import Attention
 
-REMAT = {"none": lambda block: block, "block": nn.remat}  # blocks differ: no scan, no policy
+# Blocks differ in shape, so they are not scanned, and remat has no policy.
+REMAT = {"none": lambda block: block, "block": nn.remat}
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Width of each level, which levels attend, and either the heads or the size of a head.
+    """UNet size: channels and attention of each level, and either `heads` or `head_size`.
 
-    context: width of the class embedding; text tokens bring their own.
+    context: width of the class embedding; text tokens have the width of their encoder.
     """
 
     channels: tuple[int, ...]
@@ -39,17 +40,17 @@ class Size:
 
     @property
     def groups(self) -> int:
-        """Groups of each GroupNorm: 32 as published, fewer where that leaves under 4 channels."""
+        """Groups of each GroupNorm: 32 as published, or fewer for at least 4 channels in each."""
         return min(32, self.channels[0] // 4)
 
     def heads_at(self, width: int) -> int:
-        """Number of heads of a level."""
+        """Number of attention heads of a level with `width` channels."""
         return self.heads or width // self.head_size
 
 
 SIZES = {
     "tiny": Size((32, 64, 96), (False, True, True), 128, head_size=32, resnets=1),
-    # LDM-4 on ImageNet. (Its published configuration has one head as wide as the level.)
+    # LDM-4 on ImageNet; its published configuration has one head as wide as the level.
     "class": Size((192, 384, 576, 960), (False, True, True, True), 512, head_size=32),
     # Stable Diffusion 1.5
     "text": Size((320, 640, 1280, 1280), (True, True, True, False), 768, heads=8),
@@ -57,27 +58,27 @@ SIZES = {
 
 
 def group_norm(groups: int, epsilon: float, name: str):
-    """GroupNorm over (B, H, W, C) with scale and bias, in f32; the dtype stays."""
+    """Return a GroupNorm with scale and bias, computed in f32, that preserves the dtype."""
     norm = nn.GroupNorm(groups, epsilon=epsilon, dtype=jnp.float32, name=name)
     return lambda x: norm(x).astype(x.dtype)
 
 
 def layer_norm(name: str):
-    """LayerNorm over channels with scale and bias, in f32; the dtype stays."""
+    """Return a LayerNorm with scale and bias, computed in f32, that preserves the dtype."""
     norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name=name)
     return lambda x: norm(x).astype(x.dtype)
 
 
 def upsample(x: jax.Array) -> jax.Array:
-    """Nearest neighbours: (B, H, W, C) -> (B, 2 H, 2 W, C)."""
+    """Nearest-neighbor upsampling: (B, H, W, C) -> (B, 2 H, 2 W, C)."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class ResNetBlock(nn.Module):
-    """x (B, H, W, C), embedding (B, E) or None -> (B, H, W, width); no residual at first.
+    """ResNet block: x (B, H, W, C), embedding (B, E) or None -> (B, H, W, width).
 
-    The embedding, of the timestep and what else is given, is added to the features or, adaptive,
-    modulates their second norm (`AdaGN`).
+    The embedding is added to the features or, if adaptive, modulates their second norm (`AdaGN`).
+    The residual branch is zero at initialization.
     """
 
     width: int
@@ -107,7 +108,7 @@ class ResNetBlock(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """Linear-GEGLU-Linear with a hidden width of 4 D: (B, T, D) -> (B, T, D)."""
+    """GEGLU MLP with a hidden width of 4 D: (B, T, D) -> (B, T, D)."""
 
     dtype: Any
 
@@ -121,10 +122,10 @@ class GatedMlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and MLP over pixels (B, H, W, C); no residual at first.
+    """Self-attention, cross-attention and MLP over pixels (B, H, W, C).
 
-    Queries and keys are normalised only where attention hears the condition. Without a context
-    there is no cross-attention.
+    qk_norm: normalize queries and keys of cross-attention. Without a context there is no
+    cross-attention. The residual branch is zero at initialization.
     """
 
     heads: int
@@ -152,11 +153,11 @@ class TransformerBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t (B, H, W, C), t (B,) int32, cond -> eps (B, H, W, C) f32.
+    """UNet denoiser: x_t (B, H, W, C), t (B,) int32, cond -> eps (B, H, W, C) f32.
 
-    Height and width divide by 2^(levels - 1). classes: number of classes for class-conditional
-    models, which attend to one token; None for text. remat: `block` stores only what goes into
-    each ResNet and transformer block. adaptive: the embedding modulates norms, see `ResNetBlock`.
+    2^(levels - 1) must divide height and width. classes: number of classes for class-conditional
+    models, which attend to one token; None for text. remat: `block` stores only the inputs of each
+    ResNet and transformer block. adaptive: the embedding modulates norms, see `ResNetBlock`.
     """
 
     size: Size
@@ -173,50 +174,55 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
-        channels, given = self.size.channels, self.given(t, cond)
+        channels = self.size.channels
+        conditioning = self.conditioning(t, cond)
         y = nn.Conv(channels[0], (3, 3), dtype=self.dtype, name="conv_in")(x)
-        y, skips = self.down(y, given)
-        y = self.stage("mid", 0, channels[-1], True, y, given)
-        y = self.stage("mid", 1, channels[-1], False, y, given)
-        y = self.up(y, skips, given)
+        y, skips = self.down(y, conditioning)
+        y = self.stage("mid", 0, channels[-1], True, y, conditioning)
+        y = self.stage("mid", 1, channels[-1], False, y, conditioning)
+        y = self.up(y, skips, conditioning)
         y = nn.silu(group_norm(self.size.groups, self.epsilon, "norm_out")(y))
         return nn.Conv(
             x.shape[-1], (3, 3), kernel_init=layers.zeros, dtype=jnp.float32, name="conv_out"
         )(y)
 
-    def given(self, t: jax.Array, cond: Cond) -> tuple:
-        """What all stages hear: (time embedding, context)."""
+    def conditioning(self, t: jax.Array, cond: Cond) -> tuple:
+        """Conditioning inputs of all stages: (time embedding, context)."""
         return self.embed_time(t, cond), self.embed_semantics(cond)
 
     def sinusoids(self, t: jax.Array) -> jax.Array:
-        """Timesteps (B,) as (B, channels[0])."""
+        """Sinusoidal features (B, channels[0]) of timesteps (B,)."""
         return sinusoid(t, self.size.channels[0])
 
     def embed_time(self, t: jax.Array, cond: Cond | None) -> jax.Array:
-        """What ResNet blocks hear (B, 4 * channels[0]): the timestep, and control (Eq. 1)."""
-        first = self.size.channels[0]
-        emb = layers.VectorEmbed(4 * first, self.dtype, name="timestep")(self.sinusoids(t))
+        """Embedding of the timestep and of control (Eq. 1), (B, 4 * channels[0])."""
+        width = 4 * self.size.channels[0]
+        emb = layers.VectorEmbed(width, self.dtype, name="timestep")(self.sinusoids(t))
         if cond is not None and cond.control is not None:
-            control = ControlEmbed(4 * first, self.weighting, self.dtype, name="control")
+            control = ControlEmbed(width, self.weighting, self.dtype, name="control")
             emb = emb + control(cond.control, t, cond.drop_control)
         return emb
 
     def embed_semantics(self, cond: Cond) -> jax.Array:
-        """What transformers hear (B, T, C): text tokens or one class token, null where dropped."""
+        """Context (B, T, C): text tokens or one class token, null where dropped."""
         drop = cond.drop_semantics
         if self.classes is None:
             return layers.constrain_batch(jnp.where(drop[:, None, None], 0, cond.semantics.tokens))
-        # No norm follows, so the token starts with the unit variance of text features.
+        # The token has the unit variance of text features at initialization, as no norm follows.
         table = nn.Embed(
             self.classes + 1, self.size.context, embedding_init=nn.initializers.normal(1.0),
             dtype=self.dtype, name="class_embed",
         )  # fmt: skip
         return layers.constrain_batch(table(jnp.where(drop, self.classes, cond.semantics))[:, None])
 
-    def stage(self, part: str, index: int, width: int, attend: bool, y: jax.Array, given: tuple):
-        """A ResNet block and, to attend, a transformer block; given: (time embedding, context)."""
-        size, remat, y = self.size, REMAT[self.remat], layers.constrain_batch(y)
-        emb, context = given
+    def stage(
+        self, part: str, index: int, width: int, attend: bool, y: jax.Array, conditioning: tuple
+    ) -> jax.Array:
+        """Apply a ResNet block and, if `attend`, a transformer block."""
+        size = self.size
+        remat = REMAT[self.remat]
+        emb, context = conditioning
+        y = layers.constrain_batch(y)
         resnet = remat(ResNetBlock)(
             width, size.groups, dtype=self.dtype, adaptive=self.adaptive,
             name=f"{part}_resnet_{index}",
@@ -230,12 +236,13 @@ class UNet(nn.Module):
         )  # fmt: skip
         return transformer(y, context)
 
-    def down(self, y: jax.Array, given: tuple) -> tuple[jax.Array, list[jax.Array]]:
-        """The deepest features, and those of every step on the way as skip connections."""
-        skips, size = [y], self.size
+    def down(self, y: jax.Array, conditioning: tuple) -> tuple[jax.Array, list[jax.Array]]:
+        """Return the deepest features, and those of every step as skip connections."""
+        size = self.size
+        skips = [y]
         for level, (width, attend) in enumerate(zip(size.channels, size.attention, strict=True)):
             for index in range(size.resnets):
-                y = self.stage(f"down_{level}", index, width, attend, y, given)
+                y = self.stage(f"down_{level}", index, width, attend, y, conditioning)
                 skips.append(y)
             if level < len(size.channels) - 1:
                 name = f"down_{level}_downsample"
@@ -243,14 +250,14 @@ class UNet(nn.Module):
                 skips.append(y)
         return y, skips
 
-    def up(self, y: jax.Array, skips: list[jax.Array], given: tuple) -> jax.Array:
-        """The features (B, H, W, channels[0]) after all skips; up_0 is the deepest level."""
+    def up(self, y: jax.Array, skips: list[jax.Array], conditioning: tuple) -> jax.Array:
+        """Return features (B, H, W, channels[0]) after all skips; up_0 is the deepest level."""
         size = self.size
         levels = list(zip(size.channels, size.attention, strict=True))[::-1]
         for level, (width, attend) in enumerate(levels):
             for index in range(size.resnets + 1):
                 y = jnp.concatenate([y, skips.pop()], -1)
-                y = self.stage(f"up_{level}", index, width, attend, y, given)
+                y = self.stage(f"up_{level}", index, width, attend, y, conditioning)
             if level < len(levels) - 1:
                 name = f"up_{level}_upsample"
                 y = nn.Conv(width, (3, 3), dtype=self.dtype, name=name)(upsample(y))

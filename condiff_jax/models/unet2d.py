@@ -1,7 +1,7 @@
-"""UNet of DDPM for classes, in pixels: ResNet blocks, and attention of pixels to each other.
+"""Class-conditional UNet of DDPM, in pixel space: ResNet blocks and self-attention.
 
-The network of google/ddpm-cifar10-32 and, without class and control, equal to diffusers'
-UNet2DModel. How it hears the class is up to a method of the package `conditioners`.
+The network of google/ddpm-cifar10-32; without class and control it equals diffusers' UNet2DModel.
+A method of the package `conditioners` defines the class conditioning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from condiff_jax.models.unet import REMAT, ResNetBlock, UNet
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Width of each level, which levels attend, ResNet blocks of one, groups of a GroupNorm."""
+    """UNet size: channels and attention of each level, ResNet blocks per level, norm groups."""
 
     channels: tuple[int, ...]
     attention: tuple[bool, ...] = (False, True, False, False)
@@ -30,7 +30,7 @@ class Size:
 
 
 SIZES = {
-    # The published ones at a quarter of their width, with one block a level
+    # small, medium and large at a quarter of their width, with one ResNet block a level.
     "tiny": Size((16, 32, 32, 32), resnets=1, groups=8),
     "tiny2": Size((32, 64, 64, 64), resnets=1, groups=16),
     "tiny4": Size((64, 128, 128, 128), resnets=1),
@@ -41,7 +41,7 @@ SIZES = {
 
 
 class Prepare(nn.Module):
-    """A module that holds the layers, if any, of a method's prepare_conditioning."""
+    """Wrap a method's prepare_conditioning in a module, which holds its layers, if any."""
 
     function: Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -51,47 +51,51 @@ class Prepare(nn.Module):
 
 
 class UNet2D(UNet):
-    """x_t (B, H, W, C), t (B,) int32, cond with a class -> eps (B, H, W, C) f32.
+    """UNet denoiser: x_t (B, H, W, C), t (B,) int32, cond with a class -> eps (B, H, W, C) f32.
 
-    Fields as of `UNet`, but qk_norm: the attention is plain, with one head. conditioner: a method
-    of the package `conditioners`.
+    Fields are those of `UNet`, but qk_norm has no effect: self-attention is plain, with one head.
+    conditioner: a method of the package `conditioners`.
     """
 
     conditioner: str = "film"
 
-    # Those of diffusers' downsample_padding=0 and norm_eps=1e-6
+    # These correspond to diffusers' downsample_padding=0 and norm_eps=1e-6.
     padding = ((0, 1), (0, 1))
     epsilon = kl.EPSILON
 
-    def given(self, t: jax.Array, cond: Cond) -> tuple:
-        """(what ResNet blocks hear, (class, time, t) for what comes after each)."""
+    def conditioning(self, t: jax.Array, cond: Cond) -> tuple:
+        """(embedding for ResNet blocks, (class_emb, time_emb, t) for the conditioners)."""
         time_emb = self.embed_time(t, cond)
         table = nn.Embed(
             self.classes + 1, time_emb.shape[-1], embedding_init=nn.initializers.normal(1.0),
             dtype=self.dtype, name="class_embed",
         )  # fmt: skip
-        # The last row is the null condition.
+        # The last row of the table is the null condition.
         class_emb = table(jnp.where(cond.drop_semantics, self.classes, cond.semantics))
         class_emb = layers.constrain_batch(class_emb)
         prepare, _ = conditioners.load(self.conditioner)
-        heard = Prepare(prepare, name="class_prepare")(time_emb, class_emb)
-        return heard, (class_emb, time_emb, t)
+        block_emb = Prepare(prepare, name="class_prepare")(time_emb, class_emb)
+        return block_emb, (class_emb, time_emb, t)
 
     def sinusoids(self, t: jax.Array) -> jax.Array:
-        """(B, channels[0]): sines, then cosines, the last of them with a period of 2 pi 10^4."""
-        first = self.size.channels[0]
-        return jnp.roll(sinusoid(t, first, last=True), first // 2, axis=-1)
+        """Sines, then cosines (B, channels[0]); the longest period is 2 pi 10^4."""
+        width = self.size.channels[0]
+        return jnp.roll(sinusoid(t, width, last=True), width // 2, axis=-1)
 
-    def stage(self, part: str, index: int, width: int, attend: bool, y: jax.Array, given: tuple):
-        """A ResNet block, the conditioner and, to attend, self-attention; given: as of `given`."""
-        size, remat, y = self.size, REMAT[self.remat], layers.constrain_batch(y)
-        emb, others = given
+    def stage(
+        self, part: str, index: int, width: int, attend: bool, y: jax.Array, conditioning: tuple
+    ) -> jax.Array:
+        """Apply a ResNet block, the conditioner and, if `attend`, self-attention."""
+        size = self.size
+        remat = REMAT[self.remat]
+        emb, class_inputs = conditioning
+        y = layers.constrain_batch(y)
         resnet = remat(ResNetBlock)
         name = f"{part}_resnet_{index}"
         y = resnet(width, size.groups, self.epsilon, self.dtype, name=name)(y, emb)
         _, conditioner = conditioners.load(self.conditioner)
         name = f"{part}_class_{index}"
-        y = remat(conditioner)(size.groups, self.weighting, self.dtype, name=name)(y, *others)
+        y = remat(conditioner)(size.groups, self.weighting, self.dtype, name=name)(y, *class_inputs)
         if not attend:
             return y
         name = f"{part}_attention_{index}"

@@ -102,7 +102,7 @@ class ReconstructionObjective(Objective):
             parts["kl"] = kl_divergence(moments).sum() / images.size
             loss += settings.kl * parts["kl"]
         else:
-            codes, _ = network.apply(variables, latents, method="quantise")
+            codes, _ = network.apply(variables, latents, method="quantize")
             parts["codebook"] = jnp.square(jax.lax.stop_gradient(latents) - codes).mean()
             commitment = jnp.square(latents - jax.lax.stop_gradient(codes)).mean()
             anchors = network.apply(variables, latents, method="anchors")

@@ -1,1 +1,1 @@
-"""Published weights: where they are, what their tensors are called, how they are read."""
+"""Published weights: locating and reading files, and mapping tensor names and layouts."""

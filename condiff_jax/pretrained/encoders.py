@@ -1,4 +1,4 @@
-"""The frozen encoders of pictures and texts: where their parameters come from, and that they fit.
+"""Frozen encoders of images and texts, loaded from published weights and checked for fit.
 
 Their parameters are not in the training state: `Objective.load_frozen` reads them at every start.
 """
@@ -30,57 +30,58 @@ from condiff_jax.pretrained import key_maps, weights
 
 @contextlib.contextmanager
 def local(folder: epath.Path, names: Sequence[str]):
-    """The folder if it is a local one, else one with local copies of its files `names`."""
+    """Yield a local folder with the files `names`: the folder itself or, if remote, copies."""
     if "://" not in os.fspath(folder):
         yield Path(folder)
         return
-    with tempfile.TemporaryDirectory() as copies:
+    with tempfile.TemporaryDirectory() as directory:
         for name in names:
             if (folder / name).exists():
-                (Path(copies) / name).write_bytes((folder / name).read_bytes())
-        yield Path(copies)
+                (Path(directory) / name).write_bytes((folder / name).read_bytes())
+        yield Path(directory)
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-    """The parameters at `autoencoder.path`, of diffusers' AutoencoderKL or VQModel."""
+    """Parameters at `autoencoder.path`, of diffusers' AutoencoderKL or VQModel."""
 
     path: str
     network: AutoencoderKL | AutoencoderVQ
     field: str = "autoencoder.path"
 
     @cached_property
-    def place(self) -> epath.Path:
-        """The file or folder, fetched from the hub if the path is a hub id."""
+    def location(self) -> epath.Path:
+        """File or folder of the weights, downloaded if the path is a hub id."""
         if not self.path:
             raise ConfigError("autoencoder.path", "empty; latents need an autoencoder")
         with config_errors("autoencoder.path"):
-            place = weights.locate(self.path)
-            return place / "vae" if (place / "vae").is_dir() else place  # of Stable Diffusion
+            location = weights.locate(self.path)
+            # Stable Diffusion's repositories have the autoencoder in the subfolder vae.
+            return location / "vae" if (location / "vae").is_dir() else location
 
     def files(self) -> list[epath.Path]:
-        """What the latents depend on."""
+        """List the files that determine the latents."""
         with config_errors("autoencoder.path"):
-            return weights.weight_files(self.place)
+            return weights.weight_files(self.location)
 
     def shapes(self) -> dict:
-        """Those of the parameters."""
+        """Shapes of the parameters."""
         side = 8 * self.network.size.factor
         image = jnp.zeros((1, side, side, 3))
         return jax.eval_shape(self.network.init, jax.random.key(0), image)["params"]
 
     def load(self) -> dict:
-        """The parameters, f32; ConfigError where the files do not fit."""
-        place = str(self.place)
+        """Load the parameters, f32; ConfigError if the files do not fit."""
+        source = str(self.location)
         with config_errors("autoencoder.path"):
-            return weights.load_published(place, key_maps.AUTOENCODER, self.shapes())
+            return weights.load_published(source, key_maps.AUTOENCODER, self.shapes())
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """CLIP's text tower at `text_encoder.path`, which nothing is read from before it is needed.
+    """CLIP's text tower at `text_encoder.path`; files are read when first needed.
 
-    Encodes captions like the trainable encoder: `apply({"params": ...}, ids, mask)`.
+    It encodes captions like the trainable encoder: `apply({"params": ...}, ids, mask)`.
     """
 
     settings: TextEncoder
@@ -88,8 +89,8 @@ class Clip:
     field: str = "text_encoder.path"
 
     @cached_property
-    def place(self) -> epath.Path:
-        """The folder, fetched from the hub if the path is a hub id."""
+    def location(self) -> epath.Path:
+        """Folder of the checkpoint, downloaded if the path is a hub id."""
         if not self.settings.path:
             raise ConfigError(
                 "text_encoder.path",
@@ -100,71 +101,81 @@ class Clip:
             return weights.locate(self.settings.path, clip.CONFIG, *clip.WORDS)
 
     @cached_property
-    def parts(self) -> tuple[epath.Path, epath.Path]:
-        """The folders of the tower and of its words: one, or two within Stable Diffusion's."""
-        for tower, words in (("", ""), ("text_encoder", "tokenizer")):
-            if (self.place / tower / clip.CONFIG).exists():
-                return self.place / tower, self.place / words
+    def folders(self) -> tuple[epath.Path, epath.Path]:
+        """Folders of the tower and of the tokenizer: the same, or two subfolders.
+
+        Stable Diffusion's repositories have the subfolders text_encoder and tokenizer.
+        """
+        for tower, tokenizer in (("", ""), ("text_encoder", "tokenizer")):
+            if (self.location / tower / clip.CONFIG).exists():
+                return self.location / tower, self.location / tokenizer
         with config_errors("text_encoder.path"):
-            raise FileNotFoundError(f"no {clip.CONFIG} in {self.place}")
+            raise FileNotFoundError(f"no {clip.CONFIG} in {self.location}")
 
     @property
     def name(self) -> str:
-        """What others load it by: the hub id, or the absolute path."""
+        """Name by which transformers loads the checkpoint: a hub id or an absolute path."""
         path = self.settings.path
-        whole = self.parts[0] == self.place  # not a folder of Stable Diffusion's
-        return path if whole and not epath.Path(path).exists() else str(self.place.resolve())
+        in_subfolder = self.folders[0] != self.location
+        if in_subfolder or epath.Path(path).exists():
+            return str(self.location.resolve())
+        return path
 
     @cached_property
-    def _opened(self) -> tuple[clip.Size, clip.Tokenizer]:
-        """What the small files say; ConfigError where it disagrees with the config."""
-        settings, (tower, words) = self.settings, self.parts
+    def _size_and_tokenizer(self) -> tuple[clip.Size, clip.Tokenizer]:
+        """Size and tokenizer from the files; ConfigError if they do not fit the config."""
+        settings = self.settings
+        tower, words = self.folders
         with (
             config_errors("text_encoder.path"),
             local(tower, (clip.CONFIG,)) as tower,
             local(words, clip.WORDS) as words,
         ):
-            size, tokenizer = clip.Size.read(tower), clip.Tokenizer.read(words)
-            most = max(tokenizer.backend.get_vocab().values())
-            if most >= size.words or size.end not in (2, tokenizer.end):
+            size = clip.Size.read(tower)
+            tokenizer = clip.Tokenizer.read(words)
+            max_id = max(tokenizer.backend.get_vocab().values())
+            if max_id >= size.words or size.end not in (2, tokenizer.end):
                 raise ValueError(
                     f"{clip.CONFIG} has {size.words} tokens and end token {size.end}, but "
-                    f"{' and '.join(clip.WORDS)} {most + 1} and {tokenizer.end}"
+                    f"{' and '.join(clip.WORDS)} {max_id + 1} and {tokenizer.end}"
                 )
         for field in ("length", "width"):
-            asked, found = getattr(settings, field), getattr(size, field)
-            if asked != found:
+            configured = getattr(settings, field)
+            actual = getattr(size, field)
+            if configured != actual:
                 raise ConfigError(
                     f"text_encoder.{field}",
-                    f"must be {found}, as in text_encoder.path={settings.path}; got {asked}",
+                    f"must be {actual}, as in text_encoder.path={settings.path}; got {configured}",
                 )
         return size, tokenizer
 
     @property
     def network(self) -> clip.TextTower:
-        """The tower, of the size that config.json gives; ViT-L/14 is known without a path."""
-        size, settings = clip.Size(), self.settings
+        """Tower of the size in config.json; without a path, ViT-L/14 if length and width fit."""
+        settings = self.settings
+        size = clip.Size()
         if settings.path or (size.length, size.width) != (settings.length, settings.width):
-            size = self._opened[0]
+            size, _ = self._size_and_tokenizer
         return clip.TextTower(size, self.dtype)
 
     def files(self) -> list[epath.Path]:
-        """What the text features depend on, besides config.json."""
-        tower, words = self.parts
+        """List the files that determine the text features, besides config.json."""
+        tower, words = self.folders
         with config_errors("text_encoder.path"):
             return [*weights.weight_files(tower), *(words / name for name in clip.WORDS)]
 
     def shapes(self) -> dict:
-        """Those of what `load` gives; ConfigError where config.json does not say."""
+        """Shapes and dtypes of the parameters; ConfigError if config.json does not fit."""
         ids = jnp.zeros((1, self.settings.length), jnp.int32)
         shapes = jax.eval_shape(self.network.init, jax.random.key(0), ids, ids > 0)["params"]
         return jax.eval_shape(self._cast, shapes)
 
     def load(self) -> dict:
-        """Its parameters, matrices in the type they are computed with; ConfigError on misfit."""
-        place, rules, shapes = str(self.parts[0]), key_maps.CLIP_TEXT, self.shapes()
+        """Load the parameters, matrices in the compute dtype; ConfigError if files do not fit."""
+        source, rules = str(self.folders[0]), key_maps.CLIP_TEXT
+        shapes = self.shapes()
         with config_errors("text_encoder.path"):
-            params = weights.load_published(place, rules, shapes, key_maps.CLIP_OTHERS)
+            params = weights.load_published(source, rules, shapes, key_maps.CLIP_TEXT_IGNORED)
         return self._cast(params)
 
     def _cast(self, params: dict) -> dict:
@@ -174,9 +185,10 @@ class Clip:
         )
 
     def tokenize(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (T,) int32 and mask (T,) bool of a caption."""
-        return self._opened[1](caption, self.settings.length)
+        """Tokenize a caption to ids (T,) int32 and mask (T,) bool."""
+        _, tokenizer = self._size_and_tokenizer
+        return tokenizer(caption, self.settings.length)
 
     def apply(self, variables: dict, ids: jax.Array, mask: jax.Array) -> Text:
-        """Features of captions, ids and mask (B, T)."""
+        """Encode captions given as ids and mask (B, T)."""
         return self.network.apply(variables, ids, mask)

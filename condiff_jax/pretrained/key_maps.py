@@ -1,4 +1,4 @@
-"""Names and layouts of published checkpoints, as rules from our names in PyTorch's layout."""
+"""Key maps of published checkpoints: rules between our names (PyTorch's layout) and theirs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Arrays = list[np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How one published tensor holds ours: pack(ours) -> theirs, unpack(theirs, count) -> ours."""
+    """Layout of a published tensor.
+
+    pack(our tensors) -> published tensor, unpack(published tensor, count) -> our tensors.
+    """
 
     pack: Callable[[Arrays], np.ndarray] = lambda arrays: arrays[0]
     unpack: Callable[[np.ndarray, int], Arrays] = lambda array, count: [array]
@@ -24,22 +27,22 @@ def _swap(array: np.ndarray) -> np.ndarray:
 
 
 SAME = Form()
-# Packed queries, keys and values.
+# Queries, keys and values concatenated in one tensor.
 PACKED = Form(np.concatenate, np.split)
-# (shift, scale) of ours is (scale, shift) of diffusers' AdaLayerNormContinuous.
+# Our (shift, scale) is (scale, shift) in diffusers' AdaLayerNormContinuous.
 SWAPPED = Form(lambda arrays: _swap(arrays[0]), lambda array, _: [_swap(array)])
-# The same tensor once more: written by `to_published`, ignored by `from_published`.
+# A duplicate of a tensor, written by `to_published` and ignored by `from_published`.
 COPY = Form()
-# A leading dimension of 1.
+# The published tensor has a leading dimension of 1.
 BATCHED = Form(lambda arrays: arrays[0][None], lambda array, _: [array[0]])
 
 
 def patches(side: int) -> Form:
-    """Embedding of patches: our linear layer (D, p p C), their convolution (D, C, p, p)."""
+    """Layout of a patch embedding: our linear layer (D, p p C), their convolution (D, C, p, p)."""
 
     def pack(arrays):
         (array,) = arrays
-        if array.ndim == 1:  # the bias
+        if array.ndim == 1:  # bias
             return array
         return array.reshape(len(array), side, side, -1).transpose(0, 3, 1, 2)
 
@@ -51,20 +54,20 @@ def patches(side: int) -> Form:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Modules (or bare parameters) `ours` are held by `theirs`; each "*" stands for an index."""
+    """Map from our modules (or bare parameters) to a published one; each "*" is an index."""
 
-    ours: str | Sequence[str]
-    theirs: str
+    modules: str | Sequence[str]
+    published: str
     form: Form = SAME
 
     @property
     def names(self) -> Sequence[str]:
-        """`ours` as a sequence."""
-        return (self.ours,) if isinstance(self.ours, str) else self.ours
+        """Names of our modules, as a sequence."""
+        return (self.modules,) if isinstance(self.modules, str) else self.modules
 
 
 def _match(template: str, name: str) -> tuple[tuple[str, ...], str] | None:
-    """Indices and leaf (".weight", ".bias" or "") when a name fits a template."""
+    """Match a name to a template: indices and leaf (".weight", ".bias" or ""), or None."""
     pattern = re.escape(template).replace(r"\*", r"(\d+)") + r"(\.weight|\.bias)?"
     match = re.fullmatch(pattern, name)
     return match and (match.groups()[:-1], match.groups()[-1] or "")
@@ -77,48 +80,53 @@ def _fill(template: str, indices: tuple[str, ...], leaf: str) -> str:
 
 
 def to_published(tensors: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict:
-    """Our tensors (PyTorch's layout) under published names; ValueError for those without a rule."""
-    out, left = {}, set(tensors)
+    """Rename and pack our tensors (PyTorch's layout); ValueError for tensors without a rule."""
+    out = {}
+    unused = set(tensors)
     for rule in rules:
         for name in tensors:
-            found = _match(rule.names[0], name)
-            if not found or (name not in left and rule.form is not COPY):
+            match = _match(rule.names[0], name)
+            if not match or (name not in unused and rule.form is not COPY):
                 continue
-            ours = [_fill(part, *found) for part in rule.names]
-            out[_fill(rule.theirs, *found)] = rule.form.pack([tensors[part] for part in ours])
-            left -= set(ours)
-    _all_used(left)
+            names = [_fill(part, *match) for part in rule.names]
+            out[_fill(rule.published, *match)] = rule.form.pack([tensors[part] for part in names])
+            unused -= set(names)
+    _check_all_used(unused)
     return out
 
 
 def from_published(state: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> dict:
-    """Inverse of `to_published`; where several rules fit, the first one counts."""
-    out, left = {}, set(state)
+    """Invert `to_published`; if several rules match a name, the first one applies."""
+    out = {}
+    unused = set(state)
     for rule in rules:
         for name in state:
-            if name not in left or not (found := _match(rule.theirs, name)):
+            if name not in unused:
                 continue
-            ours = [_fill(part, *found) for part in rule.names]
-            arrays = rule.form.unpack(np.asarray(state[name]), len(ours))
+            match = _match(rule.published, name)
+            if not match:
+                continue
+            names = [_fill(part, *match) for part in rule.names]
+            arrays = rule.form.unpack(np.asarray(state[name]), len(names))
             if rule.form is not COPY:
-                out |= dict(zip(ours, arrays, strict=True))
-            left.remove(name)
-    _all_used(left)
+                out |= dict(zip(names, arrays, strict=True))
+            unused.remove(name)
+    _check_all_used(unused)
     return out
 
 
-def _all_used(left: set[str]) -> None:
-    if left:
-        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
-        raise ValueError(f"no rule for {', '.join(sorted(left)[:10])}{more}")
+def _check_all_used(unused: set[str]) -> None:
+    if unused:
+        more = f" and {len(unused) - 10} more" if len(unused) > 10 else ""
+        raise ValueError(f"no rule for {', '.join(sorted(unused)[:10])}{more}")
 
 
-def _qkv(ours: str) -> tuple[str, ...]:
-    return tuple(f"{ours}.{part}" for part in ("query", "key", "value"))
+def _qkv(module: str) -> tuple[str, ...]:
+    return tuple(f"{module}.{part}" for part in ("query", "key", "value"))
 
 
 def facebook_dit(patch: int) -> tuple[Rule, ...]:
-    """`dit_ln` in the layout of facebookresearch/DiT (its fixed pos_embed left out)."""
+    """Rules for `dit_ln` in the layout of facebookresearch/DiT, without its fixed pos_embed."""
     return (
         Rule("patch_embed", "x_embedder.proj", patches(patch)),
         Rule("timestep.mlp.fc1", "t_embedder.mlp.0"),
@@ -130,23 +138,23 @@ def facebook_dit(patch: int) -> tuple[Rule, ...]:
     )
 
 
-def _dit_block(ours: str, theirs: str) -> tuple[Rule, ...]:
+def _dit_block(module: str, published: str) -> tuple[Rule, ...]:
     return (
-        Rule(f"{ours}.*.modulation", f"{theirs}.*.adaLN_modulation.1"),
-        Rule(_qkv(f"{ours}.*.attention"), f"{theirs}.*.attn.qkv", PACKED),
-        Rule(f"{ours}.*.attention.out", f"{theirs}.*.attn.proj"),
-        Rule(f"{ours}.*.mlp.fc1", f"{theirs}.*.mlp.fc1"),
-        Rule(f"{ours}.*.mlp.fc2", f"{theirs}.*.mlp.fc2"),
+        Rule(f"{module}.*.modulation", f"{published}.*.adaLN_modulation.1"),
+        Rule(_qkv(f"{module}.*.attention"), f"{published}.*.attn.qkv", PACKED),
+        Rule(f"{module}.*.attention.out", f"{published}.*.attn.proj"),
+        Rule(f"{module}.*.mlp.fc1", f"{published}.*.mlp.fc1"),
+        Rule(f"{module}.*.mlp.fc2", f"{published}.*.mlp.fc2"),
     )
 
 
 def diffusers_dit(patch: int, depth: int) -> tuple[Rule, ...]:
-    """`dit_ln` as DiTTransformer2DModel, which has a copy of the embedders in every block."""
+    """Rules for `dit_ln` as DiTTransformer2DModel, which copies the embedders to every block."""
     block = "transformer_blocks.*"
     embedders = [
-        Rule(ours, f"transformer_blocks.{i}.norm1.emb.{theirs}", SAME if i == 0 else COPY)
+        Rule(module, f"transformer_blocks.{i}.norm1.emb.{published}", SAME if i == 0 else COPY)
         for i in range(depth)
-        for ours, theirs in (
+        for module, published in (
             ("timestep.mlp.fc1", "timestep_embedder.linear_1"),
             ("timestep.mlp.fc2", "timestep_embedder.linear_2"),
             ("class_embed", "class_embedder.embedding_table"),
@@ -163,21 +171,24 @@ def diffusers_dit(patch: int, depth: int) -> tuple[Rule, ...]:
     )
 
 
-def _diffusers_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
+def _diffusers_attention(module: str, published: str) -> tuple[Rule, ...]:
     return (
-        Rule(f"{ours}.query", f"{theirs}.to_q"),
-        Rule(f"{ours}.key", f"{theirs}.to_k"),
-        Rule(f"{ours}.value", f"{theirs}.to_v"),
-        Rule(f"{ours}.out", f"{theirs}.to_out.0"),
+        Rule(f"{module}.query", f"{published}.to_q"),
+        Rule(f"{module}.key", f"{published}.to_k"),
+        Rule(f"{module}.value", f"{published}.to_v"),
+        Rule(f"{module}.out", f"{published}.to_out.0"),
     )
 
 
-def _diffusers_mlp(ours: str, theirs: str) -> tuple[Rule, ...]:
-    return (Rule(f"{ours}.fc1", f"{theirs}.net.0.proj"), Rule(f"{ours}.fc2", f"{theirs}.net.2"))
+def _diffusers_mlp(module: str, published: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{module}.fc1", f"{published}.net.0.proj"),
+        Rule(f"{module}.fc2", f"{published}.net.2"),
+    )
 
 
 def pixart(patch: int) -> tuple[Rule, ...]:
-    """`pixart` for text as diffusers' PixArtTransformer2DModel."""
+    """Rules for `pixart` with text as diffusers' PixArtTransformer2DModel."""
     block = "transformer_blocks.*"
     return (
         Rule("patch_embed", "pos_embed.proj", patches(patch)),
@@ -196,7 +207,7 @@ def pixart(patch: int) -> tuple[Rule, ...]:
 
 
 def mdtv2(patch: int) -> tuple[Rule, ...]:
-    """`mdtv2` in the layout of sail-sg/MDT."""
+    """Rules for `mdtv2` in the layout of sail-sg/MDT."""
     groups = {
         "in_blocks.*": "en_inblocks.*",
         "out_blocks.*": "en_outblocks.*",
@@ -205,11 +216,11 @@ def mdtv2(patch: int) -> tuple[Rule, ...]:
     }
     blocks = [
         Rule(
-            tuple(part.replace("blocks.*", ours, 1) for part in rule.names),
-            rule.theirs.replace("blocks.*", theirs, 1),
+            tuple(part.replace("blocks.*", module, 1) for part in rule.names),
+            rule.published.replace("blocks.*", published, 1),
             rule.form,
         )
-        for ours, theirs in groups.items()
+        for module, published in groups.items()
         for rule in (
             *_dit_block("blocks", "blocks"),
             Rule("blocks.*.skip", "blocks.*.skip_linear"),
@@ -229,7 +240,7 @@ def mdtv2(patch: int) -> tuple[Rule, ...]:
 
 
 def sd3(patch: int, depth: int) -> tuple[Rule, ...]:
-    """`mmdit` for text with full streams as diffusers' SD3Transformer2DModel."""
+    """Rules for `mmdit` with text and streams=full as diffusers' SD3Transformer2DModel."""
     last = f"transformer_blocks.{depth - 1}"
     return (
         Rule("patch_embed", "pos_embed.proj", patches(patch)),
@@ -238,7 +249,7 @@ def sd3(patch: int, depth: int) -> tuple[Rule, ...]:
         Rule("timestep.mlp.fc2", "time_text_embed.timestep_embedder.linear_2"),
         Rule("pooled.fc1", "time_text_embed.text_embedder.linear_1"),
         Rule("pooled.fc2", "time_text_embed.text_embedder.linear_2"),
-        # The context of the last block has a modulation of two parts, like the final layer.
+        # The context modulation of the last block has two parts, like the final layer.
         Rule("last_block.context_modulation", f"{last}.norm1_context.linear", SWAPPED),
         *_sd3_block("last_block", last),
         *_sd3_block("blocks.*", "transformer_blocks.*"),
@@ -247,47 +258,50 @@ def sd3(patch: int, depth: int) -> tuple[Rule, ...]:
     )
 
 
-def _sd3_block(ours: str, theirs: str) -> tuple[Rule, ...]:
+def _sd3_block(module: str, published: str) -> tuple[Rule, ...]:
     return (
-        Rule(f"{ours}.modulation", f"{theirs}.norm1.linear"),
-        Rule(f"{ours}.context_modulation", f"{theirs}.norm1_context.linear"),
-        *_diffusers_attention(ours, f"{theirs}.attn"),
-        Rule(f"{ours}.context_query", f"{theirs}.attn.add_q_proj"),
-        Rule(f"{ours}.context_key", f"{theirs}.attn.add_k_proj"),
-        Rule(f"{ours}.context_value", f"{theirs}.attn.add_v_proj"),
-        Rule(f"{ours}.context_out", f"{theirs}.attn.to_add_out"),
-        Rule(f"{ours}.query_norm", f"{theirs}.attn.norm_q"),
-        Rule(f"{ours}.key_norm", f"{theirs}.attn.norm_k"),
-        Rule(f"{ours}.context_query_norm", f"{theirs}.attn.norm_added_q"),
-        Rule(f"{ours}.context_key_norm", f"{theirs}.attn.norm_added_k"),
-        *_diffusers_mlp(f"{ours}.mlp", f"{theirs}.ff"),
-        *_diffusers_mlp(f"{ours}.context_mlp", f"{theirs}.ff_context"),
+        Rule(f"{module}.modulation", f"{published}.norm1.linear"),
+        Rule(f"{module}.context_modulation", f"{published}.norm1_context.linear"),
+        *_diffusers_attention(module, f"{published}.attn"),
+        Rule(f"{module}.context_query", f"{published}.attn.add_q_proj"),
+        Rule(f"{module}.context_key", f"{published}.attn.add_k_proj"),
+        Rule(f"{module}.context_value", f"{published}.attn.add_v_proj"),
+        Rule(f"{module}.context_out", f"{published}.attn.to_add_out"),
+        Rule(f"{module}.query_norm", f"{published}.attn.norm_q"),
+        Rule(f"{module}.key_norm", f"{published}.attn.norm_k"),
+        Rule(f"{module}.context_query_norm", f"{published}.attn.norm_added_q"),
+        Rule(f"{module}.context_key_norm", f"{published}.attn.norm_added_k"),
+        *_diffusers_mlp(f"{module}.mlp", f"{published}.ff"),
+        *_diffusers_mlp(f"{module}.context_mlp", f"{published}.ff_context"),
     )
 
 
-def _resnet(ours: str, theirs: str) -> tuple[Rule, ...]:
+def _resnet(module: str, published: str) -> tuple[Rule, ...]:
     parts = {"time": "time_emb_proj", "shortcut": "conv_shortcut"}
     names = ("norm1", "conv1", "time", "norm2", "conv2", "shortcut")
-    return tuple(Rule(f"{ours}.{part}", f"{theirs}.{parts.get(part, part)}") for part in names)
+    return tuple(Rule(f"{module}.{part}", f"{published}.{parts.get(part, part)}") for part in names)
 
 
-def _unet_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
-    block = f"{theirs}.transformer_blocks.0"
+def _unet_attention(module: str, published: str) -> tuple[Rule, ...]:
+    block = f"{published}.transformer_blocks.0"
     return (
-        Rule(f"{ours}.norm", f"{theirs}.norm"),
-        Rule(f"{ours}.proj_in", f"{theirs}.proj_in"),
-        Rule(f"{ours}.self_norm", f"{block}.norm1"),
-        *_diffusers_attention(f"{ours}.self_attention", f"{block}.attn1"),
-        Rule(f"{ours}.cross_norm", f"{block}.norm2"),
-        *_diffusers_attention(f"{ours}.cross_attention", f"{block}.attn2"),
-        Rule(f"{ours}.mlp_norm", f"{block}.norm3"),
-        *_diffusers_mlp(f"{ours}.mlp", f"{block}.ff"),
-        Rule(f"{ours}.proj_out", f"{theirs}.proj_out"),
+        Rule(f"{module}.norm", f"{published}.norm"),
+        Rule(f"{module}.proj_in", f"{published}.proj_in"),
+        Rule(f"{module}.self_norm", f"{block}.norm1"),
+        *_diffusers_attention(f"{module}.self_attention", f"{block}.attn1"),
+        Rule(f"{module}.cross_norm", f"{block}.norm2"),
+        *_diffusers_attention(f"{module}.cross_attention", f"{block}.attn2"),
+        Rule(f"{module}.mlp_norm", f"{block}.norm3"),
+        *_diffusers_mlp(f"{module}.mlp", f"{block}.ff"),
+        Rule(f"{module}.proj_out", f"{published}.proj_out"),
     )
 
 
-def _self_attention(ours: str, theirs: str) -> tuple[Rule, ...]:
-    return (Rule(f"{ours}.norm", f"{theirs}.group_norm"), *_diffusers_attention(ours, theirs))
+def _self_attention(module: str, published: str) -> tuple[Rule, ...]:
+    return (
+        Rule(f"{module}.norm", f"{published}.group_norm"),
+        *_diffusers_attention(module, published),
+    )
 
 
 def _unet(attention: Callable[[str, str], tuple[Rule, ...]]) -> tuple[Rule, ...]:
@@ -297,14 +311,14 @@ def _unet(attention: Callable[[str, str], tuple[Rule, ...]]) -> tuple[Rule, ...]
         Rule("timestep.fc2", "time_embedding.linear_2"),
         *(
             rule
-            for ours, theirs in (
+            for module, published in (
                 ("down_*", "down_blocks.*"),
                 ("mid", "mid_block"),
                 ("up_*", "up_blocks.*"),
             )
             for rule in (
-                *_resnet(f"{ours}_resnet_*", f"{theirs}.resnets.*"),
-                *attention(f"{ours}_attention_*", f"{theirs}.attentions.*"),
+                *_resnet(f"{module}_resnet_*", f"{published}.resnets.*"),
+                *attention(f"{module}_attention_*", f"{published}.attentions.*"),
             )
         ),
         Rule("down_*_downsample", "down_blocks.*.downsamplers.0.conv"),
@@ -314,21 +328,24 @@ def _unet(attention: Callable[[str, str], tuple[Rule, ...]]) -> tuple[Rule, ...]
     )
 
 
-# `unet` as diffusers' UNet2DConditionModel, its class embedding left out.
+# Rules for `unet` as diffusers' UNet2DConditionModel, without the class embedding.
 UNET = _unet(_unet_attention)
-# `unet2d` with the conditioner film as diffusers' UNet2DModel.
+# Rules for `unet2d` with the conditioner film as diffusers' UNet2DModel.
 UNET2D = (Rule("class_embed", "class_embedding"), *_unet(_self_attention))
 
 
 def _autoencoder_half(coder: str, part: str, resample: tuple[str, str]) -> tuple[Rule, ...]:
     attention, middle = f"{coder}.mid_block.attentions.0", f"{coder}.mid_attention"
-    # Checkpoints from before diffusers 0.15 name the projections as in the second table.
+    # These are the names of the projections before diffusers 0.15.
     old = {"query": "query", "key": "key", "value": "value", "out": "proj_attn"}
     return (
         Rule(f"{coder}.conv_in", f"{coder}.conv_in"),
         *_resnet(f"{coder}.mid_resnet_*", f"{coder}.mid_block.resnets.*"),
         *_self_attention(middle, attention),
-        *(Rule(f"{middle}.{ours}", f"{attention}.{theirs}") for ours, theirs in old.items()),
+        *(
+            Rule(f"{middle}.{module}", f"{attention}.{published}")
+            for module, published in old.items()
+        ),
         *_resnet(f"{coder}.{part}_*_resnet_*", f"{coder}.{part}_blocks.*.resnets.*"),
         Rule(f"{coder}.{part}_*_{resample[0]}", f"{coder}.{part}_blocks.*.{resample[1]}.0.conv"),
         Rule(f"{coder}.norm_out", f"{coder}.conv_norm_out"),
@@ -336,7 +353,7 @@ def _autoencoder_half(coder: str, part: str, resample: tuple[str, str]) -> tuple
     )
 
 
-# diffusers' AutoencoderKL, such as Stable Diffusion's, and VQModel.
+# Rules for diffusers' AutoencoderKL, such as Stable Diffusion's, and VQModel.
 AUTOENCODER = (
     Rule("codebook", "quantize.embedding"),
     Rule("quant_conv", "quant_conv"),
@@ -369,27 +386,27 @@ def _clip_tower(prefix: str) -> tuple[Rule, ...]:
     )
 
 
-# transformers' CLIPTextModel, which has the prefix before version 5, and the text tower of its
-# CLIPModel; the second pattern is what the latter's files hold besides.
+# Rules for transformers' CLIPTextModel, which has the prefix before version 5, and for the text
+# tower of its CLIPModel. The pattern matches the other tensors of a CLIPModel.
 CLIP_TEXT = (*_clip("text_model."), *_clip(""))
-CLIP_OTHERS = r"vision_model\..*|(visual|text)_projection\..*|logit_scale|.*\.position_ids"
+CLIP_TEXT_IGNORED = r"vision_model\..*|(visual|text)_projection\..*|logit_scale|.*\.position_ids"
 
 
 def clip_image(patch: int) -> tuple[Rule, ...]:
-    """The image tower, with its projection, of transformers' CLIPModel."""
+    """Rules for the image tower of transformers' CLIPModel, with its projection."""
     embeddings = "vision_model.embeddings"
     return (
         Rule("class_embed", f"{embeddings}.class_embedding"),
         Rule("patch_embed", f"{embeddings}.patch_embedding", patches(patch)),
         *_clip_tower("vision_model."),
-        Rule("norm_in", "vision_model.pre_layrnorm"),  # so misspelt there
+        Rule("norm_in", "vision_model.pre_layrnorm"),  # misspelled in transformers
         Rule("norm_out", "vision_model.post_layernorm"),
         Rule("projection", "visual_projection"),
     )
 
 
-# The matrix that takes a CLIPModel's text features to where its pictures' are.
+# Rule for the projection of a CLIPModel's text features to the joint embedding space.
 CLIP_PROJECTION = (Rule("text_projection", "text_projection"),)
-# What files of a CLIPModel hold besides the image tower, and besides that matrix.
-CLIP_IMAGE_OTHERS = r"text_model\..*|text_projection\..*|logit_scale|.*\.position_ids"
-CLIP_PROJECTION_OTHERS = r"(?!text_projection\.).*"
+# Patterns of the other tensors of a CLIPModel, besides the image tower and the text projection.
+CLIP_IMAGE_IGNORED = r"text_model\..*|text_projection\..*|logit_scale|.*\.position_ids"
+CLIP_PROJECTION_IGNORED = r"(?!text_projection\.).*"

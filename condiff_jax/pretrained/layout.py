@@ -1,7 +1,7 @@
-"""Our parameters in PyTorch's layout: the names and shapes of the state dict of `pytorch.models`.
+"""Conversion between our parameters and PyTorch's layout, the state dict of `pytorch.models`.
 
-The two differ mechanically: PyTorch's linear layers are (out, in), its convolutions (out, in,
-height, width), heads are not a dimension, and layers are modules instead of a first dimension.
+In PyTorch linear layers are (out, in), convolutions are (out, in, height, width), heads are not a
+separate dimension, and stacked layers are modules instead of a leading dimension.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# Flax leaf -> PyTorch leaf; other leaves are bare parameters and keep their name.
+# Flax leaf -> PyTorch leaf; other leaves are bare parameters with the same name.
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 
 def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A parameter tree as {name: array}; inverse of `from_torch`."""
+    """Convert a parameter tree to {name: array}; the inverse of `from_torch`."""
     out = {}
     for path, leaf in flatten_dict(params).items():
         array = np.asarray(leaf)
@@ -31,11 +31,13 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict:
-    """The parameter tree with these tensors, in the shapes (arrays or ShapeDtypeStructs) given.
+    """Convert {name: array} to a parameter tree with the shapes and dtypes of `shapes`.
 
-    ValueError with the first ten names of missing, extra or misshapen tensors.
+    The leaves of `shapes` are arrays or ShapeDtypeStructs. ValueError with the first ten names of
+    missing, unexpected or misshapen tensors.
     """
-    flat, expected = flatten_dict(shapes), {}
+    flat = flatten_dict(shapes)
+    expected = {}
     for path, leaf in flat.items():
         stack = _stack(path)
         layers = [None] if stack is None else range(leaf.shape[0])
@@ -44,12 +46,12 @@ def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> 
             (path if i is None else (*path[: stack + 1], str(i), *path[stack + 1 :]), shape)
             for i in layers
         ]
-    wanted = {
+    expected_shapes = {
         _name(path): _array(path, np.broadcast_to(np.float32(0), shape)).shape
         for layers in expected.values()
         for path, shape in layers
     }
-    check(tensors, wanted)
+    check(tensors, expected_shapes)
     out = {}
     for path, leaf in flat.items():
         arrays = [_inverse(p, np.asarray(tensors[_name(p)]), s) for p, s in expected[path]]
@@ -58,13 +60,13 @@ def from_torch(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> 
     return unflatten_dict(out)
 
 
-def check(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError unless exactly the wanted tensors are there, with the wanted shapes."""
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
+def check(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless the tensors have exactly the expected names and shapes."""
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
     problems += [
         f"{name} is {tuple(tensors[name].shape)}, not {tuple(shape)}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if name in tensors and tuple(tensors[name].shape) != tuple(shape)
     ]
     if problems:
@@ -73,7 +75,7 @@ def check(tensors: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...
 
 
 def _stack(path: tuple[str, ...]) -> int | None:
-    """Where in a path its layers are stacked: modules named "...blocks"."""
+    """Index of the stacked module ("...blocks") in a path, or None."""
     return next((i for i, part in enumerate(path) if part.endswith("blocks")), None)
 
 
@@ -87,7 +89,7 @@ def _merges_heads(path: tuple[str, ...]) -> bool:
 
 
 def _array(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-    """One layer's array in PyTorch's layout."""
+    """Convert the array of one layer to PyTorch's layout."""
     if path[-1] == "bias":
         return array.reshape(-1)
     if path[-1] != "kernel":
@@ -100,7 +102,7 @@ def _array(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
 
 
 def _inverse(path: tuple[str, ...], array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Inverse of `_array`."""
+    """Invert `_array`."""
     if path[-1] == "kernel":
         array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     return array.reshape(shape)

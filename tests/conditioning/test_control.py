@@ -1,4 +1,4 @@
-"""Eq. 1: the weighting of low-level control, the choice of scalars, and their embedding."""
+"""Control conditioning (Eq. 1): weighting, choice and embedding of the scalars."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def weighting(kind, alpha=8.0, k=1.0, sigma=SIGMA):
 
 
 def test_sinusoid_closed_form():
-    # Four frequencies 10000^(-i/4): 1, 0.1, 0.01, 0.001.
+    # The four frequencies 10000^(-i/4) are 1, 0.1, 0.01 and 0.001.
     x, frequencies = np.array([0.0, 2.0, 700.0]), np.array([1, 0.1, 0.01, 0.001])
     angles = x[:, None] * frequencies
     expected = np.concatenate([np.cos(angles), np.sin(angles)], 1)
@@ -117,7 +117,7 @@ def simple_params():
     """E_h = (2 silu(cos h_0) + 0.5, 3 silu(sin h_1) - 1), E_l = (silu(cos l_0), 4 + silu(1))."""
     high = np.zeros((512, 2), np.float32)
     high[0, 0] = 1  # cosine of the first scalar at frequency 1
-    high[256 + 128, 1] = 1  # sine of the second
+    high[256 + 128, 1] = 1  # sine of the second scalar at frequency 1
     low = np.zeros((256, 2), np.float32)
     low[0, 0] = 1
     diagonal = lambda *d: np.diag(np.asarray(d, np.float32))  # noqa: E731
@@ -152,7 +152,7 @@ def test_embedding_by_hand(kind, gamma):
 def test_embedding_of_one_group(group):
     empty = jnp.zeros((3, 0))
     control = CONTROL.replace(**{"low" if group == "high" else "high": empty})
-    params = {group: simple_params()[group]}  # the other group has no parameters
+    params = {group: simple_params()[group]}  # an empty group has no parameters
     c_emb = ControlEmbed(2, weighting("linear")).apply({"params": params}, control, T, KEEP)
     expected = np.outer([1, 1, 1], E_HIGH) if group == "high" else np.outer([1, 0.5, 0.5], E_LOW)
     np.testing.assert_allclose(c_emb, expected, atol=1e-5)
@@ -166,9 +166,9 @@ def test_dropped_control_is_exactly_zero():
     np.testing.assert_allclose(c_emb[[0, 2]], E_HIGH + np.outer([1, 0.5], E_LOW), atol=1e-5)
 
 
-def test_control_starts_unheard():
+def test_control_has_no_effect_at_initialization():
     embed = ControlEmbed(4, weighting("uniform"))
     c_emb, variables = embed.init_with_output(jax.random.key(0), CONTROL, T, KEEP)
     np.testing.assert_array_equal(c_emb, np.zeros((3, 4)))
-    for name in ("high", "low"):  # but able to learn: only the last layer is zero
+    for name in ("high", "low"):  # only the last layer is zero, so that gradients are not
         assert np.abs(variables["params"][name]["fc1"]["kernel"]).max() > 0

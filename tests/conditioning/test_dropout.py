@@ -1,4 +1,4 @@
-"""Dropping of semantics and control in training, as Eq. 2 needs it."""
+"""Dropping of semantics and control in training, for guidance by Eq. 2."""
 
 import jax
 import numpy as np
@@ -27,12 +27,12 @@ def test_rates(probabilities):
         assert abs(measured - p) < 4.5 * np.sqrt(p * (1 - p) / N)
 
 
-def test_control_goes_with_semantics():
+def test_control_is_dropped_with_semantics():
     semantics, control = flags(0.5, 0.0)
     np.testing.assert_array_equal(semantics, control)
 
 
-def test_independent_dropping_is():
+def test_independent_dropping_is_independent():
     semantics, control = flags(0.3, 0.2, "independent")
     for measured, p in [
         (semantics.mean(), 0.3),

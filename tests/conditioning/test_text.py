@@ -1,4 +1,4 @@
-"""Eq. 7: padding of text tokens."""
+"""Padding of text tokens (Eq. 7)."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ JUNK = [100.0, -100.0]
 
 
 def text(rows, length=5, junk=JUNK):
-    """One prompt with the valid tokens `rows`, filled up with junk outside the mask."""
+    """Create one prompt with the valid tokens `rows`, and junk outside the mask."""
     tokens = jnp.asarray([*rows, *[junk] * (length - len(rows))], jnp.float32)[None]
     mask = jnp.arange(length)[None] < len(rows)
     return Text(tokens, mask, pooled=jnp.array([[0.5, 0.25, 0.125]]))
@@ -33,7 +33,7 @@ def test_replicate_is_cyclic():
 
 
 def test_noisy_replicate_by_hand():
-    # m = ceil(5 / 2) = 3, sigma_ch = (1, 2), sqrt(0.02) sqrt(3 - 1) = 0.2; noise on all tokens
+    # m = ceil(5 / 2) = 3 and sigma_ch = (1, 2), so the noise scale is sqrt(0.02) sqrt(3 - 1) = 0.2.
     out = pad(text(TWO), "noisy_replicate", beta=0.02, noise=NOISE).tokens[0]
     repeated = np.array([TWO[0], TWO[1], TWO[0], TWO[1], TWO[0]])
     np.testing.assert_allclose(out, repeated + 0.2 * np.array([1, 2]) * NOISE[0], atol=1e-5)
@@ -62,15 +62,15 @@ def test_mask_and_pooled_pass_through(method):
 
 
 @pytest.mark.parametrize("method", PADDINGS)
-def test_content_beyond_the_mask_has_no_influence(method):
+def test_tokens_outside_the_mask_have_no_effect(method):
     def padded(tokens):
         return pad(text(TWO).replace(tokens=tokens), method, beta=0.5, noise=NOISE).tokens
 
-    other = text(TWO, junk=[3e4, 7.0]).tokens
-    np.testing.assert_array_equal(padded(text(TWO).tokens), padded(other))
-    slope = jax.grad(lambda tokens: (padded(tokens) ** 2).sum())(other)
-    np.testing.assert_array_equal(slope[0, 2:], 0)
-    assert (np.abs(slope[0, :2]) > 0).all()
+    changed = text(TWO, junk=[3e4, 7.0]).tokens
+    np.testing.assert_array_equal(padded(text(TWO).tokens), padded(changed))
+    gradient = jax.grad(lambda tokens: (padded(tokens) ** 2).sum())(changed)
+    np.testing.assert_array_equal(gradient[0, 2:], 0)
+    assert (np.abs(gradient[0, :2]) > 0).all()
 
 
 @pytest.mark.parametrize("rows", [[[1.0, 2.0]], [[1.0, 2.0], [1.0, 5.0]]])
@@ -83,13 +83,13 @@ def test_gradient_is_finite_where_tokens_do_not_vary(rows):
 
 
 def test_noise_statistics_of_each_prompt():
-    # Prompts of different lengths in one batch keep their own m and sigma_ch.
+    # Each prompt in a batch has its own m and sigma_ch.
     prompts = [text(TWO), text([[0.0, 1.0], [6.0, 1.0], [0.0, 1.0]])]
     batch = jax.tree.map(lambda *a: jnp.concatenate(a), *prompts)
     noise = jax.random.normal(jax.random.key(1), (4000, 2, 5, 2))
     draw = jax.vmap(lambda eps: pad(batch, "noisy_replicate", beta=0.08, noise=eps).tokens)
     error = np.asarray(draw(noise) - pad(batch, "replicate").tokens)
-    # m = 3 and 2; sigma_ch = (1, 2) and (sqrt 8, 0)
+    # m is 3 and 2, sigma_ch is (1, 2) and (sqrt 8, 0).
     expected = np.sqrt([[2 * 0.08, 2 * 0.08 * 4], [0.08 * 8, 0]])
     np.testing.assert_allclose(error.std((0, 2)), expected, rtol=0.03)  # 20000 draws: 0.5%
     np.testing.assert_allclose(error.mean((0, 2)), 0, atol=0.03)

@@ -1,4 +1,4 @@
-"""Classifier guidance, as epsilon's shift and as the mean's, where all is known in closed form."""
+"""Classifier guidance as a shift of epsilon and of the mean, against closed-form solutions."""
 
 from functools import cache, partial
 
@@ -18,29 +18,31 @@ from condiff_jax.diffusion.sampler import ddim, ddpm, initial_noise
 from condiff_jax.diffusion.schedule import scaled_linear
 
 SCHEDULE = scaled_linear()
-# A mixture of one Gaussian a class, in one dimension.
-MEANS, STD, SHARES = np.array([-1.5, 0.5, 1.2]), 0.4, np.array([0.5, 0.2, 0.3])
-N = 4000
+# The data is a mixture of one Gaussian per class, in one dimension.
+MEANS = np.array([-1.5, 0.5, 1.2])
+STD = 0.4
+PRIORS = np.array([0.5, 0.2, 0.3])
+N = 4000  # samples
 
 
 def log_joint(x, alpha_bar):
-    """log p_t(x, y) (B, 3) of noised samples x (B, 1, 1, 1); alpha_bar broadcasts with x."""
+    """Return log p_t(x, y) (B, 3) of noised samples x (B, 1, 1, 1)."""
     mean, variance = jnp.sqrt(alpha_bar) * MEANS, alpha_bar * STD**2 + 1 - alpha_bar
-    return jnp.log(SHARES) - (x - mean)[:, 0, 0] ** 2 / (2 * variance[:, 0, 0])
+    return jnp.log(PRIORS) - (x - mean)[:, 0, 0] ** 2 / (2 * variance[:, 0, 0])
 
 
 def log_prob(x, t, cond):
-    """log p(y | x_t)."""
+    """Return log p(y | x_t) of the class in cond."""
     logs = jax.nn.log_softmax(log_joint(x, SCHEDULE.alpha_bar_at(t, x.ndim)))
     return jnp.take_along_axis(logs, cond.semantics[:, None], 1)[:, 0]
 
 
 def denoise(x, t, cond):
-    """Epsilon of the whole mixture, or of the class where semantics are not dropped."""
+    """Exact epsilon of the class, or of the whole mixture where semantics are dropped."""
     a = SCHEDULE.alpha_bar_at(t, x.ndim)
     weights = jax.nn.softmax(log_joint(x, a))
-    one = jax.nn.one_hot(cond.semantics, 3)
-    weights = jnp.where(cond.drop_semantics[:, None], weights, one)[:, None, None]
+    one_hot = jax.nn.one_hot(cond.semantics, 3)
+    weights = jnp.where(cond.drop_semantics[:, None], weights, one_hot)[:, None, None]
     mean = (weights * jnp.sqrt(a) * MEANS).sum(-1, keepdims=True)
     return jnp.sqrt(1 - a) * (x - mean) / (a * STD**2 + 1 - a)
 
@@ -51,7 +53,7 @@ T = jnp.array([0, 50, 400, 999] * 3)
 COND = Cond.of(jnp.arange(12) % 3)
 
 
-def test_bayes_rule_makes_the_conditional_denoiser():
+def test_bayes_rule_gives_the_conditional_denoiser():
     guided = classifier_guidance(UNCONDITIONAL, log_prob, SCHEDULE, 1.0)
     np.testing.assert_allclose(guided(X, T, COND), denoise(X, T, COND), atol=1e-4)
 
@@ -83,7 +85,7 @@ def guided_samples(form, scale, label):
 
 @cache
 def sample(form, scale, label):
-    """N samples (N,) of the unconditional model, guided to a class."""
+    """Draw N samples (N,) of the unconditional model, guided to a class."""
     return np.asarray(guided_samples(form, scale, label)).ravel()
 
 
@@ -91,11 +93,11 @@ def sample(form, scale, label):
 def test_weight_1_samples_the_class_and_0_the_mixture(form):
     for label in (0, 1):
         x = sample(form, 1.0, label)
-        # Standard errors are 0.006; the steps' own error is up to 0.02.
+        # Standard errors are 0.006; the discretization error is up to 0.02.
         assert abs(x.mean() - MEANS[label]) < 0.04 and abs(x.std() - STD) < 0.03
     x = sample(form, 0.0, 1)
-    second = SHARES @ (MEANS**2 + STD**2)
-    assert abs(x.mean() - SHARES @ MEANS) < 0.07
+    second = PRIORS @ (MEANS**2 + STD**2)
+    assert abs(x.mean() - PRIORS @ MEANS) < 0.07
     assert abs(np.square(x).mean() - second) < 0.09
 
 
@@ -103,22 +105,23 @@ def test_weight_1_samples_the_class_and_0_the_mixture(form):
 def test_the_posterior_of_the_class_grows_with_the_weight(form):
     first = jnp.zeros((N,), jnp.int32)  # t = 0
     cond = Cond.of(jnp.ones((N,), jnp.int32))
-    found = []
+    posteriors = []
     for scale in (0.0, 1.0, 3.0, 8.0):
         x = jnp.asarray(sample(form, scale, 1)).reshape(N, 1, 1, 1)
-        found.append(float(np.exp(log_prob(x, first, cond)).mean()))
-    assert abs(found[0] - SHARES[1]) < 0.03
-    # Class 1 lies between the others: Bayes gives the mean of p(y | x) under p(x | y).
+        posteriors.append(float(np.exp(log_prob(x, first, cond)).mean()))
+    assert abs(posteriors[0] - PRIORS[1]) < 0.03
+    # Class 1 overlaps with the others. At weight 1 its posterior is the mean of p(y | x) under
+    # p(x | y).
     generator = np.random.default_rng(0)
-    drawn = generator.normal(MEANS[1], STD, (N, 1, 1, 1)).astype(np.float32)
-    assert abs(found[1] - float(np.exp(log_prob(drawn, first, cond)).mean())) < 0.03
-    assert (np.diff(found) > 0.05).all(), found
+    data = generator.normal(MEANS[1], STD, (N, 1, 1, 1)).astype(np.float32)
+    assert abs(posteriors[1] - float(np.exp(log_prob(data, first, cond)).mean())) < 0.03
+    assert (np.diff(posteriors) > 0.05).all(), posteriors
 
 
 @pytest.mark.parametrize("form", ["epsilon", "mean"])
 @pytest.mark.parametrize("scale", [0.5, 4.0])
-def test_a_gaussian_stays_one_under_any_weight(form, scale):
-    """Data N(0, 1), and y = x_0 plus noise of variance 0.3: every step is linear in x."""
+def test_guided_gaussians_have_the_closed_form_statistics(form, scale):
+    """Data is N(0, 1) and y is x_0 plus noise of variance 0.3, so each step is linear in x."""
     y, noise, steps = 1.4, 0.3, 20
     alpha_bar = SCHEDULE.alpha_bar[np.round(np.arange(1000, 0, -50)).astype(int) - 1]
 
@@ -134,15 +137,14 @@ def test_a_gaussian_stays_one_under_any_weight(form, scale):
         # gradient = slope x + offset
         slope, offset = -scale * a / (noise + 1 - a), scale * np.sqrt(a) * y / (noise + 1 - a)
         std = np.sqrt((1 - after) / (1 - a) * (1 - a / after)) if form == "mean" else 0.0
-        eps, shift = np.sqrt(1 - a), np.array([slope, offset])  # of x; and what is added
-        shift = shift * (std**2 if form == "mean" else -np.sqrt(1 - a))
+        shift = np.array([slope, offset]) * (std**2 if form == "mean" else -np.sqrt(1 - a))
         direction = np.sqrt(1 - after - std**2)
-        of_eps = direction - np.sqrt(after / a) * np.sqrt(1 - a)
-        factor, added = np.sqrt(after / a) + of_eps * eps, shift
+        eps_factor = direction - np.sqrt(after / a) * np.sqrt(1 - a)
+        factor = np.sqrt(after / a) + eps_factor * np.sqrt(1 - a)
         if form == "epsilon":
-            added = of_eps * shift
-        mean = (factor + added[0]) * mean + added[1]
-        variance = (factor + added[0]) ** 2 * variance + std**2
+            shift = eps_factor * shift
+        mean = (factor + shift[0]) * mean + shift[1]
+        variance = (factor + shift[0]) ** 2 * variance + std**2
 
     keys = jax.random.split(jax.random.key(2), N)
     x = initial_noise(keys, (1, 1, 1))
@@ -170,7 +172,8 @@ def test_one_step_of_the_mean_by_hand():
     times = jnp.full((12,), 999)
     before, after = SCHEDULE.alpha_bar[999], SCHEDULE.alpha_bar[749]
     eps = np.asarray(UNCONDITIONAL(X, times, COND), np.float64)
-    # arXiv:2006.11239, Eqs. 6 and 7, with alpha and beta of the whole step; then Alg. 1
+    # The mean and variance are Eqs. 6 and 7 of arXiv:2006.11239, with alpha and beta of the whole
+    # step. The shift is Alg. 1 of arXiv:2105.05233.
     alpha = before / after
     beta = 1 - alpha
     x0 = (np.asarray(X) - np.sqrt(1 - before) * eps) / np.sqrt(before)
@@ -178,9 +181,9 @@ def test_one_step_of_the_mean_by_hand():
     variance = (1 - after) / (1 - before) * beta
     a = before
     weights = np.asarray(jax.nn.softmax(log_joint(X, jnp.full((12, 1, 1, 1), a))))
-    centres, spread = np.sqrt(a) * MEANS, a * STD**2 + 1 - a
-    own = centres[np.asarray(COND.semantics)]
-    gradient = (own - weights @ centres) / spread  # of log p(x | y) - log p(x)
+    centers, spread = np.sqrt(a) * MEANS, a * STD**2 + 1 - a
+    class_centers = centers[np.asarray(COND.semantics)]
+    gradient = (class_centers - weights @ centers) / spread  # of log p(x | y) - log p(x)
     noise = [jax.random.normal(jax.random.fold_in(key, 1), (1, 1, 1)) for key in keys]
     expected = (
         mean / (1 - before)
@@ -188,16 +191,16 @@ def test_one_step_of_the_mean_by_hand():
         + np.sqrt(variance) * np.asarray(noise)
     )
     np.testing.assert_allclose(states[1], expected, atol=1e-3)
-    assert np.abs(variance * gradient).max() > 0.02  # it is seen
+    assert np.abs(variance * gradient).max() > 0.02  # above the tolerance
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 4.0])
 def test_the_implicit_classifier_is_classifier_free_guidance(weight):
-    """(w + 1) eps_c - w eps_0 is lambda = w + 1, and a weight of w around the conditional one."""
-    found = implicit_classifier_guidance(denoise, weight)(X, T, COND)
-    np.testing.assert_array_equal(found, dual_guidance(denoise, weight + 1)(X, T, COND))
+    """The weight w equals lambda = w + 1, and explicit guidance of the conditional denoiser."""
+    guided = implicit_classifier_guidance(denoise, weight)(X, T, COND)
+    np.testing.assert_array_equal(guided, dual_guidance(denoise, weight + 1)(X, T, COND))
     null = COND.drop(semantics=True, control=True)
     by_hand = (weight + 1) * denoise(X, T, COND) - weight * denoise(X, T, null)
-    np.testing.assert_allclose(found, by_hand, atol=1e-5)
+    np.testing.assert_allclose(guided, by_hand, atol=1e-5)
     explicit = classifier_guidance(denoise, log_prob, SCHEDULE, weight)(X, T, COND)
-    np.testing.assert_allclose(found, explicit, atol=1e-3)
+    np.testing.assert_allclose(guided, explicit, atol=1e-3)

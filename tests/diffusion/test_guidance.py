@@ -17,14 +17,14 @@ COND = Cond.of(jnp.array([5, 6, 7]), Control(high=jnp.arange(3.0)[:, None], low=
 
 
 def eps(x, label, high, drop_semantics, drop_control):
-    """A number for each branch that no other branch gives."""
+    """Return a different value for each branch."""
     semantics = 0.0 if drop_semantics else 100.0 * label
     control = 0.0 if drop_control else 10.0 + high
     return x**2 + semantics + control
 
 
 class Denoiser:
-    """Remembers what it was called with."""
+    """Denoiser that records its calls."""
 
     def __init__(self, dtype=jnp.float32):
         self.calls, self.dtype = [], dtype
@@ -64,7 +64,7 @@ def test_eq_2_in_one_call_of_the_branches_it_needs(scale, control_scale, flags):
     np.testing.assert_allclose(out, combined + (1 - scale) * NULL, rtol=1e-5)
 
     ((x, t, cond),) = denoise.calls
-    n = len(flags)  # copies of an image are neighbours
+    n = len(flags)  # the copies of an image are adjacent
     np.testing.assert_array_equal(x, np.repeat(X, n, 0))
     np.testing.assert_array_equal(t, np.repeat(T, n))
     np.testing.assert_array_equal(cond.semantics, np.repeat([5, 6, 7], n))
@@ -75,7 +75,7 @@ def test_eq_2_in_one_call_of_the_branches_it_needs(scale, control_scale, flags):
 
 
 def test_eq_2_by_hand():
-    # Image 2: x^2 = (0, 49), label 7, high 2: 712, 700, 0 for the branches, plus x^2.
+    # Image 2 has x^2 = (0, 49), label 7 and high 2: the branches are 712, 700 and 0, plus x^2.
     out = dual_guidance(Denoiser(), 2.0, 1.5)(X, T, COND)
     np.testing.assert_allclose(out[2], [2 * (1.5 * 712 - 0.5 * 700), 1436 + 49], rtol=1e-6)
 
@@ -91,7 +91,7 @@ def test_both_scales_1_is_the_conditional_prediction():
     np.testing.assert_array_equal(dual_guidance(Denoiser())(X, T, COND), FULL)
 
 
-def test_flags_already_set_stay_set():
+def test_drop_flags_of_the_condition_are_preserved():
     denoise = Denoiser()
     cond = COND.replace(
         drop_semantics=jnp.array([True, False, False]), drop_control=jnp.array([True, True, False])

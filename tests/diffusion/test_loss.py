@@ -1,4 +1,4 @@
-"""The training loss: both forms of noising (Eqs. 5, 6) and of the loss agree."""
+"""Training loss: both forms of noising (Eqs. 5 and 6) and both forms of the loss agree."""
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ SIGMA = SCHEDULE.sigma[T].reshape(5, 1, 1, 1)
 
 
 def eq5():
-    """x_t in float64 in the EDM form."""
+    """Return x_t in float64 in the EDM form."""
     return (X0 + SIGMA * EPS.astype(np.float64)) / np.sqrt(1 + SIGMA**2)
 
 
 def test_add_noise_by_hand():
-    # alpha_bar = 0.64: 0.8 * 10 + 0.6 * 5
+    # With alpha_bar = 0.64, x_t is 0.8 * 10 + 0.6 * 5.
     schedule = Schedule(np.array([0.9, 0.64]))
     x = add_noise(schedule, jnp.full((1, 1), 10.0), jnp.array([1]), jnp.full((1, 1), 5.0))
     np.testing.assert_allclose(x, [[11.0]], rtol=1e-6)
@@ -33,25 +33,25 @@ def test_eq_5_equals_eq_6():
 
 
 def test_both_forms_of_the_loss_agree():
-    seen = []
+    outputs = []
 
     def denoise(x, t, cond):
-        seen.append(np.tanh(0.7 * x + cond[:, None, None, None]))
-        return seen[-1]
+        outputs.append(np.tanh(0.7 * x + cond[:, None, None, None]))
+        return outputs[-1]
 
     loss = denoising_loss(denoise, SCHEDULE, X0, T, EPS, np.linspace(0, 1, 5))
-    x0_hat = np.sqrt(1 + SIGMA**2) * eq5() - SIGMA * np.asarray(seen[0], np.float64)
+    x0_hat = np.sqrt(1 + SIGMA**2) * eq5() - SIGMA * np.asarray(outputs[0], np.float64)
     weighted = (np.abs(X0 - x0_hat) ** 2 / SIGMA**2).mean((1, 2, 3))
     assert loss.shape == (5,)
     np.testing.assert_allclose(loss, weighted, rtol=1e-5)
 
 
-def test_a_perfect_denoiser_has_no_loss():
+def test_a_perfect_denoiser_has_zero_loss():
     def denoise(x, t, cond):
         root = np.sqrt(SCHEDULE.alpha_bar[t]).reshape(-1, 1, 1, 1)
         return (x - root * X0) / np.sqrt(1 - root**2)
 
-    # The f32 rounding of x_t, 1e-7, is divided by sqrt(1 - alpha_bar) >= 0.029.
+    # The f32 rounding error of x_t, 1e-7, is divided by sqrt(1 - alpha_bar) >= 0.029.
     loss = denoising_loss(denoise, SCHEDULE, X0, T, EPS, None)
     np.testing.assert_allclose(loss, 0, atol=1e-9)
 
@@ -63,11 +63,11 @@ def test_loss_is_the_mean_over_each_sample_by_hand():
 
 
 def test_denoiser_gets_the_timesteps_and_the_condition():
-    seen = []
+    calls = []
     cond = object()
-    denoising_loss(lambda *args: seen.append(args) or args[0], SCHEDULE, X0, T, EPS, cond)
-    np.testing.assert_array_equal(seen[0][1], T)
-    assert seen[0][2] is cond
+    denoising_loss(lambda *args: calls.append(args) or args[0], SCHEDULE, X0, T, EPS, cond)
+    np.testing.assert_array_equal(calls[0][1], T)
+    assert calls[0][2] is cond
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -80,11 +80,12 @@ def test_loss_is_computed_in_f32(dtype):
 
 
 def test_every_example_of_a_batch_gets_every_timestep_equally_often():
-    """Whatever its place; and the batch as a whole has one timestep of each of its equal parts."""
-    keys, batch, parts = jax.random.split(jax.random.key(0), 8000), 4, 8
+    """Each position is uniform, and a batch has one timestep in each of its equal parts."""
+    keys = jax.random.split(jax.random.key(0), 8000)
+    batch, parts = 4, 8
     t = np.asarray(jax.vmap(lambda key: draw_timesteps(key, batch, 1000))(keys))
     assert t.shape == (8000, batch) and t.dtype == np.int32 and t.min() == 0 and t.max() == 999
-    for place in range(batch):
-        counts = np.bincount(t[:, place] * parts // 1000, minlength=parts)
+    for i in range(batch):
+        counts = np.bincount(t[:, i] * parts // 1000, minlength=parts)
         assert np.abs(counts - 1000).max() < 5 * 1000**0.5
     assert (np.sort(t * batch // 1000) == np.arange(batch)).all()

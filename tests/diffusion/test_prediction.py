@@ -1,4 +1,4 @@
-"""Epsilon and v: two outputs of the network, one denoiser outside."""
+"""Epsilon and v predictions: conversion to a denoiser, and the weight of the loss."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ V = ROOT * np.asarray(EPS, np.float64) - np.sqrt(1 - ROOT**2) * np.asarray(X0, n
 
 
 def test_epsilon_from_v_by_hand():
-    # alpha_bar = 0.64: 0.6 * 5 + 0.8 * 10
+    # With alpha_bar = 0.64, epsilon is 0.6 * 5 + 0.8 * 10.
     denoise = predict_epsilon(lambda x, t, c: 2 * x, Schedule(np.array([0.9, 0.64])), "v")
     np.testing.assert_allclose(denoise(jnp.full((1, 1), 5.0), jnp.array([1]), None), [[11.0]])
 
@@ -30,14 +30,16 @@ def test_the_true_v_gives_the_true_epsilon():
     np.testing.assert_allclose(denoise(add_noise(SCHEDULE, X0, T, EPS), T, None), EPS, atol=1e-5)
 
 
-def test_agrees_with_diffusers_about_v():
-    oracle = DDIMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+def test_v_agrees_with_diffusers():
+    scheduler = DDIMScheduler(
+        1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
     args = (torch.tensor(np.asarray(a)) for a in (X0, EPS, T.astype(jnp.int64)))
-    v = oracle.get_velocity(*args).numpy()
+    v = scheduler.get_velocity(*args).numpy()
     np.testing.assert_allclose(v, V, atol=1e-5)
 
 
-def test_epsilon_is_left_alone():
+def test_epsilon_networks_are_returned_unchanged():
     def network(*args):
         raise AssertionError
 

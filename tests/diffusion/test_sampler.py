@@ -1,4 +1,4 @@
-"""Samplers against diffusers, and against the exact solution for Gaussian data."""
+"""Samplers: parity with diffusers, and with the exact solution for Gaussian data."""
 
 from functools import partial
 from unittest import mock
@@ -23,11 +23,11 @@ KEYS = jax.random.split(jax.random.key(0), 5)
 def test_timesteps_agree_with_diffusers(spacing, steps):
     scheduler = DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
-    ours = timesteps(1000, steps, spacing)
-    assert ours.shape == (steps,)
+    times = timesteps(1000, steps, spacing)
+    assert times.shape == (steps,)
     # Rounding in arange can give diffusers one entry too many.
-    np.testing.assert_array_equal(ours, scheduler.timesteps.numpy()[:steps])
-    assert (np.diff(ours) < 0).all() and ours[0] < 1000 and ours[-1] >= 0
+    np.testing.assert_array_equal(times, scheduler.timesteps.numpy()[:steps])
+    assert (np.diff(times) < 0).all() and times[0] < 1000 and times[-1] >= 0
 
 
 def test_timesteps_by_hand():
@@ -48,12 +48,12 @@ def test_bad_spacing():
 
 
 def fake(x, t, tanh):
-    """A nonlinear function of x and t, for arrays of jax or torch."""
+    """Nonlinear function of x and t, for JAX or PyTorch arrays."""
     return 1.2 * tanh(1.3 * x + 0.001 * t - 0.4) + 0.1 * x
 
 
 def run(sampler, x, keys=KEYS[:2], **kwargs):
-    """(x at every step and x_0, t at every step), recorded from a denoiser called step by step."""
+    """Run a sampler step by step; returns (x at every step and x_0, t at every step)."""
     states, times = [], []
 
     def denoise(x, t, cond):
@@ -68,14 +68,14 @@ def run(sampler, x, keys=KEYS[:2], **kwargs):
 
 
 def step_noise(i, keys=KEYS[:2]):
-    """Noise of step i: stream 0 of each key is x_T."""
+    """Return the noise of step i, stream 1 + i of each key; stream 0 is x_T."""
     return torch.stack(
         [torch.tensor(jax.random.normal(jax.random.fold_in(k, 1 + i), SHAPE).copy()) for k in keys]
     )
 
 
 def diffusers_run(scheduler, x, times, **kwargs):
-    """States of a diffusers scheduler, in float64 on our alpha_bar."""
+    """Run a diffusers scheduler in float64 with our alpha_bar; returns all states."""
     scheduler.alphas_cumprod = torch.from_numpy(SCHEDULE.alpha_bar)
     x = torch.tensor(np.asarray(x), dtype=torch.float64)
     states = [x]
@@ -110,14 +110,14 @@ def test_ddim_agrees_with_diffusers(spacing, steps, eta, clip):
     scheduler.set_timesteps(steps)
     times = scheduler.timesteps.numpy()
     if spacing == "linspace":
-        # See `timesteps`: diffusers goes down by 1000 // steps whatever the gap is, here 111.
+        # diffusers always steps by 1000 // num_inference_steps, see `timesteps`; the gap is 111.
         scheduler.num_inference_steps = steps - 1
         assert (np.diff(times) == -(1000 // (steps - 1))).all()
     expected = diffusers_run(
         scheduler, X_T, times, eta=eta, use_clipped_model_output=clip is not None
     )
-    states, seen = run(ddim, X_T, steps=steps, spacing=spacing, eta=eta, clip=clip)
-    np.testing.assert_array_equal(seen, np.stack([times, times], 1))
+    states, actual_times = run(ddim, X_T, steps=steps, spacing=spacing, eta=eta, clip=clip)
+    np.testing.assert_array_equal(actual_times, np.stack([times, times], 1))
     np.testing.assert_allclose(states, expected, atol=2e-5 * np.abs(expected).max())
 
 
@@ -132,13 +132,13 @@ def test_ddpm_agrees_with_diffusers(spacing, steps, clip):
     scheduler.set_timesteps(steps)
     times = timesteps(1000, steps, spacing)
     expected = diffusers_run(scheduler, X_T, times)
-    # An eta that is meant for ddim is ignored.
+    # ddpm ignores eta.
     states, _ = run(ddpm, X_T, steps=steps, spacing=spacing, clip=clip, eta=0.0)
     np.testing.assert_allclose(states, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def gaussian(mu, s):
-    """The exact denoiser of data N(mu, s^2): E[eps | x_t]."""
+    """Return the exact denoiser E[eps | x_t] of data N(mu, s^2)."""
     alpha_bar = jnp.asarray(SCHEDULE.alpha_bar, jnp.float32)
 
     def denoise(x, t, cond):
@@ -168,7 +168,7 @@ def test_ddim_converges_to_the_probability_flow():
         out = ddim(gaussian(mu, s), SCHEDULE, x, None, keys, steps=steps)
         errors.append(np.abs(out - exact).max())
     assert errors[2] < 0.02
-    ratios = np.array(errors[:-1]) / errors[1:]  # a solver of first order halves its error
+    ratios = np.array(errors[:-1]) / errors[1:]  # the error of a first-order solver halves
     assert ((ratios > 1.8) & (ratios < 2.2)).all(), errors
 
 

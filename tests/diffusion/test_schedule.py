@@ -1,4 +1,4 @@
-"""Noise schedules: the paper's against diffusers', and rescaling between resolutions (Eq. 3)."""
+"""Noise schedules: parity with diffusers, and rescaling between resolutions (Eq. 3)."""
 
 import numpy as np
 import pytest
@@ -29,16 +29,16 @@ def test_scaled_linear_agrees_with_diffusers(settings):
     expected = DDPMScheduler(beta_schedule="scaled_linear", **values).alphas_cumprod.numpy()
     schedule = scaled_linear(**settings)
     assert schedule.timesteps == len(expected)
-    # diffusers multiplies up to a thousand factors in f32
+    # diffusers multiplies up to a thousand factors in f32.
     np.testing.assert_allclose(schedule.alpha_bar, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("timesteps", [100, 1000])
 def test_linear_and_cosine_agree_with_diffusers(timesteps):
     betas = {"beta_start": 1e-4, "beta_end": 0.02}
-    for ours, name in ((linear(timesteps), "linear"), (cosine(timesteps), "squaredcos_cap_v2")):
-        theirs = DDPMScheduler(num_train_timesteps=timesteps, beta_schedule=name, **betas)
-        np.testing.assert_allclose(ours.alpha_bar, theirs.alphas_cumprod.numpy(), rtol=1e-4)
+    for schedule, name in ((linear(timesteps), "linear"), (cosine(timesteps), "squaredcos_cap_v2")):
+        expected = DDPMScheduler(num_train_timesteps=timesteps, beta_schedule=name, **betas)
+        np.testing.assert_allclose(schedule.alpha_bar, expected.alphas_cumprod.numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -50,7 +50,7 @@ def test_noise_always_grows(name):
 
 
 def test_scaled_linear_by_hand():
-    # roots of beta: 0.1, 0.2, 0.3
+    # The square roots of beta are 0.1, 0.2 and 0.3.
     schedule = scaled_linear(3, 0.01, 0.09)
     np.testing.assert_allclose(schedule.alpha_bar, [0.99, 0.99 * 0.96, 0.99 * 0.96 * 0.91])
     assert schedule.alpha_bar.dtype == np.float64
@@ -67,7 +67,7 @@ def test_alpha_bar_at_timesteps():
 
 
 def test_rescale_by_hand():
-    # sigma = 1, 2 become 2, 4 when the side doubles
+    # sigma doubles with the side: 1 and 2 become 2 and 4.
     schedule = rescale(Schedule(np.array([0.5, 0.2])), 128, 256)
     np.testing.assert_allclose(schedule.alpha_bar, [0.2, 1 / 17])
 

@@ -135,7 +135,7 @@ def test_image_tower_equals_transformers(tmp_path, act, epsilon):
     kind = transformers.CLIPVisionModelWithProjection
     original = kind.from_pretrained(tmp_path, local_files_only=True).eval()
     images = pictures(16, 16)
-    pixels = torch.tensor(np.asarray(clip.normalise(images))).permute(0, 3, 1, 2)
+    pixels = torch.tensor(np.asarray(clip.normalize(images))).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = original(pixels).image_embeds.numpy()
     network = load_clip(str(tmp_path)).images

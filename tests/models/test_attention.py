@@ -1,6 +1,7 @@
-"""Attention: parity with PyTorch, and backends that agree, as far as they run without their device.
+"""Attention: parity with PyTorch and between backends, as far as they run without their device.
 
-cuDNN's needs a GPU to run, not to be traced: JAX decides then which lengths and sizes it refuses.
+cuDNN attention can be traced without a GPU, and tracing decides which lengths and sizes JAX
+supports.
 """
 
 from functools import partial
@@ -38,12 +39,12 @@ def test_attention_agrees_with_torch(biased):
         *(torch.from_numpy(a).transpose(1, 2) for a in (q, k, v)),
         attn_mask=torch.from_numpy(bias) if biased else None,
     )
-    ours = attention(*map(jnp.asarray, (q, k, v)), bias=bias)
-    np.testing.assert_allclose(ours, expected.transpose(1, 2).numpy(), atol=1e-5)
+    out = attention(*map(jnp.asarray, (q, k, v)), bias=bias)
+    np.testing.assert_allclose(out, expected.transpose(1, 2).numpy(), atol=1e-5)
 
 
 def test_attention_has_an_f32_softmax():
-    # Logits around 30 that bf16 would round by up to 0.06, and weights with them by 6%.
+    # bf16 would round logits around 30 by up to 0.06, which changes attention weights by 6%.
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 64, 2, 16)) for i in range(3))
     half = [a.astype(jnp.bfloat16) for a in (6 * q, 6 * k, v)]
     out = attention(*half)
@@ -54,9 +55,9 @@ def test_attention_has_an_f32_softmax():
 
 @pytest.fixture
 def flash(monkeypatch):
-    """The TPU's kernel, interpreted, for few keys as well; the calls that reach it."""
+    """Interpret the TPU kernel, also for few keys; yields the shapes of its calls."""
     kernel, calls = lib.pallas.flash_attention, []
-    monkeypatch.setattr(lib, "LONG", 100)
+    monkeypatch.setattr(lib, "FLASH_MIN_KEYS", 100)
     monkeypatch.setattr(
         lib.pallas, "flash_attention", lambda *a, **k: calls.append(a[0].shape) or kernel(*a, **k)
     )
@@ -65,16 +66,16 @@ def flash(monkeypatch):
 
 
 def test_flash_attention_is_attention(flash):
-    """With lengths that are not whole tiles, forward and backward."""
-    given = inputs(30, 110)
-    weights = jax.random.normal(jax.random.key(7), given[0].shape)
+    """Forward and backward agree with xla at lengths that are not whole tiles."""
+    qkv = inputs(30, 110)
+    weights = jax.random.normal(jax.random.key(7), qkv[0].shape)
 
     def both(backend):
         def loss(q, k, v):
             out = attention(q, k, v, backend)
             return (out * weights).sum(), out
 
-        return jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*given)
+        return jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
 
     (_, out), grads = both("flash")
     assert flash == [(1, 2, 128, 8)]
@@ -84,49 +85,49 @@ def test_flash_attention_is_attention(flash):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_flash_attention_on_a_mesh_runs_where_its_examples_are(flash):
+def test_flash_attention_on_a_mesh_runs_on_the_devices_of_its_examples(flash):
     mesh = sharding.create_mesh(2)
-    given = inputs(128, batch=8)
-    placed = [jax.device_put(a, sharding.batch_sharding(mesh)) for a in given]
+    qkv = inputs(128, batch=8)
+    sharded = [jax.device_put(a, sharding.batch_sharding(mesh)) for a in qkv]
     run = jax.jit(sharding.traced_on(mesh, lambda *a: attention(*a, "flash")))
-    out = run(*placed)
-    assert flash == [(1, 2, 128, 8)]  # of eight examples on eight devices
+    out = run(*sharded)
+    assert flash == [(1, 2, 128, 8)]  # eight examples on eight devices
     assert out.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 4)
-    np.testing.assert_allclose(out, attention(*given), atol=1e-5)
+    np.testing.assert_allclose(out, attention(*qkv), atol=1e-5)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Lets JAX trace its cuDNN attention on a machine without cuDNN."""
+    """Let JAX trace its cuDNN attention on a machine without cuDNN."""
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
 
 
 def cudnn_calls(function, *inputs):
-    """How many cuDNN attentions a traced function has, forward and backward."""
+    """Count the cuDNN attention calls of a traced function, (forward, backward)."""
     text = str(jax.make_jaxpr(function)(*inputs))
     return tuple(text.count(f"dot_product_attention_{way}_wrapper[") for way in ("fwd", "bwd"))
 
 
-def test_what_a_backend_cannot_do_xla_does(flash, gpu):
-    for given, bias in ((inputs(8), None), (inputs(128), 1.0)):  # too few keys; a bias
-        exact = attention(*given, "xla", bias)
-        np.testing.assert_array_equal(attention(*given, "flash", bias), exact)
+def test_xla_replaces_a_backend_that_does_not_support_the_inputs(flash, gpu):
+    for qkv, bias in ((inputs(8), None), (inputs(128), 1.0)):  # too few keys; a bias
+        exact = attention(*qkv, "xla", bias)
+        np.testing.assert_array_equal(attention(*qkv, "flash", bias), exact)
     assert not flash
     for size in (160, 12):  # too large, not a multiple of 8
-        given = inputs(8, size=size)
-        np.testing.assert_array_equal(attention(*given, "cudnn"), attention(*given))
-    given = inputs(8, dtype=jnp.bfloat16)
-    assert cudnn_calls(lambda *a: attention(*a, "cudnn"), *given) == (1, 0)
+        qkv = inputs(8, size=size)
+        np.testing.assert_array_equal(attention(*qkv, "cudnn"), attention(*qkv))
+    qkv = inputs(8, dtype=jnp.bfloat16)
+    assert cudnn_calls(lambda *a: attention(*a, "cudnn"), *qkv) == (1, 0)
 
 
 def has_gradient(q, k, v, bias):
-    """Whether cuDNN's attention of such inputs can be traced forward and backward."""
+    """Whether cuDNN attention can be traced forward and backward for these inputs."""
 
     def loss(q, k, v, bias):
         return attention(q, k, v, "cudnn", bias).astype(jnp.float32).sum()
 
-    wanted = (0, 1, 2) if bias is None else (0, 1, 2, 3)
-    return cudnn_calls(jax.grad(loss, wanted), q, k, v, bias) == (1, 1)
+    argnums = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+    return cudnn_calls(jax.grad(loss, argnums), q, k, v, bias) == (1, 1)
 
 
 LENGTHS = [(8, 8), (7, 7), (7, 8), (8, 7), (8, 1), (1, 8)]
@@ -141,20 +142,20 @@ def test_cudnn_attention_has_a_gradient_at_any_length(gpu, queries, keys, biased
 
 @pytest.mark.parametrize("queries, keys", LENGTHS)
 @pytest.mark.parametrize("biased", [False, True])
-def test_what_cudnn_is_given_is_attention(monkeypatch, queries, keys, biased):
-    """The same call, of whose lengths JAX has an implementation in XLA; forward and backward."""
-    given = inputs(queries, keys, batch=2)
+def test_the_inputs_of_cudnn_compute_attention(monkeypatch, queries, keys, biased):
+    """JAX's XLA implementation of the same call agrees with ours, forward and backward."""
+    qkv = inputs(queries, keys, batch=2)
     bias = jax.random.normal(jax.random.key(8), (2, 2, queries, keys)) if biased else None
-    weights = jax.random.normal(jax.random.key(7), given[0].shape)
+    weights = jax.random.normal(jax.random.key(7), qkv[0].shape)
 
     @partial(jit, static_argnums=0)
-    def both(backend, *given):
+    def both(backend, *arrays):
         def loss(q, k, v, bias):
             out = attention(q, k, v, backend, bias)
             return (out * weights).sum(), out
 
-        wanted = (0, 1, 2, 3) if biased else (0, 1, 2)
-        (_, out), grads = jax.value_and_grad(loss, wanted, has_aux=True)(*given)
+        argnums = (0, 1, 2, 3) if biased else (0, 1, 2)
+        (_, out), grads = jax.value_and_grad(loss, argnums, has_aux=True)(*arrays)
         return [out, *grads]
 
     original = jax.nn.dot_product_attention
@@ -163,24 +164,24 @@ def test_what_cudnn_is_given_is_attention(monkeypatch, queries, keys, biased):
         "dot_product_attention",
         lambda *a, implementation, **k: original(*a, implementation="xla", **k),
     )
-    for ours, expected in zip(
-        *(both(name, *given, bias) for name in ("cudnn", "xla")), strict=True
+    for actual, expected in zip(
+        *(both(name, *qkv, bias) for name in ("cudnn", "xla")), strict=True
     ):
-        np.testing.assert_allclose(ours, expected, atol=1e-5)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-# All lengths of a UNet at 512 pixels are even, or those of the text at 256.
+# UNets at 512 pixels are left out: their lengths are even, or those of the text at 256 pixels.
 ROWS = [row for row in table1.ROWS if row.partition(",")[0] != "arch=unet" or row.endswith("256")]
 
 
 @pytest.fixture(scope="module")
-def trained():
-    """What of `has_gradient` is known already."""
+def checked():
+    """Attention inputs for which `has_gradient` was checked."""
     return set()
 
 
 def create(row):
-    """The objective of a row of Table 1 with cuDNN's attention."""
+    """Create the objective of a row of Table 1 with cuDNN attention."""
     values = table1.get_config(row)
     values.model.attention, values.init.pretrain = "cudnn", None
     values.autoencoder.path = values.text_encoder.path = "not read"
@@ -189,33 +190,32 @@ def create(row):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, monkeypatch, trained, row):
-    """Each architecture at its size, for classes and text, 256 and 512 pixels: the forward pass.
+def test_every_model_of_the_paper_trains_with_cudnn_attention(gpu, monkeypatch, checked, row):
+    """Trace the forward pass of each row, and the gradient of each attention call in it.
 
-    And the gradient of each attention in it, which rows and layers have in common.
+    Rows and layers share attention shapes, so that each shape is checked once.
     """
     objective = create(row)
     original, calls = lib.cudnn, set()
 
-    def cudnn(*given):
-        calls.add(tuple(a if a is None else (a.shape, a.dtype) for a in given))
-        return original(*given)
+    def cudnn(*arrays):
+        calls.add(tuple(a if a is None else (a.shape, a.dtype) for a in arrays))
+        return original(*arrays)
 
     monkeypatch.setattr(lib, "cudnn", cudnn)
-    assert objective.shapes and calls  # from a forward pass
+    assert objective.shapes and calls  # computing the shapes traces the forward pass
     lengths = {queries[1] for (queries, _), *_ in calls}
-    assert (
-        objective.config.model.name != "mdtv2" or len(lengths) == 2
-    )  # with tokens hidden, and all
-    for call in calls - trained:
+    if objective.config.model.name == "mdtv2":
+        assert len(lengths) == 2  # visible tokens, and all tokens
+    for call in calls - checked:
         assert has_gradient(*(a and jax.ShapeDtypeStruct(*a) for a in call))
-    trained |= calls
+    checked |= calls
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_the_gradient_of_every_model_of_the_paper_is_traced(gpu, row):
-    """Of the whole model, of MDT with hidden tokens too."""
+    """Trace the gradient of the whole model, for MDT also with hidden tokens."""
     objective = create(row)
     x = jax.ShapeDtypeStruct((1, *objective.latent_shape), jnp.float32)
     t, cond = jax.ShapeDtypeStruct((1,), jnp.int32), jax.eval_shape(objective.example_cond)
@@ -239,7 +239,7 @@ def test_the_gradient_of_every_model_of_the_paper_is_traced(gpu, row):
         ("cpu", "bfloat16", "xla"),
         ("gpu", "bfloat16", "cudnn"),
         ("cuda", "bfloat16", "cudnn"),
-        ("gpu", "float32", "xla"),  # cuDNN has none
+        ("gpu", "float32", "xla"),  # cuDNN has no f32 attention
         ("tpu", "bfloat16", "flash"),
         ("tpu", "float32", "flash"),
     ],
@@ -249,7 +249,7 @@ def test_the_fastest_of_each_platform(platform, dtype, expected):
 
 
 @pytest.mark.parametrize("tokens", [128, 640, 1024, 1152])
-def test_blocks_divide_what_is_padded(tokens):
+def test_blocks_divide_padded_lengths(tokens):
     blocks = lib._blocks(tokens, tokens)
     assert tokens % blocks.block_q == 0 and blocks.block_q <= 512
     assert blocks.block_q == {128: 128, 640: 128, 1024: 512, 1152: 384}[tokens]

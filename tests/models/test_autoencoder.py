@@ -1,4 +1,4 @@
-"""Spaces that diffusion works in: scale, shift, and training in a frozen autoencoder."""
+"""Pixel and latent spaces: scale, shift, and training on the latents of a frozen autoencoder."""
 
 from functools import cache, partial
 from unittest import mock
@@ -20,7 +20,7 @@ from condiff_jax.training import loop
 from tests import tiny
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-NETWORK = AutoencoderKL(Size((8, 16), resnets=1))  # tiny here
+NETWORK = AutoencoderKL(Size((8, 16), resnets=1))  # replaces the size tiny in this module
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,7 +41,7 @@ def network(params, x, method):
 
 
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (2.0, 0.0), (0.5, -0.25)])
-def test_pixels_are_scaled_and_come_back(scale, shift):
+def test_pixels_are_scaled_and_decoded(scale, shift):
     space = Pixels(scale, shift)
     x = space.encode(None, IMAGES, None)
     np.testing.assert_allclose(x, (IMAGES / 127.5 - 1 - shift) * scale, atol=1e-6)
@@ -57,14 +57,14 @@ def test_latents_are_sampled_scaled_and_decoded():
     noise = np.random.default_rng(1).normal(size=mean.shape).astype(np.float32)
     x = jit(space.encode)(params, IMAGES, noise)
     np.testing.assert_allclose(x, (mean + std * noise - 0.25) * 0.5, rtol=1e-4, atol=1e-4)
-    pictures = network(params, x / 0.5 + 0.25, "decode")
-    expected = np.clip(np.round((pictures + 1) * 127.5), 0, 255)
+    images = network(params, x / 0.5 + 0.25, "decode")
+    expected = np.clip(np.round((images + 1) * 127.5), 0, 255)
     assert np.abs(jit(space.decode)(params, x).astype(int) - expected).max() <= 1
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder with an autoencoder as diffusers saves it."""
+    """Folder with an autoencoder in diffusers' format."""
     state = key_maps.to_published(to_torch(parameters()), key_maps.AUTOENCODER)
     folder = tmp_path_factory.mktemp("vae")
     save_file(
@@ -77,7 +77,7 @@ def weights(tmp_path_factory):
 LATENT = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "autoencoder.scale": 0.2}
 
 
-def test_a_system_on_latents_has_their_shape_and_these_weights(weights):
+def test_an_objective_on_latents_has_their_shape_and_these_weights(weights):
     objective = tiny.objective(tiny.config(**LATENT, **{"autoencoder.path": str(weights)}))
     assert objective.latent_shape == (8, 8, 4)
     loaded = objective.load_frozen()["autoencoder"]
@@ -90,28 +90,28 @@ def test_training_and_sampling_on_latents(weights, tmp_path):
     config = tiny.config(steps=2, **fields, **{"log.every": 1})
     with tiny.few_layers():
         loop.run(config, str(tmp_path))
-        drawn = sample.run(
+        folder = sample.run(
             tiny.config(steps=2, **fields, **{"sampling.prompts": "a ring"}),
             str(tmp_path),
         )
-    assert len(list(drawn.glob("0*.png"))) == 4
+    assert len(list(folder.glob("0*.png"))) == 4
 
 
-def test_old_names_of_the_attention_are_known(weights, tmp_path):
+def test_old_names_of_the_attention_are_supported(weights, tmp_path):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = load_file(weights / "diffusion_pytorch_model.safetensors")
     for new, name in old.items():
         state = {key.replace(f".{new}.", f".{name}."): a for key, a in state.items()}
     assert "decoder.mid_block.attentions.0.proj_attn.weight" in state
     save_file(state, tmp_path / "x.safetensors")
-    systems = (
-        tiny.objective(tiny.config(**LATENT, **{"autoencoder.path": str(place)}))
-        for place in (weights, tmp_path)
+    objectives = (
+        tiny.objective(tiny.config(**LATENT, **{"autoencoder.path": str(path)}))
+        for path in (weights, tmp_path)
     )
-    jax.tree.map(np.testing.assert_array_equal, *(objective.load_frozen() for objective in systems))
+    jax.tree.map(np.testing.assert_array_equal, *(o.load_frozen() for o in objectives))
 
 
-def test_loss_sees_the_latents(weights):
+def test_noise_has_the_shape_of_the_latents(weights):
     config = tiny.config(**LATENT, **{"autoencoder.path": str(weights), "data.resolution": 16})
     objective = tiny.objective(config)
     noise = objective.draw_noise(jax.random.key(0), 2)
@@ -125,9 +125,9 @@ def test_scale_and_shift_come_from_the_config(name):
     assert (space.scale, space.shift) == (0.5, 0.25)
 
 
-@pytest.mark.parametrize("place, message", [("", "empty; latents"), ("/no/such", "does not exist")])
-def test_missing_weights_are_named(place, message):
-    config = tiny.config(**LATENT, **{"autoencoder.path": place})
+@pytest.mark.parametrize("path, message", [("", "empty; latents"), ("/no/such", "does not exist")])
+def test_missing_weights_are_named(path, message):
+    config = tiny.config(**LATENT, **{"autoencoder.path": path})
     with pytest.raises(ConfigError, match=f"autoencoder.path.*{message}"):
         tiny.objective(config).load_frozen()
 

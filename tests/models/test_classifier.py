@@ -1,4 +1,4 @@
-"""The noisy classifier: the UNet's encoder, adaptive norms, and pooling by attention."""
+"""Noisy classifier: the encoder of the UNet, adaptive norms, and attention pooling."""
 
 import jax
 import jax.numpy as jnp
@@ -24,42 +24,42 @@ def built():
     return model, parity.random_like(shapes)
 
 
-def test_every_parameter_has_a_place(built):
+def test_every_parameter_has_a_sharding(built):
     mesh = sharding.create_mesh(2)
-    sharding.tree_shardings(mesh, {"classifier": built[1]})  # or it names the parameter
+    sharding.tree_shardings(mesh, {"classifier": built[1]})  # raises for a parameter without one
 
 
 def test_it_is_the_encoder_half_of_the_unet(built):
     whole = UNet(SMALL, 5, Weighting("cosine"), adaptive=True)
     cond = Cond.of(jnp.array([0, 1]))
-    theirs = jax.eval_shape(whole.init, jax.random.key(0), X, T, cond)["params"]
-    half = {name for name in theirs if name.startswith(("conv_in", "timestep", "down", "mid"))}
+    shapes = jax.eval_shape(whole.init, jax.random.key(0), X, T, cond)["params"]
+    half = {name for name in shapes if name.startswith(("conv_in", "timestep", "down", "mid"))}
     half -= {"mid_resnet_1"}
     assert set(built[1]) == half | {"norm_out", "pool", "head"}
-    for name in half:  # without what hears a class
+    for name in half:  # the classifier has no cross-attention
         expected = {
-            part: leaf for part, leaf in theirs[name].items() if not part.startswith("cross")
+            part: leaf for part, leaf in shapes[name].items() if not part.startswith("cross")
         }
         assert jax.tree.map(jnp.shape, built[1][name]) == jax.tree.map(lambda a: a.shape, expected)
 
 
-def test_logits_depend_on_pictures_and_on_the_timestep(built):
+def test_logits_depend_on_images_and_on_the_timestep(built):
     model, params = built
     logits = parity.jit(lambda x, t: model.apply({"params": params}, x, t))
     first = logits(X, T)
     assert first.shape == (2, 5) and first.dtype == jnp.float32
     assert np.abs(first - logits(X[::-1], T)).max() > 1e-2
     changed = np.abs(first - logits(X, T + np.array([0, 200], np.int32)))
-    assert changed[1].max() > 1e-3 and changed[0].max() < 1e-5  # each its own
+    assert changed[1].max() > 1e-3 and changed[0].max() < 1e-5  # only t[1] changed
 
 
-def test_an_untrained_classifier_says_nothing():
+def test_logits_are_zero_at_initialization():
     model = Classifier(SMALL, 5)
     logits = parity.jit(lambda key: model.apply(model.init(key, X, T), X, T))
     assert not np.abs(logits(jax.random.key(0))).max()
 
 
-def test_pooling_by_hand_and_blind_to_the_order_of_pixels():
+def test_pooling_by_hand_and_invariant_to_the_order_of_pixels():
     pool = AttentionPool(heads=2)
     x = np.random.default_rng(1).normal(size=(2, 3, 2, 8)).astype(np.float32)
     params = pool.init(jax.random.key(0), x)["params"]
@@ -85,8 +85,8 @@ def test_pooling_by_hand_and_blind_to_the_order_of_pixels():
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-def test_resnet_blocks_of_denoisers_can_hear_timestep_and_class_by_adagn():
-    """As option `adaptive`: the embedding scales and shifts the second norm, and is not added."""
+def test_resnet_blocks_of_denoisers_can_be_conditioned_by_adagn():
+    """With `adaptive`, the embedding scales and shifts the second norm instead of being added."""
     block = ResNetBlock(8, groups=2, adaptive=True)
     x = np.random.default_rng(2).normal(size=(2, 4, 4, 8)).astype(np.float32)
     timestep, label = np.random.default_rng(3).normal(size=(2, 2, 6)).astype(np.float32)

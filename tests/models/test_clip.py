@@ -1,4 +1,4 @@
-"""CLIP's text tower and tokenizer against transformers', from folders as it writes them."""
+"""CLIP's text tower and tokenizer: parity with transformers on checkpoint folders it saved."""
 
 import json
 import pickle
@@ -26,8 +26,8 @@ MASK = np.arange(8) < [[4], [8], [2]]
 
 
 def encoder(folder, dtype=jnp.float32, **settings):
-    asked = {"name": "clip", "length": clips.LENGTH, "width": clips.WIDTH} | settings
-    return Clip(TextEncoder(path=str(folder), **asked), jnp.dtype(dtype))
+    fields = {"name": "clip", "length": clips.LENGTH, "width": clips.WIDTH} | settings
+    return Clip(TextEncoder(path=str(folder), **fields), jnp.dtype(dtype))
 
 
 def features(tower, ids, mask):
@@ -42,17 +42,18 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("whole", [False, True], ids=["CLIPTextModel", "CLIPModel"])
 @pytest.mark.parametrize("act, end", [("quick_gelu", 2), ("gelu", 2), ("quick_gelu", clips.END)])
 def test_tower_agrees_with_transformers(tmp_path, act, end, whole):
-    settings = {"vocab_size": clips.END + 1 + 3 * (end != 2)}  # more, where the end is told
+    # With an explicit end token, there are ids above it.
+    settings = {"vocab_size": clips.END + 1 + 3 * (end != 2)}
     epsilon = 1e-5 if act == "quick_gelu" else 1e-2
     settings |= {"hidden_act": act, "eos_token_id": end, "layer_norm_eps": epsilon}
     clips.write(tmp_path, whole=whole, **settings)
-    theirs = transformers.CLIPTextModel.from_pretrained(tmp_path, local_files_only=True).eval()
+    reference = transformers.CLIPTextModel.from_pretrained(tmp_path, local_files_only=True).eval()
     tower = encoder(tmp_path)
     ids = np.where(IDS == 1, clips.END, IDS)  # the end token, and the padding
     ids[0, 5:] = 0  # as Stable Diffusion 2 pads
     ids[1, 2] = clips.END + 2 * (end != 2) - (end == 2)  # the end is not always the largest id
     with torch.no_grad():
-        expected = theirs(torch.tensor(ids))
+        expected = reference(torch.tensor(ids))
     text = features(tower, ids, MASK)
     assert text.tokens.dtype == jnp.float32
     np.testing.assert_allclose(text.tokens, expected.last_hidden_state, atol=1e-5)
@@ -63,11 +64,11 @@ def test_tower_agrees_with_transformers(tmp_path, act, end, whole):
 
 
 def test_padding_has_no_influence(folder):
-    ids, other = np.where(MASK, IDS, 1), np.where(MASK, IDS, 0)
+    ids, changed = np.where(MASK, IDS, 1), np.where(MASK, IDS, 0)
     ids[~MASK] = clips.END
-    ids[np.arange(3), MASK.sum(1) - 1] = other[np.arange(3), MASK.sum(1) - 1] = clips.END
+    ids[np.arange(3), MASK.sum(1) - 1] = changed[np.arange(3), MASK.sum(1) - 1] = clips.END
     tower = encoder(folder)
-    a, b = (features(tower, x, MASK) for x in (ids, other))
+    a, b = (features(tower, x, MASK) for x in (ids, changed))
     np.testing.assert_array_equal(np.asarray(a.tokens)[MASK], np.asarray(b.tokens)[MASK])
     np.testing.assert_array_equal(a.pooled, b.pooled)
 
@@ -91,15 +92,15 @@ def test_default_size_is_vit_l_14():
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
 def test_old_and_new_names_of_weights(folder, tmp_path, prefix):
-    ours = to_torch(encoder(folder).load())
-    state = key_maps.to_published(ours, key_maps.CLIP_TEXT)
+    tensors = to_torch(encoder(folder).load())
+    state = key_maps.to_published(tensors, key_maps.CLIP_TEXT)
     state = {prefix + name.removeprefix("text_model."): a for name, a in state.items()}
     state["logit_scale"] = np.ones(1, np.float32)
     state[f"{prefix}embeddings.position_ids"] = np.arange(8)[None]
     for name in (clip.CONFIG, *clip.WORDS):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     torch.save({k: torch.tensor(np.array(a)) for k, a in state.items()}, tmp_path / "model.bin")
-    jax.tree.map(np.testing.assert_array_equal, to_torch(encoder(tmp_path).load()), ours)
+    jax.tree.map(np.testing.assert_array_equal, to_torch(encoder(tmp_path).load()), tensors)
 
 
 CAPTIONS = (
@@ -115,11 +116,11 @@ CAPTIONS = (
 
 @pytest.mark.parametrize("length", [8, 77])
 def test_tokens_agree_with_transformers(folder, length):
-    theirs = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    ours = pickle.loads(pickle.dumps(clip.Tokenizer.read(folder)))
+    reference = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = pickle.loads(pickle.dumps(clip.Tokenizer.read(folder)))
     for caption in CAPTIONS:
-        expected = theirs(caption, padding="max_length", max_length=length, truncation=True)
-        ids, mask = ours(caption, length)
+        expected = reference(caption, padding="max_length", max_length=length, truncation=True)
+        ids, mask = tokenizer(caption, length)
         assert (ids.dtype, mask.dtype, ids.shape) == (np.int32, bool, (length,))
         np.testing.assert_array_equal(ids, expected["input_ids"])
         np.testing.assert_array_equal(mask, expected["attention_mask"])
@@ -139,7 +140,7 @@ def test_captions_are_tokenized_fast(folder):
     start = time.process_time()
     for _ in range(200):
         tokenizer.tokenize("a large red circle in the top left corner, on a light background")
-    assert (time.process_time() - start) / 200 < 2e-3  # 40 us where nothing else runs
+    assert (time.process_time() - start) / 200 < 2e-3  # 40 us on an idle machine
 
 
 def test_folders_of_stable_diffusion(folder, tmp_path):
@@ -202,7 +203,7 @@ NORM = "encoder.layers.0.layer_norm1.weight"
         (lambda f: config_with(f, intermediate_size=8), "text_encoder.path: weights do not fit"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_said_in_a_line(tmp_path, edit, message):
+def test_errors_of_broken_folders_are_one_line(tmp_path, edit, message):
     edit(clips.write(tmp_path))
     with pytest.raises(ConfigError, match=message) as error:
         encoder(tmp_path).load()
@@ -216,20 +217,20 @@ def test_missing_folders_are_named(path, message):
         encoder(path).load()
 
 
-def test_hub_ids_fetch_what_is_needed(folder, monkeypatch):
-    asked = []
+def test_hub_ids_download_only_needed_files(folder, monkeypatch):
+    calls = []
 
     def snapshot_download(source, allow_patterns):
-        asked.append((source, allow_patterns))
+        calls.append((source, allow_patterns))
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     tower = encoder("owner/name")
     tower.files(), tower.load(), tower.tokenize("")
-    assert asked == [("owner/name", ["*.safetensors", clip.CONFIG, *clip.WORDS])]
+    assert calls == [("owner/name", ["*.safetensors", clip.CONFIG, *clip.WORDS])]
 
 
-def test_remote_folders_are_copied_where_libraries_need_local_ones(folder):
+def test_remote_folders_are_copied_for_libraries_that_need_local_ones(folder):
     class Remote(type(folder)):
         def __fspath__(self):
             return f"gs:/{self}"

@@ -1,4 +1,4 @@
-"""What two of the methods to condition on a class compute, by hand; see test_unet2d.py for all."""
+"""Two class-conditioning methods by hand; test_unet2d.py tests all methods."""
 
 import flax.linen as nn
 import jax
@@ -12,11 +12,11 @@ RNG = np.random.default_rng(0)
 H = RNG.normal(3.0, 2.0, (2, 3, 3, 8)).astype(np.float32)  # neither centered nor of unit variance
 CLASS = RNG.normal(size=(2, 16)).astype(np.float32)
 T = jnp.array([250, 750])
-WEIGHTING = Weighting("linear")  # 0.75 and 0.25 there
+WEIGHTING = Weighting("linear")  # 0.75 and 0.25 at T
 
 
 def apply(name, *path, kernel=None, bias=None):
-    """h after a method with its first parameters, but for those of one layer."""
+    """Apply a method with its initial parameters, except for one layer, to H."""
     module = conditioners.load(name)[1](weighting=WEIGHTING)
     params = module.init(jax.random.key(0), H, CLASS, CLASS, T)["params"]
     layer = params
@@ -38,7 +38,7 @@ def test_adanorm_by_hand():
 
 
 def test_weighted_attn_weights_the_details_alone_with_gamma():
-    """The output layer gives 2 to the coarse half and 10 to the details, whatever it is given."""
+    """The output layer returns its bias: 2 for the coarse half and 10 for the details."""
     out = apply("weighted_attn", "out", bias=[2] * 8 + [10] * 8)
     gamma = np.array([0.75, 0.25]).reshape(2, 1, 1, 1)
     np.testing.assert_allclose(out, H + 2 + 10 * gamma, rtol=1e-5)

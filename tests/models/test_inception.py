@@ -1,4 +1,4 @@
-"""Inception-v3's resize and names of weights; test_feature_networks.py has its numbers."""
+"""Inception-v3: resize and weight names; test_feature_networks.py checks its values."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from condiff_jax.models import inception
 from condiff_jax.pretrained.layout import to_torch
 
 
-def pictures(height, width, n=1):
+def random_images(height, width, n=1):
     rng = np.random.default_rng(height)
     return rng.integers(0, 256, (n, height, width, 3)).astype(np.uint8)
 
@@ -23,7 +23,7 @@ def shapes():
 
 @pytest.mark.parametrize("size", [(32, 32), (256, 256), (299, 299), (512, 512), (40, 500)])
 def test_resize_is_that_of_tensorflow_1(size):
-    images = pictures(*size)
+    images = random_images(*size)
     resized = inception.resize(images)
     assert resized.dtype == jnp.float32
     np.testing.assert_allclose(resized, torch_inception.resize(images), atol=255 * 3e-5)

@@ -1,4 +1,4 @@
-"""AutoencoderKL: parity with diffusers' class of that name, and Stable Diffusion's size."""
+"""AutoencoderKL: parity with diffusers' AutoencoderKL, and the size of Stable Diffusion's."""
 
 from functools import partial
 
@@ -17,19 +17,19 @@ from condiff_jax.pretrained.layout import to_torch
 SMALL = parity.KL
 
 
-def pictures(height, width, seed=0, channels=3):
+def random_images(height, width, seed=0, channels=3):
     shape = (2, height, width, channels)
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
 def random_like(shapes, seed=0):
-    """Parameters that leave nothing zero, not even what starts there."""
+    """Random parameters, nonzero also where the initialization is zero."""
     generator = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
+        center = 1.0 if path[-1].key == "scale" else 0.0
         size = (leaf.size // leaf.shape[-1]) ** -0.5 if leaf.ndim > 1 else 0.2
-        return jnp.asarray(centre + size * generator.normal(size=leaf.shape), jnp.float32)
+        return jnp.asarray(center + size * generator.normal(size=leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -37,7 +37,7 @@ def random_like(shapes, seed=0):
 def build(size=SMALL, **settings):
     """(model, random parameters)."""
     model = AutoencoderKL(size, **settings)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), pictures(8, 8))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), random_images(8, 8))["params"]
     return model, random_like(shapes)
 
 
@@ -61,32 +61,32 @@ def relative(a, b):
 @pytest.mark.parametrize("height, width", [(8, 8), (12, 16)])
 def test_agrees_with_diffusers(height, width):
     model, params = build()
-    # Small features show the epsilons of the norms that read them.
+    # Small features make the epsilons of the norms matter.
     params = jax.tree.map(lambda a: 0.05 * a if a.ndim == 4 else a, params)
-    theirs = parity.diffusers_kl(8)
-    parity.load(theirs, key_maps.to_published(to_torch(params), key_maps.AUTOENCODER))
-    x = pictures(height, width)
+    reference = parity.diffusers_kl(8)
+    parity.load(reference, key_maps.to_published(to_torch(params), key_maps.AUTOENCODER))
+    x = random_images(height, width)
     moments = run(model, "encode", params, x)
     assert moments.shape == (2, height // 2, width // 2, 6)
-    assert relative(moments, nhwc(theirs.encode(nchw(x)).latent_dist.parameters)) < 1e-5
-    latents = pictures(height // 2, width // 2, seed=1, channels=3)
+    assert relative(moments, nhwc(reference.encode(nchw(x)).latent_dist.parameters)) < 1e-5
+    latents = random_images(height // 2, width // 2, seed=1, channels=3)
     images = run(model, "decode", params, latents)
     assert images.shape == x.shape
-    assert relative(images, nhwc(theirs.decode(nchw(latents)).sample)) < 1e-5
+    assert relative(images, nhwc(reference.decode(nchw(latents)).sample)) < 1e-5
 
 
 def test_mean_and_std_agree_with_diffusers():
-    moments = 60 * pictures(4, 4, channels=6)  # log-variances beyond both ends
-    theirs = DiagonalGaussianDistribution(nchw(moments))
+    moments = 60 * random_images(4, 4, channels=6)  # log-variances beyond both bounds
+    reference = DiagonalGaussianDistribution(nchw(moments))
     mean, std = mean_and_std(jnp.asarray(moments))
-    np.testing.assert_array_equal(mean, nhwc(theirs.mean))
-    np.testing.assert_allclose(std, nhwc(theirs.std), rtol=1e-6)
+    np.testing.assert_array_equal(mean, nhwc(reference.mean))
+    np.testing.assert_allclose(std, nhwc(reference.std), rtol=1e-6)
     assert std.min() == pytest.approx(np.exp(-15)) and std.max() == pytest.approx(np.exp(10))
 
 
 def test_call_decodes_the_mean():
     model, params = build()
-    x = pictures(8, 8)
+    x = random_images(8, 8)
     mean, _ = mean_and_std(run(model, "encode", params, x))
     expected = run(model, "decode", params, mean)
     np.testing.assert_allclose(run(model, None, params, x), expected, atol=1e-5)
@@ -94,14 +94,14 @@ def test_call_decodes_the_mean():
 
 def test_bf16_is_close_to_f32():
     f32, params = build()
-    bf16, other = build(dtype=jnp.bfloat16)
-    assert jax.tree.map(lambda a: a.dtype, other) == jax.tree.map(lambda a: a.dtype, params)
-    latents = pictures(4, 4, seed=1, channels=3)
-    for method, x in (("encode", pictures(8, 8)), ("decode", latents)):
+    bf16, bf16_params = build(dtype=jnp.bfloat16)
+    assert jax.tree.map(lambda a: a.dtype, bf16_params) == jax.tree.map(lambda a: a.dtype, params)
+    latents = random_images(4, 4, seed=1, channels=3)
+    for method, x in (("encode", random_images(8, 8)), ("decode", latents)):
         a, b = (run(model, method, params, x) for model in (f32, bf16))
         assert a.dtype == b.dtype == jnp.float32
         error = np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2))
-        assert 1e-4 < error < 0.03  # 8 bits: 0.4% an operation
+        assert 1e-4 < error < 0.03  # bf16 rounds each operation by up to 0.4%
 
 
 def test_sd_has_the_size_of_stable_diffusion():

@@ -1,4 +1,4 @@
-"""Layers of the transformers: patches, positions, norms and attention."""
+"""Common layers: patches, positions, norms and attention."""
 
 import jax
 import jax.numpy as jnp
@@ -34,23 +34,23 @@ def test_unpatchify_inverts_patchify(shape, patch):
 
 def test_position_embedding_agrees_with_diffusers():
     table = get_2d_sincos_pos_embed(24, 6, base_size=6).numpy()
-    ours = layers.position_embedding(24, 6, 6, base=3, mode="extrapolate")
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, table, atol=1e-6)
-    # More columns than rows: the upper part of the square.
-    ours = layers.position_embedding(24, 4, 6, base=3, mode="extrapolate")
-    np.testing.assert_allclose(ours, table.reshape(6, 6, 24)[:4].reshape(24, 24), atol=1e-6)
+    embedding = layers.position_embedding(24, 6, 6, base=3, mode="extrapolate")
+    assert embedding.dtype == np.float32
+    np.testing.assert_allclose(embedding, table, atol=1e-6)
+    # With more columns than rows, the table is the upper part of the square.
+    embedding = layers.position_embedding(24, 4, 6, base=3, mode="extrapolate")
+    np.testing.assert_allclose(embedding, table.reshape(6, 6, 24)[:4].reshape(24, 24), atol=1e-6)
 
 
 def test_position_embedding_by_hand():
-    # Column, then row: sines of (x, x / 100), cosines of the same.
-    ours = layers.position_embedding(8, 2, 3, base=4).reshape(2, 3, 8)
+    # The column comes first, then the row: sines of (x, x / 100), then their cosines.
+    embedding = layers.position_embedding(8, 2, 3, base=4).reshape(2, 3, 8)
 
     def encode(x):
         return [np.sin(x), np.sin(x / 100), np.cos(x), np.cos(x / 100)]
 
-    np.testing.assert_allclose(ours[1, 1], [*encode(2), *encode(4)], atol=1e-6)
-    np.testing.assert_allclose(ours[0, 2], [*encode(4), *encode(0)], atol=1e-6)
+    np.testing.assert_allclose(embedding[1, 1], [*encode(2), *encode(4)], atol=1e-6)
+    np.testing.assert_allclose(embedding[0, 2], [*encode(4), *encode(0)], atol=1e-6)
 
 
 @pytest.mark.parametrize("grid", [4, 8, 32])
@@ -60,9 +60,9 @@ def test_resampled_positions_have_the_same_limits_at_every_resolution(grid):
     assert positions[0] == 0 and positions[-1] == 4
     np.testing.assert_array_equal(layers.position_grid(grid, 4), positions)
     corners = [0, grid - 1, -grid, -1]
-    ours = layers.position_embedding(16, grid, grid, base=4)[corners]
+    embedding = layers.position_embedding(16, grid, grid, base=4)[corners]
     base = layers.position_embedding(16, 4, 4, base=4)[[0, 3, -4, -1]]
-    np.testing.assert_allclose(ours, base, atol=1e-6)
+    np.testing.assert_allclose(embedding, base, atol=1e-6)
 
 
 def test_extrapolated_positions_count_on():
@@ -74,7 +74,7 @@ def test_bad_position_mode():
         layers.position_embedding(8, 2, 2, base=2, mode="rope")
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])  # at 1e-3 the epsilon shows
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])  # at 1e-3 the epsilon matters
 def test_layer_norm_agrees_with_torch(scale):
     x = scale * (3 + np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32))
     expected = torch.nn.functional.layer_norm(torch.from_numpy(x), (12,), eps=1e-6).numpy()
@@ -119,7 +119,7 @@ def test_head_projection_without_bias():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_adagn_by_hand(dtype):
-    """y_s GroupNorm(h) + y_b (arXiv:2105.05233, Sec. 3), in numpy."""
+    """AdaGN equals y_s GroupNorm(h) + y_b (arXiv:2105.05233, Sec. 3) in numpy."""
     rng = np.random.default_rng(0)
     h, emb = rng.normal(3, 2, (2, 3, 5, 8)), rng.normal(size=(2, 7))
     layer = layers.AdaGN(groups=4, epsilon=1e-3, dtype=dtype)
@@ -130,7 +130,7 @@ def test_adagn_by_hand(dtype):
     out = layer.apply({"params": {"projection": {"kernel": kernel, "bias": bias}}},
                       jnp.asarray(h, dtype), jnp.asarray(emb, dtype))  # fmt: skip
     assert out.dtype == dtype
-    groups = h.reshape(2, 15, 4, 2)  # two neighbouring channels each
+    groups = h.reshape(2, 15, 4, 2)  # two adjacent channels each
     mean, variance = (getattr(groups, f)((1, 3), keepdims=True) for f in ("mean", "var"))
     normed = ((groups - mean) / np.sqrt(variance + 1e-3)).reshape(h.shape)
     scale, shift = np.split(emb @ kernel + bias, 2, axis=1)

@@ -1,4 +1,4 @@
-"""MDTv2's masking: what is hidden stays hidden, shares are as asked; parity is in test_parity."""
+"""Masking of MDTv2: hidden tokens and their shares; parity is in test_parity."""
 
 from functools import cache
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.parity import CLASS, T, class_mdt, jit, noise, random_like
-from condiff_jax.models.mdt import hide, most_seen, relative_index
+from condiff_jax.models.mdt import hide, max_visible, relative_index
 from tests import tiny
 
 SIDE = 8  # 16 tokens
@@ -20,16 +20,16 @@ def test_shares_of_hidden_tokens_fill_the_range(ratio):
     counts = np.asarray(hide(jax.random.key(0), 4000, tokens, ratio).sum(1))
     low, high = np.array([ratio, ratio + 0.2]) * tokens
     assert counts.min() == pytest.approx(low, abs=1) and counts.max() == pytest.approx(high, abs=1)
-    assert counts.min() >= tokens - most_seen(tokens, ratio)
+    assert counts.min() >= tokens - max_visible(tokens, ratio)
     assert counts.mean() == pytest.approx((low + high + 1) / 2, abs=0.5)
     each = np.asarray(hide(jax.random.key(1), 4000, tokens, ratio).mean(0))
-    assert np.abs(each - each.mean()).max() < 0.05  # every token as often as the others
+    assert np.abs(each - each.mean()).max() < 0.05  # all tokens equally often
 
 
-def test_relative_index_tells_offsets():
+def test_relative_index_depends_on_the_offset():
     index = relative_index(2, 3)
     assert index.shape == (6, 6) and index.min() == 0 and index.max() == 3 * 5 - 1
-    # The same offset, the same row: token 0 -> 4 and 1 -> 5 are one down, one to the right.
+    # Pairs with the same offset share a row: 0 -> 4 and 1 -> 5 are one down, one to the right.
     assert index[0, 4] == index[1, 5] != index[0, 5]
     assert len(np.unique(index)) == 15
 
@@ -52,18 +52,18 @@ def parameters():
     return random_like(shapes())
 
 
-def test_encoder_does_not_see_hidden_tokens():
-    # Without the decoder's skip to the input, what is hidden cannot change the output.
+def test_hidden_tokens_do_not_affect_the_encoder():
+    # Without the decoder's skip from the input, hidden tokens cannot change the output.
     params = parameters()
     skip = params["decoder_blocks"]["skip"]
     width = skip["kernel"].shape[-1]
     skip["kernel"] = skip["kernel"].at[:, width:].set(0)
     hidden = jnp.zeros((2, 16), bool).at[:, :6].set(True)  # the first row and half of the second
-    x, other = noise(SIDE), noise(SIDE)
-    other[:, :2] += 1.0
-    np.testing.assert_array_equal(masked(params, x, hidden), masked(params, other, hidden))
-    other[:, 7:] += 1.0
-    assert np.abs(masked(params, x, hidden) - masked(params, other, hidden)).max() > 1e-3
+    x, changed = noise(SIDE), noise(SIDE)
+    changed[:, :2] += 1.0
+    np.testing.assert_array_equal(masked(params, x, hidden), masked(params, changed, hidden))
+    changed[:, 7:] += 1.0
+    assert np.abs(masked(params, x, hidden) - masked(params, changed, hidden)).max() > 1e-3
 
 
 def test_samples_may_hide_different_numbers_of_tokens():
@@ -98,8 +98,8 @@ def test_training_adds_the_masked_loss(ratio, trained):
     @jit
     @jax.value_and_grad
     def loss_and_gradient(token, noise):
-        given = params | {"model": params["model"] | {"mask_token": token}}
-        return objective.loss(given, batch, noise)[0]
+        changed = params | {"model": params["model"] | {"mask_token": token}}
+        return objective.loss(changed, batch, noise)[0]
 
     token = params["model"]["mask_token"]
     loss, gradient = loss_and_gradient(token, noise)

@@ -1,4 +1,4 @@
-"""mmDiT: tied streams, paths of each condition, the paper's sizes; parity is in test_parity."""
+"""mmDiT: tied streams, the path of each condition, published sizes; parity is in test_parity."""
 
 from functools import cache, partial
 
@@ -36,7 +36,7 @@ def control(high=0.0, low=0.0):
 
 
 def semantics(classes, seed=0):
-    """Two texts, or two labels, that differ between seeds 0 and 1."""
+    """Two texts or two labels, which differ between seeds 0 and 1."""
     return text(seed) if classes is None else jnp.array([seed, 2 + seed])
 
 
@@ -50,13 +50,13 @@ def forward(model, params, x, t, cond):
 
 
 def build(cond, **settings):
-    """(model, random parameters); pooled text has the token width unless streams are full."""
+    """Return (model, random parameters)."""
     model, params = abstract(cond, **settings)
     return model, random_like(params)
 
 
 def abstract(cond, **settings):
-    """(model, shapes of its parameters)."""
+    """Return (model, shapes of its parameters)."""
     leaves, tree = jax.tree.flatten(cond)
     defaults = {"streams": "qkv", "weighting": Weighting("cosine"), "base_grid": 2}
     model = MMDiT(width=WIDTH, heads=HEADS, patch=2, **({"depth": DEPTH} | defaults | settings))
@@ -74,16 +74,17 @@ def relative(a, b):
 
 
 # ---------------------------------------------------------------------------------------------
-# The other two kinds of streams are full streams whose weights are tied
+# `shared` and `qkv` streams equal full streams with tied weights.
 
 
 def untie(block):
-    """Parameters of a TwoStreamBlock that computes what a Block with these parameters does."""
+    """Parameters of a TwoStreamBlock that is equivalent to a Block with these parameters."""
     out = {"modulation": block["modulation"], "context_modulation": block["modulation"]}
     for name in ("query", "key", "value", "query_norm", "key_norm", "out", "mlp"):
         own = block.get("context_" + name, block[name])
         if name in ("query", "key", "value") and own is not block[name]:
-            bias = jnp.zeros_like(block[name]["linear"]["bias"])  # ours has none
+            # These projections have no bias in a Block.
+            bias = jnp.zeros_like(block[name]["linear"]["bias"])
             own = {"linear": {**own["linear"], "bias": bias}}
         out |= {name: block[name], "context_" + name: own}
     return out
@@ -110,7 +111,7 @@ def test_models_are_tied_two_stream_models(streams):
     blocks = untie(params["blocks"])
     last = jax.tree.map(lambda a: a[-1], blocks)
     del last["context_out"], last["context_mlp"]
-    modulation = last["context_modulation"]["linear"]  # needs shift and scale of the first half
+    modulation = last["context_modulation"]["linear"]  # only shift and scale are needed
     last["context_modulation"] = {"linear": jax.tree.map(lambda a: a[..., : 2 * WIDTH], modulation)}
     untied = params | {"blocks": jax.tree.map(lambda a: a[:-1], blocks), "last_block": last}
     full, shapes = abstract(cond, streams="full", classes=CLASSES, pooled=True)
@@ -125,11 +126,12 @@ def test_models_are_tied_two_stream_models(streams):
 VARIANTS = [(s, c) for s in ("shared", "qkv", "full") for c in (None, CLASSES)]
 
 
-QKV = pytest.param("qkv", None, marks=pytest.mark.slow)  # its blocks start below
+# The fast suite tests the initialization of qkv blocks below.
+QKV = pytest.param("qkv", None, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("streams, classes", [("shared", CLASSES), QKV, ("full", None)])
-def test_output_is_zero_at_the_start(streams, classes):
+def test_output_is_zero_at_initialization(streams, classes):
     cond = Cond.of(semantics(classes), control())
     model = MMDiT(
         2, WIDTH, HEADS, patch=2, base_grid=2, streams=streams, classes=classes, pooled=False,
@@ -145,7 +147,7 @@ def test_output_is_zero_at_the_start(streams, classes):
 
 
 @pytest.mark.parametrize("streams", ["shared", "qkv"])
-def test_blocks_are_the_identity_at_the_start(streams):
+def test_blocks_are_the_identity_at_initialization(streams):
     z = jax.random.normal(jax.random.key(0), (2, 9, WIDTH))
     emb = jax.random.normal(jax.random.key(1), (2, WIDTH))
     block = Block(HEADS, 4, streams, True, "xla", jnp.float32)
@@ -154,7 +156,7 @@ def test_blocks_are_the_identity_at_the_start(streams):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_two_stream_blocks_are_the_identity_at_the_start(last):
+def test_two_stream_blocks_are_the_identity_at_initialization(last):
     x = jax.random.normal(jax.random.key(0), (2, 4, WIDTH))
     c = jax.random.normal(jax.random.key(1), (2, 5, WIDTH))
     block = TwoStreamBlock(HEADS, True, "xla", jnp.float32, last)
@@ -164,79 +166,81 @@ def test_two_stream_blocks_are_the_identity_at_the_start(last):
 
 
 # ---------------------------------------------------------------------------------------------
-# Who hears what. Influence is measured on random weights, sample by sample.
+# Effect of each condition, measured for each sample with random weights.
 
 
-def influence(model, params, one, other, t=T):
+def influence(model, params, cond1, cond2, t=T):
     """Largest change of each sample's output (B,) between two conditions."""
-    a, b = (np.asarray(forward(model, params, noise(), t, cond)) for cond in (one, other))
+    a, b = (np.asarray(forward(model, params, noise(), t, cond)) for cond in (cond1, cond2))
     return np.abs(a - b).max((1, 2, 3))
 
 
-def heard(change):
+def has_effect(change):
     return change > 1e-3
 
 
-def silenced(params, pattern):
-    """The same parameters with kernels and biases of matching modules at zero."""
+def zeroed(params, pattern):
+    """Return the parameters with those of matching modules set to zero."""
     flat = flatten_dict(params, sep="/")
-    hit = [name for name in flat if pattern in name]
-    assert hit
-    return unflatten_dict(flat | {name: 0 * flat[name] for name in hit}, sep="/")
+    matches = [name for name in flat if pattern in name]
+    assert matches
+    return unflatten_dict(flat | {name: 0 * flat[name] for name in matches}, sep="/")
 
 
 @pytest.mark.parametrize("streams, classes", VARIANTS)
 def test_dropped_semantics_are_the_null_condition(streams, classes):
     drop = jnp.array([True, False])
-    one, other = (
+    cond1, cond2 = (
         Cond.of(semantics(classes, seed), control()).replace(drop_semantics=drop) for seed in (0, 1)
     )
-    if classes is None and streams != "full":  # one MLP serves tokens and pooled text
-        one, other = (
+    if classes is None and streams != "full":  # one MLP embeds tokens and pooled text
+        cond1, cond2 = (
             c.replace(semantics=c.semantics.replace(pooled=c.semantics.tokens[:, 0]))
-            for c in (one, other)
+            for c in (cond1, cond2)
         )
-    model, params = build(one, streams=streams, pooled=True, classes=classes)
-    assert heard(influence(model, params, one, other)).tolist() == [False, True]
-    null = jax.tree.map(jnp.zeros_like, one.semantics) if classes is None else jnp.full(2, CLASSES)
+    model, params = build(cond1, streams=streams, pooled=True, classes=classes)
+    assert has_effect(influence(model, params, cond1, cond2)).tolist() == [False, True]
+    null = (
+        jax.tree.map(jnp.zeros_like, cond1.semantics) if classes is None else jnp.full(2, CLASSES)
+    )
     explicit = Cond.of(null, control())
-    np.testing.assert_allclose(influence(model, params, one, explicit)[0], 0, atol=1e-5)
-    assert heard(influence(model, params, one, explicit))[1]
+    np.testing.assert_allclose(influence(model, params, cond1, explicit)[0], 0, atol=1e-5)
+    assert has_effect(influence(model, params, cond1, explicit))[1]
 
 
 @pytest.mark.parametrize("streams", ["qkv", "full"])
 @pytest.mark.parametrize("pooled", [False, True])
-def test_pooled_text_is_heard_by_mmdit_only(pooled, streams):
-    one = Cond.of(text().replace(pooled=jnp.zeros((2, TEXT))))
-    other_pooled = one.replace(semantics=one.semantics.replace(pooled=jnp.ones((2, TEXT))))
-    other_tokens = one.replace(semantics=one.semantics.replace(tokens=text(1).tokens))
-    model, params = build(one, streams=streams, pooled=pooled)
-    assert heard(influence(model, params, one, other_pooled)).tolist() == [pooled] * 2
-    assert heard(influence(model, params, one, other_tokens)).all()
+def test_pooled_text_affects_mmdit_only(pooled, streams):
+    cond = Cond.of(text().replace(pooled=jnp.zeros((2, TEXT))))
+    other_pooled = cond.replace(semantics=cond.semantics.replace(pooled=jnp.ones((2, TEXT))))
+    other_tokens = cond.replace(semantics=cond.semantics.replace(tokens=text(1).tokens))
+    model, params = build(cond, streams=streams, pooled=pooled)
+    assert has_effect(influence(model, params, cond, other_pooled)).tolist() == [pooled] * 2
+    assert has_effect(influence(model, params, cond, other_tokens)).all()
 
 
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("streams, classes", [("qkv", None), ("shared", CLASSES)])
-def test_ours_hears_semantics_through_attention_only(streams, classes, pooled):
-    one, other = (Cond.of(semantics(classes, seed), control()) for seed in (0, 1))
+def test_semantics_enter_ours_through_attention_only(streams, classes, pooled):
+    cond1, cond2 = (Cond.of(semantics(classes, seed), control()) for seed in (0, 1))
     if classes is None:
-        one, other = (
+        cond1, cond2 = (
             c.replace(semantics=c.semantics.replace(pooled=c.semantics.tokens[:, 0]))
-            for c in (one, other)
+            for c in (cond1, cond2)
         )
-    model, params = build(one, streams=streams, classes=classes, pooled=pooled)
-    deaf = silenced(params, "blocks/out/")
-    assert heard(influence(model, deaf, one, other)).tolist() == [pooled] * 2
-    # Attention is not AdaLN: without modulation (but its biases) the tokens are still heard.
-    deaf = silenced(params, "linear/kernel")
+    model, params = build(cond1, streams=streams, classes=classes, pooled=pooled)
+    ablated = zeroed(params, "blocks/out/")
+    assert has_effect(influence(model, ablated, cond1, cond2)).tolist() == [pooled] * 2
+    # With the modulation reduced to its biases, the tokens still have an effect by attention.
+    ablated = zeroed(params, "linear/kernel")
     flat = flatten_dict(params, sep="/")
     keep = {k: v for k, v in flat.items() if k.endswith("linear/kernel") and "odulation" not in k}
-    deaf = unflatten_dict(flatten_dict(deaf, sep="/") | keep, sep="/")
-    assert heard(influence(model, deaf, one, other)).all()
+    ablated = unflatten_dict(flatten_dict(ablated, sep="/") | keep, sep="/")
+    assert has_effect(influence(model, ablated, cond1, cond2)).all()
 
 
 def without_modulation(params):
-    """Modulation keeps its biases alone: AdaLN hears nothing."""
+    """Set modulation kernels to zero, so that AdaLN depends on no condition."""
     return {
         name: value * 0 if "odulation" in name and name.endswith("kernel") else value
         for name, value in flatten_dict(params, sep="/").items()
@@ -244,42 +248,42 @@ def without_modulation(params):
 
 
 @pytest.mark.parametrize("streams", ["qkv", "full"])
-def test_control_is_heard_through_adaln_only(streams):
-    one, high, low = (Cond.of(text(), c) for c in (control(), control(high=7.0), control(low=7.0)))
-    model, params = build(one, streams=streams)
+def test_control_enters_through_adaln_only(streams):
+    base, high, low = (Cond.of(text(), c) for c in (control(), control(high=7.0), control(low=7.0)))
+    model, params = build(base, streams=streams)
     t = jnp.zeros(2, jnp.int32)
-    deaf = unflatten_dict(without_modulation(params), sep="/")
-    for other in (high, low):
-        assert heard(influence(model, params, one, other, t)).all()
-        assert not heard(influence(model, deaf, one, other, t)).any()
+    ablated = unflatten_dict(without_modulation(params), sep="/")
+    for changed in (high, low):
+        assert has_effect(influence(model, params, base, changed, t)).all()
+        assert not has_effect(influence(model, ablated, base, changed, t)).any()
         drop = jnp.array([True, False])
-        dropped = (c.replace(drop_control=drop) for c in (one, other))
-        assert heard(influence(model, params, *dropped, t)).tolist() == [False, True]
-    assert heard(influence(model, deaf, one, Cond.of(text(1), control()))).all()
+        dropped = (c.replace(drop_control=drop) for c in (base, changed))
+        assert has_effect(influence(model, params, *dropped, t)).tolist() == [False, True]
+    assert has_effect(influence(model, ablated, base, Cond.of(text(1), control()))).all()
 
 
 def test_low_level_control_fades_out_with_noise():
-    one, high, low = (Cond.of(text(), c) for c in (control(), control(high=7.0), control(low=7.0)))
-    model, params = build(one)  # cosine, alpha 8
+    base, high, low = (Cond.of(text(), c) for c in (control(), control(high=7.0), control(low=7.0)))
+    model, params = build(base)  # cosine, alpha 8
     t = jnp.array([0, 995])
-    assert heard(influence(model, params, one, low, t)).tolist() == [True, False]
-    assert influence(model, params, one, low, t)[1] < 1e-5
-    assert heard(influence(model, params, one, high, t)).all()
-    flat, params = build(one, weighting=Weighting("uniform"))
-    assert heard(influence(flat, params, one, low, t)).all()
+    assert has_effect(influence(model, params, base, low, t)).tolist() == [True, False]
+    assert influence(model, params, base, low, t)[1] < 1e-5
+    assert has_effect(influence(model, params, base, high, t)).all()
+    flat, params = build(base, weighting=Weighting("uniform"))
+    assert has_effect(influence(flat, params, base, low, t)).all()
 
 
-def test_dropped_control_is_a_model_that_hears_no_control():
-    one = Cond.of(text(), control())
-    model, params = build(one)
-    dropped = one.drop(semantics=False, control=True)
+def test_dropped_control_equals_a_model_without_control():
+    cond = Cond.of(text(), control())
+    model, params = build(cond)
+    dropped = cond.drop(semantics=False, control=True)
     without = {name: value for name, value in params.items() if name != "control"}
     a = forward(model, params, noise(), T, dropped)
     b = forward(model, without, noise(), T, Cond.of(text()))
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_streams_differ_in_what_condition_tokens_have_of_their_own():
+def test_streams_differ_in_the_separate_layers_of_condition_tokens():
     cond = Cond.of(text())
     own = {}
     for streams in ("shared", "qkv", "full"):
@@ -299,24 +303,24 @@ def test_positions_depend_on_mode_and_base_grid():
     np.testing.assert_array_equal(tables["extrapolate", 2], tables["extrapolate", 5])
     assert np.abs(tables["resample", 2] - tables["resample", 5]).max() > 1e-2
     assert np.abs(tables["resample", 2] - tables["extrapolate", 2]).max() > 1e-2
-    # Two tokens a side with base 1 are at 0 and 1 in either mode.
+    # Two tokens a side with base 1 are at 0 and 1 in both modes.
     model, params = build(cond, position="resample", base_grid=1)
     np.testing.assert_allclose(model.positions(noise()), tables["extrapolate", 2], atol=1e-6)
-    # And the output depends on the table.
-    ours = forward(model, params, noise(), T, cond)
-    other = forward(models["resample", 2], params, noise(), T, cond)
-    assert np.abs(ours - other).max() > 1e-3
+    # The output depends on the table.
+    base1 = forward(model, params, noise(), T, cond)
+    base2 = forward(models["resample", 2], params, noise(), T, cond)
+    assert np.abs(base1 - base2).max() > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------
-# Ways to compute the same
+# Settings that do not change the result
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"remat": "block", "unroll": 2},
-        # Of dit_att in test_transformers.py, which has the same scan.
+        # The fast suite tests it for dit_att in test_transformers.py, which has the same scan.
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
     ],
 )
@@ -345,14 +349,14 @@ def training_flops(**settings):
 
 
 @pytest.mark.parametrize("streams", ["shared", "full"])
-def test_remat_recomputes_what_it_says(streams):
+def test_remat_recomputes_the_documented_activations(streams):
     none, dots, block = (
         training_flops(streams=streams, remat=remat) for remat in ("none", "dots", "block")
     )
-    # Of the scanned blocks of width D = 32 (shared: N + T = 9 tokens, full: 4 and 5 with weights
-    # of their own): attention's products are batched, so `dots` computes them again.
+    # The scanned blocks have width D = 32 and N + T = 9 tokens (full: 4 and 5 with separate
+    # weights). The products of attention are batched, so `dots` computes them again.
     layers = DEPTH if streams == "shared" else DEPTH - 1
-    attention = 2 * (2 * 2 * 9 * 9 * WIDTH)  # two images, q k and its product with v
+    attention = 2 * (2 * 2 * 9 * 9 * WIDTH)  # two images, two products
     assert dots - none == layers * attention
     assert block - none > layers * (attention + 2 * 2 * 9 * 11 * WIDTH**2)  # qkv and MLP at least
 
@@ -369,12 +373,12 @@ def test_unroll_reaches_the_scan(unroll):
 def test_bf16_is_close_to_f32(streams, classes):
     cond = Cond.of(semantics(classes), control())
     f32, params = build(cond, streams=streams, classes=classes)
-    bf16, other = abstract(cond, streams=streams, classes=classes, dtype=jnp.bfloat16)
-    assert jax.tree.map(lambda a: a.dtype, other) == jax.tree.map(lambda a: a.dtype, params)
+    bf16, bf16_params = abstract(cond, streams=streams, classes=classes, dtype=jnp.bfloat16)
+    assert jax.tree.map(lambda a: a.dtype, bf16_params) == jax.tree.map(lambda a: a.dtype, params)
     a, b = (forward(m, params, noise(), T, cond) for m in (f32, bf16))
     assert a.dtype == b.dtype == jnp.float32
     error = np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2))
-    assert 1e-4 < error < 0.03  # 8 bits: 0.4% an operation
+    assert 1e-4 < error < 0.03  # bf16 rounds each operation by up to 0.4%
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,7 +386,7 @@ def test_bf16_is_close_to_f32(streams, classes):
 
 
 def parameters(semantics, **settings):
-    """Parameters of an XL/2 model on 32 x 32 x 4 latents."""
+    """Count the parameters of an XL/2 model on 32 x 32 x 4 latents."""
     depth, width, heads = SIZES["XL"]
     model = MMDiT(depth, width, heads, patch=2, base_grid=16, weighting=Weighting(), **settings)
     args = jnp.zeros((1, 32, 32, 4)), jnp.zeros((1,), jnp.int32), Cond.of(semantics)
@@ -391,7 +395,7 @@ def parameters(semantics, **settings):
 
 
 def test_parameters_of_the_text_model():
-    # Without control and without the position table, which is no parameter here.
+    # The count excludes control and the position table, which is not a parameter here.
     text = Text(jnp.zeros((1, 77, 768)), jnp.ones((1, 77), bool), jnp.zeros((1, 768)))
     expected = 791.641e6 - 3.099e6 - 1.180e6
     assert parameters(text, streams="qkv", pooled=True) == pytest.approx(expected, rel=1e-4)
@@ -399,7 +403,7 @@ def test_parameters_of_the_text_model():
 
 
 def test_parameters_of_the_class_model():
-    # A plain DiT-XL/2 without learned sigma, and the norms of queries and keys.
+    # The count is that of DiT-XL/2 without learned sigma, plus the norms of queries and keys.
     label = jnp.zeros((1,), jnp.int32)
     expected = 674.816e6 + 4032
     for pooled in (False, True):
@@ -409,7 +413,7 @@ def test_parameters_of_the_class_model():
     assert count - plain == 28 * 2 * 72
 
 
-def test_pooled_text_of_another_width_is_refused_unless_streams_are_full():
+def test_pooled_text_of_another_width_is_rejected_unless_streams_are_full():
     with pytest.raises(ValueError, match="pooled text has 10 channels, its tokens 12"):
         abstract(Cond.of(text()), pooled=True)
     abstract(Cond.of(text()), pooled=True, streams="full")

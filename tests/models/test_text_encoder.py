@@ -1,4 +1,4 @@
-"""The word embedding by hand."""
+"""Word embedding by hand."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""What every transformer must do with its conditions and options; parity is in test_parity."""
+"""Conditions and options of all transformers; parity is in test_parity."""
 
 from functools import cache, partial
 
@@ -24,14 +24,14 @@ KINDS = {
     "mdtv2": (MDT, {}),
     "ours": (MMDiT, {}),
 }
-# dit_ln and mdtv2 know classes only.
+# dit_ln and mdtv2 have class conditioning only.
 VARIANTS = [(name, CLASSES) for name in KINDS] + [
     (name, None) for name in ("dit_att", "pixart", "ours")
 ]
 
 
 def semantics(classes, seed):
-    """Two labels or texts that differ between seeds."""
+    """Two labels or two texts, which differ between seeds."""
     if classes is not None:
         return jnp.array([seed, 2 + seed])
     draw = np.random.default_rng(seed).normal
@@ -45,17 +45,18 @@ def control(low=0.0):
 
 @cache
 def shapes(name, classes, controlled=True, **settings):
-    """(model, shapes of its parameters), with control or without."""
-    module, own = KINDS[name]
-    defaults = {"base_grid": 2, "weighting": Weighting(), "classes": classes, **own}
-    model = module(width=WIDTH, heads=HEADS, patch=2, **({"depth": DEPTH} | defaults | settings))
+    """Return (model, shapes of its parameters), with control or without."""
+    module, module_settings = KINDS[name]
+    defaults = {"depth": DEPTH, "base_grid": 2, "weighting": Weighting(), "classes": classes}
+    settings = defaults | module_settings | settings
+    model = module(width=WIDTH, heads=HEADS, patch=2, **settings)
     cond = Cond.of(semantics(classes, 0), control() if controlled else None)
     return model, jax.eval_shape(model.init, jax.random.key(0), noise(4), T, cond)["params"]
 
 
 @cache
 def build(name, classes, **settings):
-    """(model, random parameters)."""
+    """Return (model, random parameters)."""
     model, params = shapes(name, classes, **settings)
     return model, random_like(params)
 
@@ -65,69 +66,73 @@ def forward(model, params, t, cond):
     return model.apply({"params": params}, noise(4), t, cond)
 
 
-def change(model, params, one, other, t=T):
+def change(model, params, cond1, cond2, t=T):
     """Largest change of each sample's output (B,) between two conditions."""
-    a, b = (np.asarray(forward(model, params, t, cond)) for cond in (one, other))
+    a, b = (np.asarray(forward(model, params, t, cond)) for cond in (cond1, cond2))
     return np.abs(a - b).max((1, 2, 3))
 
 
 @pytest.mark.parametrize("name, classes", VARIANTS)
-def test_conditions_are_heard_until_dropped(name, classes):
-    one, other = (Cond.of(semantics(classes, seed), control()) for seed in (0, 1))
+def test_conditions_have_an_effect_unless_dropped(name, classes):
+    cond1, cond2 = (Cond.of(semantics(classes, seed), control()) for seed in (0, 1))
     model, params = build(name, classes)
-    assert (change(model, params, one, other) > 1e-3).all()
-    dropped = [c.replace(drop_semantics=jnp.array([True, False])) for c in (one, other)]
+    assert (change(model, params, cond1, cond2) > 1e-3).all()
+    dropped = [c.replace(drop_semantics=jnp.array([True, False])) for c in (cond1, cond2)]
     assert (change(model, params, *dropped) > 1e-3).tolist() == [False, True]
-    null = jax.tree.map(jnp.zeros_like, one.semantics) if classes is None else jnp.full(2, CLASSES)
-    explicit = change(model, params, dropped[0], one.replace(semantics=null))
+    null = (
+        jax.tree.map(jnp.zeros_like, cond1.semantics) if classes is None else jnp.full(2, CLASSES)
+    )
+    explicit = change(model, params, dropped[0], cond1.replace(semantics=null))
     np.testing.assert_allclose(explicit[0], 0, atol=1e-5)
 
-    # Control: phi_l is heard near t = 0 only, and not when dropped.
-    sized, t = one.replace(control=control(7.0)), jnp.array([0, 995])
-    assert (change(model, params, one, sized, t) > 1e-3).tolist() == [True, False]
-    dropped = [c.drop(semantics=False, control=True) for c in (one, sized)]
+    # phi_l has an effect near t = 0 only, and none when control is dropped.
+    sized, t = cond1.replace(control=control(7.0)), jnp.array([0, 995])
+    assert (change(model, params, cond1, sized, t) > 1e-3).tolist() == [True, False]
+    dropped = [c.drop(semantics=False, control=True) for c in (cond1, sized)]
     np.testing.assert_allclose(change(model, params, *dropped, t), 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, classes", VARIANTS)
-def test_control_off_leaves_no_trace(name, classes):
+def test_without_control_there_are_no_control_parameters(name, classes):
     _, params = shapes(name, classes, controlled=False)
-    _, more = shapes(name, classes)
-    assert set(more) - set(params) == {"control"}
+    _, with_control = shapes(name, classes)
+    assert set(with_control) - set(params) == {"control"}
 
 
 @pytest.mark.parametrize("name, classes", VARIANTS)
-def test_qk_norm_is_where_attention_sees_conditions(name, classes):
-    found = (shapes(name, classes, **settings) for settings in ({}, {"qk_norm": False}))
-    names = [set(flatten_dict(params)) for _, params in found]
-    norms = {path[:-1] for path in names[0] - names[1]}
+def test_qk_norm_applies_to_attention_to_conditions(name, classes):
+    _, params = shapes(name, classes)
+    _, without = shapes(name, classes, qk_norm=False)
+    norms = {path[:-1] for path in set(flatten_dict(params)) - set(flatten_dict(without))}
     assert all(path[-1] in ("query_norm", "key_norm") or "context" in path[-1] for path in norms)
-    place = {"dit_att": "cross", "pixart": "cross", "ours": "blocks"}.get(name)
-    assert {path[-2] for path in norms} == ({place} if place else set())
+    module = {"dit_att": "cross", "pixart": "cross", "ours": "blocks"}.get(name)
+    assert {path[-2] for path in norms} == ({module} if module else set())
 
 
-# Of each architecture once; test_mmdit.py starts those of `ours`, and text changes nothing here.
-STARTED = [
+# The fast suite initializes each architecture once, with classes; test_mmdit.py has `ours`.
+INITIALIZED = [
     v if v[0] != "ours" and v[1] else pytest.param(*v, marks=pytest.mark.slow) for v in VARIANTS
 ]
 
 
-@pytest.mark.parametrize("name, classes", STARTED)
-def test_nothing_is_predicted_at_the_start(name, classes):
+@pytest.mark.parametrize("name, classes", INITIALIZED)
+def test_output_is_zero_at_initialization(name, classes):
     cond = Cond.of(semantics(classes, 0), control())
     model, _ = shapes(name, classes)
     out, variables = jit(model.init_with_output)(jax.random.key(0), noise(4), T, cond)
     np.testing.assert_array_equal(out, 0)
-    if name == "pixart":  # its gates start at random values of size D^-1/2, as published
+    if (
+        name == "pixart"
+    ):  # the initial gates are random with standard deviation D^-1/2, as published
         return
-    # Blocks are the identity: what each adds is behind a zero gate or a zero projection.
+    # Blocks are the identity: each branch has a zero gate or a zero projection.
     flat = flatten_dict(variables["params"], sep="/")
     for path, value in flat.items():
         if "modulation" in path or "cross/out" in path or path.startswith("final/"):
             assert not np.any(value), path
 
 
-# What all share is compared once; the slow suite has every pair.
+# The fast suite tests what all architectures share once; the slow suite tests every pair.
 REMAT = [("dit_att", {"remat": "dots"})]
 REMAT += [(name, {"remat": "block", "unroll": 2}) for name in ("dit_att", "pixart", "mdtv2")]
 REMAT += [
@@ -137,7 +142,7 @@ REMAT += [
 
 @cache
 def gradients(name, **settings):
-    """Loss and gradients with two blocks, of MDT in its decoder."""
+    """Loss and gradients with two blocks, for MDT with two blocks in its decoder."""
     depth = 4 if name == "mdtv2" else 2
     model, params = build(name, CLASSES, depth=depth)
     model = model.clone(**settings)
@@ -160,8 +165,8 @@ def test_remat_and_unroll_change_nothing(name, settings):
 def test_bf16_is_close_to_f32(name):
     cond = Cond.of(semantics(CLASSES, 0), control())
     f32, params = build(name, CLASSES)
-    bf16, other = shapes(name, CLASSES, dtype=jnp.bfloat16)
-    assert jax.tree.map(lambda a: a.dtype, other) == jax.tree.map(lambda a: a.dtype, params)
+    bf16, bf16_params = shapes(name, CLASSES, dtype=jnp.bfloat16)
+    assert jax.tree.map(lambda a: a.dtype, bf16_params) == jax.tree.map(lambda a: a.dtype, params)
     a, b = (forward(m, params, T, cond) for m in (f32, bf16))
     assert a.dtype == b.dtype == jnp.float32
     assert 1e-4 < np.sqrt(np.mean((a - b) ** 2) / np.mean(a**2)) < 0.05

@@ -1,4 +1,4 @@
-"""UNet2D: the benchmark's sizes, its two points of extension, and a method from a new file."""
+"""UNet2D: sizes of the benchmark, class-conditioning methods, and a method from a new file."""
 
 import sys
 from functools import cache, partial
@@ -20,7 +20,8 @@ from condiff_jax.models.unet2d import SIZES, Size, UNet2D
 from tests import tiny
 
 CLASSES = 5
-LEAST, SIDE = Size((8,), (False,), resnets=1, groups=4), 4
+MINIMAL = Size((8,), (False,), resnets=1, groups=4)
+SIDE = 4
 T = jnp.array([3, 700])
 METHODS = ("adanorm", "cross_attn", "film", "ours_none", "weighted_attn")
 FADING = Weighting("step", last=500)  # 1 at the first of T, 0 at the second
@@ -32,13 +33,13 @@ def of_class(first, second):
 
 @cache
 def build(name, **settings):
-    """(model, random parameters)."""
-    model = UNet2D(LEAST, CLASSES, FADING, conditioner=name, **settings)
+    """Return (model, random parameters)."""
+    model = UNet2D(MINIMAL, CLASSES, FADING, conditioner=name, **settings)
     return model, parity.random_like(jax.eval_shape(*initial(model))["params"])
 
 
 def initial(model):
-    """The function that makes its first parameters, and arguments."""
+    """Return the initialization function of a model, and its arguments."""
     return model.init, jax.random.key(0), parity.noise(SIDE), T, of_class(0, 1)
 
 
@@ -51,14 +52,14 @@ def predict(model, params, cond):
     return np.asarray(apply(model, params, cond))
 
 
-def changed(model, params, one, other):
-    """Which of the two examples have another output under another condition."""
-    difference = predict(model, params, one) - predict(model, params, other)
+def changed(model, params, cond1, cond2):
+    """Whether the output of each example differs between two conditions."""
+    difference = predict(model, params, cond1) - predict(model, params, cond2)
     return (np.abs(difference).max((1, 2, 3)) > 1e-3).tolist()
 
 
 def without(params, *parts):
-    """The parameters with zeros in modules whose path has one of the parts."""
+    """Return the parameters with zeros in modules whose path contains one of the parts."""
     flat = flatten_dict(params, sep="/")
     zeroed = {k: 0 * v for k, v in flat.items() if any(part in k for part in parts)}
     assert zeroed
@@ -75,7 +76,7 @@ def without(params, *parts):
     ],
 )
 def test_backbones_have_the_published_sizes_before_conditioning(name, method, count):
-    """Of diffusers' UNet2DModel without classes: 8.95, 35.75 and 142.86 million."""
+    """The counts are those of diffusers' UNet2DModel: 8.95, 35.75 and 142.86 million."""
     model = UNet2D(SIZES[name], 10, FADING, conditioner=method)
     x, cond = jnp.zeros((1, 32, 32, 3)), Cond.of(jnp.zeros((1,), jnp.int32))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x, T[:1], cond)["params"]
@@ -83,8 +84,8 @@ def test_backbones_have_the_published_sizes_before_conditioning(name, method, co
     assert sum(leaf.size for leaf in jax.tree.leaves(backbone)) == count
     if name == "small":
         with torch.device("meta"):
-            theirs = parity.diffusers_unet2d(32, SIZES[name], classes=0)
-        assert sum(p.numel() for p in theirs.parameters()) == count
+            reference = parity.diffusers_unet2d(32, SIZES[name], classes=0)
+        assert sum(p.numel() for p in reference.parameters()) == count
 
 
 def test_methods_are_the_files_and_each_is_short():
@@ -95,16 +96,16 @@ def test_methods_are_the_files_and_each_is_short():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_class_is_heard_by_all_methods_but_one(name):
+def test_the_class_has_an_effect_in_all_methods_but_ours_none(name):
     model, params = build(name)
     assert changed(model, params, of_class(0, 1), of_class(2, 1)) == [name != "ours_none", False]
 
 
-def test_the_classes_and_the_null_class_begin_as_standard_normals():
-    function, *arguments = initial(build("film")[0])
-    only = parity.jit(lambda *given: function(*given)["params"]["class_embed"]["embedding"])
-    table = only(*arguments)
-    assert table.shape == (CLASSES + 1, 4 * LEAST.channels[0])
+def test_the_class_and_null_embeddings_are_initialized_as_standard_normals():
+    init, *arguments = initial(build("film")[0])
+    # Only the table is returned, so that no other layer is compiled.
+    table = parity.jit(lambda *args: init(*args)["params"]["class_embed"]["embedding"])(*arguments)
+    assert table.shape == (CLASSES + 1, 4 * MINIMAL.channels[0])
     assert 0.7 < table.std() < 1.3
 
 
@@ -112,14 +113,14 @@ def test_the_classes_and_the_null_class_begin_as_standard_normals():
 def test_a_dropped_class_is_the_null_class(name):
     model, params = build(name)
     drop = jnp.array([True, False])
-    one, other = (c.replace(drop_semantics=drop) for c in (of_class(0, 1), of_class(3, 1)))
+    cond1, cond2 = (c.replace(drop_semantics=drop) for c in (of_class(0, 1), of_class(3, 1)))
     null = of_class(CLASSES, 1)
-    np.testing.assert_array_equal(predict(model, params, one), predict(model, params, other))
-    np.testing.assert_array_equal(predict(model, params, one), predict(model, params, null))
+    np.testing.assert_array_equal(predict(model, params, cond1), predict(model, params, cond2))
+    np.testing.assert_array_equal(predict(model, params, cond1), predict(model, params, null))
 
 
 @pytest.mark.parametrize(
-    "name, way",
+    "name, parts",
     [
         ("film", ("time/kernel",)),
         ("cross_attn", ("attention/out",)),
@@ -127,35 +128,37 @@ def test_a_dropped_class_is_the_null_class(name):
         ("weighted_attn", ("class_0/out", "class_1/out")),
     ],
 )
-def test_the_class_is_heard_in_one_way_only(name, way):
+def test_the_class_enters_in_one_way_only(name, parts):
     model, params = build(name)
-    assert changed(model, without(params, *way), of_class(0, 1), of_class(2, 3)) == [False] * 2
+    assert changed(model, without(params, *parts), of_class(0, 1), of_class(2, 3)) == [False] * 2
 
 
 @pytest.mark.parametrize("name", ["cross_attn", "adanorm", "weighted_attn"])
-def test_conditioners_do_nothing_at_first(name):
-    """With their own first parameters, and all others random."""
+def test_conditioners_are_the_identity_at_initialization(name):
+    """The conditioners have their initial parameters, and all other layers random ones."""
     model, params = build(name)
-    function, *arguments = initial(model)
+    init, *arguments = initial(model)
 
+    # Only these parameters are returned, so that no other layer is compiled.
     @parity.jit
-    def first(*given):  # compiles no more than this
-        return {k: v for k, v in function(*given)["params"].items() if "_class_" in k}
+    def initial_conditioners(*args):
+        return {k: v for k, v in init(*args)["params"].items() if "_class_" in k}
 
-    own = params | first(*arguments)
-    assert own.keys() == params.keys()
+    mixed = params | initial_conditioners(*arguments)
+    assert mixed.keys() == params.keys()
     plain, _ = build("ours_none")
     bare = {k: v for k, v in params.items() if "_class_" not in k}
     cond = of_class(0, 1)
     np.testing.assert_allclose(
-        predict(model, own, cond), predict(plain, bare, cond), rtol=1e-5, atol=1e-5
+        predict(model, mixed, cond), predict(plain, bare, cond), rtol=1e-5, atol=1e-5
     )
 
 
 def test_weighted_attn_adds_details_where_gamma_is_not_zero():
     model, params = build("weighted_attn")
     flat = flatten_dict(params, sep="/")
-    half = {  # of each projection: the first is coarse, the second details
+    # The first half of each projection is coarse, the second half details.
+    half = {
         k: jnp.concatenate([0 * v[..., : v.shape[-1] // 2], v[..., v.shape[-1] // 2 :]], -1)
         for k, v in flat.items()
         if "_class_" in k and "/out/" in k
@@ -164,31 +167,29 @@ def test_weighted_attn_adds_details_where_gamma_is_not_zero():
     assert changed(model, details, of_class(0, 1), of_class(2, 3)) == [True, False]
 
 
-def test_pixels_hear_a_class_of_several_tokens_each_in_its_own_way():
-    """What weighted_attn has and the one token of cross_attn has not: queries matter."""
-    matters = {}
+def test_queries_matter_with_several_class_tokens():
+    """Queries have an effect in weighted_attn, but not with the single token of cross_attn."""
+    effect = {}
     for name in ("cross_attn", "weighted_attn"):
         model, params = build(name)
-        deaf = {
-            k: without(v, "query") if "_class_" in k else v  # all tokens alike
-            for k, v in params.items()
-        }
+        # Without queries, all tokens have the same attention weight.
+        ablated = {k: without(v, "query") if "_class_" in k else v for k, v in params.items()}
         cond = of_class(0, 1)
-        matters[name] = np.abs(predict(model, params, cond) - predict(model, deaf, cond)).max()
-    assert matters["cross_attn"] < 1e-5 and matters["weighted_attn"] > 1e-3
+        effect[name] = np.abs(predict(model, params, cond) - predict(model, ablated, cond)).max()
+    assert effect["cross_attn"] < 1e-5 and effect["weighted_attn"] > 1e-3
 
 
 def test_remat_and_bf16_compute_the_same():
     model, params = build("weighted_attn")
     expected = predict(model, params, of_class(0, 1))
-    again, _ = build("weighted_attn", remat="block")
-    np.testing.assert_allclose(predict(again, params, of_class(0, 1)), expected, atol=1e-5)
-    bf16, other = build("weighted_attn", dtype=jnp.bfloat16)
-    assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, params)
-    found = predict(bf16, params, of_class(0, 1))
-    assert found.dtype == np.float32
-    error = np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2))
-    assert 1e-4 < error < 0.05  # 8 bits: 0.4% an operation
+    remat, _ = build("weighted_attn", remat="block")
+    np.testing.assert_allclose(predict(remat, params, of_class(0, 1)), expected, atol=1e-5)
+    bf16, bf16_params = build("weighted_attn", dtype=jnp.bfloat16)
+    assert jax.tree.map(jnp.shape, bf16_params) == jax.tree.map(jnp.shape, params)
+    out = predict(bf16, params, of_class(0, 1))
+    assert out.dtype == np.float32
+    error = np.sqrt(np.mean((out - expected) ** 2) / np.mean(expected**2))
+    assert 1e-4 < error < 0.05  # bf16 rounds each operation by up to 0.4%
 
 
 NEW = '''
@@ -202,7 +203,7 @@ def prepare_conditioning(time_emb, class_emb):
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """Another folder that holds methods."""
+    """Add a temporary folder to the package of methods."""
     monkeypatch.setattr(conditioners, "__path__", [*conditioners.__path__, str(tmp_path)])
     yield tmp_path
     for name in set(sys.modules):
@@ -225,6 +226,6 @@ def test_a_new_file_is_a_method_by_its_name(folder):
     assert np.abs(predict(model, params, of_class(0, 1)) - added).max() > 1e-3
 
 
-def test_methods_are_for_unet2d_alone():
+def test_methods_are_for_unet2d_only():
     with pytest.raises(ConfigError, match="model.conditioner: must be film for model.name=ours"):
         tiny.config(**{"model.conditioner": "adanorm"})

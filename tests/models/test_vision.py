@@ -1,14 +1,14 @@
-"""Stages have the shapes of the originals; tests/pretrained/test_lpips.py has their numbers."""
+"""Stages have the original shapes; tests/pretrained/test_lpips.py checks their values."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from condiff_jax.models.vision import LEAST_SIDE, AlexNet, Vgg16
+from condiff_jax.models.vision import MIN_SIDE, AlexNet, Vgg16
 
 
 @pytest.mark.parametrize(
-    ("side", "sides"), [(224, (55, 27, 13, 13, 13)), (LEAST_SIDE, (15, 7, 3, 3, 3))]
+    ("side", "sides"), [(224, (55, 27, 13, 13, 13)), (MIN_SIDE, (15, 7, 3, 3, 3))]
 )
 def test_stages_of_alexnet(side, sides):
     x = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)

@@ -1,4 +1,4 @@
-"""AutoencoderVQ: parity with diffusers' VQModel, and the rounding to codes."""
+"""AutoencoderVQ: parity with diffusers' VQModel, and quantization."""
 
 import diffusers
 import jax
@@ -39,7 +39,7 @@ def nchw(x):
 
 
 def test_agrees_with_diffusers(params):
-    theirs = diffusers.VQModel(
+    reference = diffusers.VQModel(
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
         block_out_channels=SMALL.channels,
@@ -48,32 +48,32 @@ def test_agrees_with_diffusers(params):
         num_vq_embeddings=SMALL.codes,
         norm_num_groups=SMALL.groups,
     ).eval()
-    parity.load(theirs, key_maps.to_published(to_torch(params), key_maps.AUTOENCODER))
+    parity.load(reference, key_maps.to_published(to_torch(params), key_maps.AUTOENCODER))
     images, latents = draw(2, 8, 12, 3), draw(2, 4, 6, 3, seed=1)
     with torch.no_grad():
-        encoded = theirs.encode(nchw(images)).latents.permute(0, 2, 3, 1).numpy()
-        decoded = theirs.decode(nchw(latents)).sample.permute(0, 2, 3, 1).numpy()
+        encoded = reference.encode(nchw(images)).latents.permute(0, 2, 3, 1).numpy()
+        decoded = reference.decode(nchw(latents)).sample.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(call(params, "encode", images), encoded, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(call(params, "decode", latents), decoded, rtol=1e-4, atol=1e-5)
 
 
-def test_quantise_takes_the_nearest_code(params):
+def test_quantize_takes_the_nearest_code(params):
     latents, codebook = draw(2, 3, 5, 3), params["codebook"]["embedding"]
-    codes, indices = call(params, "quantise", latents)
+    codes, indices = call(params, "quantize", latents)
     distance = np.linalg.norm(latents[..., None, :] - np.asarray(codebook), axis=-1)
     np.testing.assert_array_equal(indices, distance.argmin(-1))
     np.testing.assert_array_equal(codes, np.asarray(codebook)[indices])
-    again, _ = call(params, "quantise", codes)
+    again, _ = call(params, "quantize", codes)
     np.testing.assert_array_equal(again, codes)  # codes are their own nearest
 
 
-def test_gradients_pass_the_rounding(params):
+def test_quantization_has_a_straight_through_gradient(params):
     latents, weights = draw(1, 4, 4, 3), draw(1, 8, 8, 3, seed=2)
 
     def through(x):
         return (weights * MODEL.apply({"params": params}, x, method="decode")).sum()
 
-    codes, _ = call(params, "quantise", latents)
+    codes, _ = call(params, "quantize", latents)
     assert np.abs(codes - latents).max() > 0.1
     gradient = parity.jit(jax.grad(through))
     np.testing.assert_allclose(gradient(latents), gradient(codes), rtol=1e-3, atol=1e-3)

@@ -130,7 +130,7 @@ def test_codes_move_to_latents_and_latents_to_codes():
     @parity.jit
     def run(variables):
         latents = network.apply(variables, to_float(IMAGES), method="encode")
-        return latents, *network.apply(variables, latents, method="quantise")
+        return latents, *network.apply(variables, latents, method="quantize")
 
     latents, codes, indices = jax.device_get(run(variables))
     assert parts["codebook"] == pytest.approx(float(np.square(latents - codes).mean()), rel=1e-3)

@@ -1,4 +1,4 @@
-"""Runs with frozen encoders: what is trained, what is kept, and what is refused."""
+"""Runs with frozen encoders: training, sampling, export, and checks of their files."""
 
 import json
 from unittest import mock
@@ -43,7 +43,7 @@ def config(folder, **overrides):
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    """(a work directory after two steps, the frozen parameters then)."""
+    """Train for two steps; returns the work directory and the frozen parameters."""
     path = tmp_path_factory.mktemp("run")
     reporter = mock.Mock(wraps=REPORTERS["diffusion"])
     with mock.patch.dict(REPORTERS, diffusion=reporter):
@@ -51,10 +51,11 @@ def run(folder, tmp_path_factory):
     return path, jax.device_get(reporter.call_args.args[3])
 
 
-def test_training_leaves_the_tower_alone(run, folder):
+def test_training_does_not_change_the_tower(run, folder):
     path, frozen = run
-    asked = config(folder)
-    objective, checkpoints = tiny.objective(asked), Checkpoints(Workdir(path).checkpoints, asked)
+    values = config(folder)
+    objective = tiny.objective(values)
+    checkpoints = Checkpoints(Workdir(path).checkpoints, values)
     assert objective.vocabulary.words == objective.vocabulary.classes == ()
     jax.tree.map(np.testing.assert_array_equal, frozen, objective.load_frozen())
     _, params = checkpoints.restore_params(objective, sharding.create_mesh())
@@ -79,12 +80,12 @@ def test_conditions_are_the_towers_features(folder):
     np.testing.assert_allclose(text.pooled, expected.pooled, atol=1e-5)
 
 
-def test_sampling_and_evaluation_go_on_from_the_run(run, folder):
+def test_sampling_and_evaluation_of_the_run(run, folder):
     path, _ = run
     out = sample.run(config(folder, **{"sampling.prompts": "a red circle"}), str(path))
     assert len(list(out.glob("0*.png"))) == 2
-    asked = {"evaluation.metrics": ("prompt_accuracy",), "evaluation.prompts": 2}
-    (record,) = evaluate.run(config(folder, **asked, **{"data.sizes": (24, 96)}), str(path))
+    fields = {"evaluation.metrics": ("prompt_accuracy",), "evaluation.prompts": 2}
+    (record,) = evaluate.run(config(folder, **fields, **{"data.sizes": (24, 96)}), str(path))
     assert record["evaluation"]["prompts"] == 2
 
 
@@ -95,25 +96,25 @@ def test_exports_name_the_tower(run, folder, capsys):
     assert names and all(name.startswith("model.") for name in names)
 
 
-def test_files_are_noted_once_and_others_refused(run, folder, tmp_path):
+def test_files_are_recorded_once_and_others_rejected(run, folder, tmp_path):
     path, _ = run
-    noted = json.loads((path / "encoders.json").read_text())
-    assert noted.keys() == {"text_encoder"} and len(noted["text_encoder"]) == 64
+    recorded = json.loads((path / "encoders.json").read_text())
+    assert recorded.keys() == {"text_encoder"} and len(recorded["text_encoder"]) == 64
     same = clips.write(tmp_path / "same", num_hidden_layers=1)
-    other = clips.write(tmp_path / "other", seed=1, num_hidden_layers=1)
-    Workdir(path).load_frozen(tiny.objective(config(same)))  # elsewhere, but the same files
+    different = clips.write(tmp_path / "other", seed=1, num_hidden_layers=1)
+    Workdir(path).load_frozen(tiny.objective(config(same)))  # the same files at another path
     for mode, fields in ((loop, {"steps": 4}), (sample, {"sampling.prompts": "a ring"})):
         with pytest.raises(
             ConfigError, match=r"^text_encoder\.path: .* are not those .* another --workdir$"
         ):
-            mode.run(config(other, **fields), str(path))
+            mode.run(config(different, **fields), str(path))
     (same / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(ConfigError, match=r"^text_encoder\.path: .*same"):
         loop.run(config(same, steps=4), str(path))
-    assert json.loads((path / "encoders.json").read_text()) == noted
+    assert json.loads((path / "encoders.json").read_text()) == recorded
 
 
-def test_broken_weights_are_not_noted(tmp_path):
+def test_broken_weights_are_not_recorded(tmp_path):
     folder = clips.write(tmp_path / "clip", num_hidden_layers=1)
     good = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(b"no")
@@ -128,22 +129,22 @@ def test_broken_weights_are_not_noted(tmp_path):
 
 def test_encoding_of_captions_can_be_sent_to_worker_processes(folder):
     encode = tiny.objective(config(folder)).encode_text
-    for _ in range(2):  # before anything is read, and after
-        there = cloudpickle.loads(cloudpickle.dumps(encode))
-        np.testing.assert_array_equal(there("a red ring"), encode("a red ring"))
+    for _ in range(2):  # before files are read, and after
+        copy = cloudpickle.loads(cloudpickle.dumps(encode))
+        np.testing.assert_array_equal(copy("a red ring"), encode("a red ring"))
 
 
-def test_nothing_is_read_where_nothing_is_encoded():
-    """Summary, plans and transfers work without the files."""
+def test_objectives_and_summaries_do_not_read_files():
+    """Summary, plan and transfer work without the files."""
     objective = tiny.objective(config(""))
     assert isinstance(tiny.objective(tiny.config()).text_encoder, WordEmbedding)
-    words = summary.summarize(tiny.objective(tiny.config()))
-    assert summary.summarize(objective) == words  # the tower is not counted
+    expected = summary.summarize(tiny.objective(tiny.config()))
+    assert summary.summarize(objective) == expected  # the tower is not counted
     with pytest.raises(ConfigError, match="text_encoder.path: empty"):
         objective.load_frozen()
 
 
-def test_summary_tells_what_is_frozen_besides(folder, capsys, monkeypatch):
+def test_summary_lists_frozen_encoders(folder, capsys, monkeypatch):
     latents = {"autoencoder.name": "kl", "autoencoder.size": "tiny"}
     summary.run(config(folder, **latents))
     lines = capsys.readouterr().out.splitlines()
@@ -153,11 +154,11 @@ def test_summary_tells_what_is_frozen_besides(folder, capsys, monkeypatch):
     count = sum(a.size for a in jax.tree.leaves(tiny.objective(config(folder)).load_frozen()))
     assert f"Frozen besides: text_encoder, {count:,} parameters" in lines
     assert json.loads(lines[-1]).keys() == {"parameters", "gflop_forward"}
-    monkeypatch.setattr(summary, "summarize", lambda objective: {})  # nothing new
-    for path, why in (("", "text_encoder.path: empty"), ("/no/such", "text_encoder.path: ")):
+    monkeypatch.setattr(summary, "summarize", lambda objective: {})  # saves time
+    for path, reason in (("", "text_encoder.path: empty"), ("/no/such", "text_encoder.path: ")):
         summary.run(config(path))
-        told = capsys.readouterr().out
-        assert f"Frozen besides: text_encoder, of unknown size ({why}" in told
+        output = capsys.readouterr().out
+        assert f"Frozen besides: text_encoder, of unknown size ({reason}" in output
     summary.run(config("", **{"text_encoder.length": 77, "text_encoder.width": 768}))
     assert "Frozen besides: text_encoder, 123,060,480 parameters" in capsys.readouterr().out
 
@@ -177,11 +178,11 @@ def test_bf16_runs_encode_in_bf16(folder):
 
 
 @pytest.mark.parametrize("name", ["words", "clip"])
-def test_transfer_renews_what_hears_another_encoder(folder, name):
+def test_transfer_reinitializes_the_input_layer_of_another_encoder(folder, name):
     old = tiny.objective(
         tiny.config(**{"text_encoder.name": name, "text_encoder.path": "elsewhere"})
     )
     moves = transfer.plan(old, tiny.objective(config(folder)))
-    hearing = {move.status for key, move in moves.items() if key.startswith("model/caption")}
-    assert hearing == {"kept" if name == "clip" else "new"}
+    statuses = {move.status for key, move in moves.items() if key.startswith("model/caption")}
+    assert statuses == {"kept" if name == "clip" else "new"}
     assert not any(key.startswith("text_encoder") for key in moves)

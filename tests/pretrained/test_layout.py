@@ -1,4 +1,4 @@
-"""Our parameters in PyTorch's layout, by small examples; ../pytorch has whole models."""
+"""Conversion of small parameter trees to PyTorch's layout; ../pytorch tests whole models."""
 
 import jax
 import numpy as np
@@ -46,8 +46,8 @@ def test_to_torch():
         np.testing.assert_array_equal(tensors[name], expected, err_msg=name)
 
 
-def test_projections_are_the_same_map():
-    """x @ weight.T in PyTorch is our contraction, whose heads have no dimension of their own."""
+def test_projections_compute_the_same():
+    """x @ weight.T in PyTorch equals our contraction, with the heads flattened."""
     x, tensors = np.float32([[1, -2]]), to_torch(PARAMS)
     heads = np.einsum("bi,ihc->bhc", x, PARAMS["query"]["linear"]["kernel"])
     np.testing.assert_array_equal(x @ tensors["query.weight"].T, heads.reshape(1, 6))
@@ -75,10 +75,10 @@ def test_errors_name_missing_unexpected_and_misshapen_tensors():
 
 
 def test_errors_name_ten_tensors():
-    wanted = {f"a{i}": (1,) for i in range(7)}
+    expected = {f"a{i}": (1,) for i in range(7)}
     tensors = {f"b{i}": count(1) for i in range(6)}
     with pytest.raises(ValueError) as error:
-        check(tensors, wanted)
+        check(tensors, expected)
     names = [f"missing a{i}" for i in range(7)] + [f"unexpected b{i}" for i in range(3)]
     assert str(error.value) == f"weights do not fit: {'; '.join(names)}; and 3 more"
     assert "\n" not in str(error.value)

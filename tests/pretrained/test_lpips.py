@@ -1,4 +1,4 @@
-"""LPIPS equals a PyTorch implementation on the same weights, in both layouts of weight files."""
+"""LPIPS: parity with a PyTorch implementation, for both layouts of weight files."""
 
 import jax
 import numpy as np
@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from condiff_jax.pretrained import lpips
 
-# Width and kernel of the convolutions, their numbers in torchvision's networks, and those that end
-# a stage.
+# Width and kernel of the convolutions, their layer indices in torchvision's networks, and the
+# convolutions that end a stage.
 NETWORKS = {
     "alexnet": (
         ((64, 11), (192, 5), (384, 3), (256, 3), (256, 3)),
@@ -27,19 +27,23 @@ FLAX_NAMES = {"alexnet": "AlexNet_0", "vgg16": "VGG16_0"}
 
 
 def weights(network="alexnet", seed=0):
-    """PyTorch's layout: [(weight (O, I, k, k), bias (O,)), ...], [head (O,), ...]."""
-    rng, before, convolutions = np.random.default_rng(seed), 3, []
+    """Random weights in PyTorch's layout: [(weight (O, I, k, k), bias (O,)), ...], [head (O,)]."""
+    rng = np.random.default_rng(seed)
+    convolutions = []
+    channels = 3
     sizes, _, stages = NETWORKS[network]
     for width, k in sizes:
-        weight = rng.normal(0, (2 / (before * k * k)) ** 0.5, (width, before, k, k))
+        weight = rng.normal(0, (2 / (channels * k * k)) ** 0.5, (width, channels, k, k))
         convolutions.append((weight.astype(np.float32), rng.normal(0, 0.1, width).astype("f4")))
-        before = width
+        channels = width
     heads = [rng.uniform(0, 1, sizes[last][0]).astype(np.float32) for last in stages]
     return convolutions, heads
 
 
 def pytorch_names(network="alexnet"):
-    out, (convolutions, heads), stage = {}, weights(network), 0
+    convolutions, heads = weights(network)
+    out = {}
+    stage = 0
     _, numbers, stages = NETWORKS[network]
     for i, (number, (weight, bias)) in enumerate(zip(numbers, convolutions, strict=True)):
         out[f"net.slice{stage + 1}.{number}.weight"] = weight
@@ -49,7 +53,9 @@ def pytorch_names(network="alexnet"):
 
 
 def flax_names(network="alexnet"):
-    out, (convolutions, heads), module = {}, weights(network), FLAX_NAMES[network]
+    convolutions, heads = weights(network)
+    module = FLAX_NAMES[network]
+    out = {}
     for i, (weight, bias) in enumerate(convolutions):
         out[f"{module}/Conv_{i}/kernel"] = np.ascontiguousarray(weight.transpose(2, 3, 1, 0))
         out[f"{module}/Conv_{i}/bias"] = bias
@@ -59,7 +65,7 @@ def flax_names(network="alexnet"):
 
 
 def original(network, images1, images2):
-    """LPIPS (N,) f64 by PyTorch, of pictures uint8 (N, H, W, 3)."""
+    """Compute LPIPS (N,) f64 of uint8 images (N, H, W, 3) in PyTorch."""
     convolutions, heads = weights(network)
     stages = NETWORKS[network][2]
 
@@ -69,7 +75,8 @@ def original(network, images1, images2):
         x = F.interpolate(x, size, mode="bilinear", align_corners=False)
         shift = torch.tensor([-0.030, -0.088, -0.188], dtype=x.dtype)[:, None, None]
         scale = torch.tensor([0.458, 0.448, 0.450], dtype=x.dtype)[:, None, None]
-        x, out = (x - shift) / scale, []
+        x = (x - shift) / scale
+        out = []
         for i, (weight, bias) in enumerate(convolutions):
             if network == "alexnet":
                 x = F.max_pool2d(x, 3, 2) if i in (1, 2) else x
@@ -97,7 +104,7 @@ def path(tmp_path_factory):
     return path
 
 
-def pictures(*shape, seed=0):
+def random_images(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3)).astype(np.uint8)
 
 
@@ -111,18 +118,18 @@ def pictures(*shape, seed=0):
     ],
 )
 def test_equals_pytorch(tmp_path, network, shape):
-    first = pictures(*shape)
+    first = random_images(*shape)
     second = np.clip(first + np.random.default_rng(1).normal(0, 40, first.shape), 0, 255)
     second = second.astype(np.uint8)
     expected = original(network, first, second)
     save_file(pytorch_names(network), tmp_path / "weights.safetensors")
-    found = lpips.create(str(tmp_path / "weights.safetensors"))(first, second)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    distances = lpips.create(str(tmp_path / "weights.safetensors"))(first, second)
+    np.testing.assert_allclose(distances, expected, rtol=1e-4)
 
 
 def test_zero_to_itself_symmetric_and_independent_of_batches(path, monkeypatch):
     distance = lpips.create(str(path))
-    first, second = pictures(3, 16, 16), pictures(3, 16, 16, seed=1)
+    first, second = random_images(3, 16, 16), random_images(3, 16, 16, seed=1)
     assert distance(first, first).max() < 1e-12
     np.testing.assert_allclose(distance(first, second), distance(second, first), rtol=1e-6)
     whole = distance(first, second)
@@ -131,16 +138,16 @@ def test_zero_to_itself_symmetric_and_independent_of_batches(path, monkeypatch):
     np.testing.assert_allclose(distance(first, second), whole, rtol=1e-5)
 
 
-def test_accelerators_multiply_with_all_bits(path, monkeypatch):
-    seen = []
+def test_distances_use_the_highest_matmul_precision(path, monkeypatch):
+    precisions = []
 
     def distance(params, images1, images2):
-        seen.append(jax.config.jax_default_matmul_precision)
+        precisions.append(jax.config.jax_default_matmul_precision)
         return np.zeros(len(images1))
 
     monkeypatch.setattr(lpips, "distance", distance)
-    lpips.create(str(path))(pictures(1, 16, 16), pictures(1, 16, 16))
-    assert seen == ["highest"]
+    lpips.create(str(path))(random_images(1, 16, 16), random_images(1, 16, 16))
+    assert precisions == ["highest"]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -148,9 +155,9 @@ def test_both_layouts_and_formats_are_the_same(tmp_path, network):
     save_file(pytorch_names(network), tmp_path / "weights.safetensors")
     np.savez(tmp_path / "weights.npz", **flax_names(network))
     names = ("weights.safetensors", "weights.npz")
-    one, other = (lpips.load_weights(str(tmp_path / name)) for name in names)
-    assert set(one) == {network, "heads"}
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    pytorch, flax = (lpips.load_weights(str(tmp_path / name)) for name in names)
+    assert set(pytorch) == {network, "heads"}
+    jax.tree.map(np.testing.assert_array_equal, pytorch, flax)
 
 
 def test_bad_weights(tmp_path):
@@ -181,6 +188,6 @@ def test_bad_weights(tmp_path):
     with pytest.raises(ValueError, match="head 2 has negative"):
         key = "NetLinLayer_2/Conv_0/kernel"
         lpips.load_weights(saved(lambda a: a.update({key: a[key] - 1})))
-    for name, other in {"head 2": key, "convolution 3": "AlexNet_0/Conv_3/bias"}.items():
+    for name, changed in {"head 2": key, "convolution 3": "AlexNet_0/Conv_3/bias"}.items():
         with pytest.raises(ValueError, match=f"{name} holds NaN"):
-            lpips.load_weights(saved(lambda a, k=other: a.update({k: a[k] * np.nan})))
+            lpips.load_weights(saved(lambda a, k=changed: a.update({k: a[k] * np.nan})))

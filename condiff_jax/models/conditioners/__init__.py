@@ -1,13 +1,13 @@
-"""Ways to tell `unet2d` its class: each module of this package is a method, by its file's name.
+"""Class-conditioning methods of `unet2d`, one per module of this package, named by its file.
 
 A method defines one or both of
 
-    prepare_conditioning(time_emb, class_emb) -> the embedding (B, E) that all ResNet blocks hear
-    class ClassConditioner(Conditioner), which comes after each ResNet block
+    prepare_conditioning(time_emb, class_emb) -> embedding (B, E), the input of all ResNet blocks
+    class ClassConditioner(Conditioner), applied after each ResNet block
 
-and inherits what it leaves out: blocks hear the time alone, features stay as they are. Both are
-called while the model is set up, so that layers made in them belong to it. These are the points
-of extension of the CIFAR-10 conditioning benchmark, see configs/cifar10_conditioning.py.
+The defaults are the time embedding alone, and unchanged features. Both run while the model is set
+up, so that layers created in them belong to the model. These are the extension points of the
+CIFAR-10 conditioning benchmark, see configs/cifar10_conditioning.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from condiff_jax.conditioning.control import Weighting
 
 
 class Conditioner(nn.Module):
-    """Features h (B, H, W, C) after a ResNet block -> the same with the class in them: here, none.
+    """Base class: conditions features h (B, H, W, C) after a ResNet block; here, the identity.
 
-    class_emb, time_emb (B, E); t (B,) int32. groups: of the block's GroupNorms. weighting:
+    class_emb, time_emb (B, E); t (B,) int32. groups: groups of the block's GroupNorms. weighting:
     gamma_c of Eq. 1.
     """
 
@@ -41,18 +41,18 @@ class Conditioner(nn.Module):
         return h
 
 
-def time_alone(time_emb: jax.Array, class_emb: jax.Array) -> jax.Array:
-    """`prepare_conditioning` of methods without one."""
+def time_embedding_only(time_emb: jax.Array, class_emb: jax.Array) -> jax.Array:
+    """Default `prepare_conditioning`: the time embedding, without the class."""
     return time_emb
 
 
 def names() -> tuple[str, ...]:
-    """All methods, in alphabetical order."""
+    """Names of all methods, in alphabetical order."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def load(name: str) -> tuple[Callable[[jax.Array, jax.Array], jax.Array], type[Conditioner]]:
-    """(prepare_conditioning, ClassConditioner) of a method; ImportError for an unknown one."""
+    """Load (prepare_conditioning, ClassConditioner) of a method; ImportError if unknown."""
     module = importlib.import_module(f"{__name__}.{name}")
-    prepare = getattr(module, "prepare_conditioning", time_alone)
+    prepare = getattr(module, "prepare_conditioning", time_embedding_only)
     return prepare, getattr(module, "ClassConditioner", Conditioner)

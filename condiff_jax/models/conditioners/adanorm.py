@@ -1,4 +1,4 @@
-"""The class scales, shifts and gates a LayerNorm after each ResNet block (`adanorm`, as in DiT)."""
+"""`adanorm`: AdaLN-zero of the class after each ResNet block, as in DiT."""
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ from condiff_jax.models.conditioners import Conditioner
 
 
 class ClassConditioner(Conditioner):
-    """h + gate * (LayerNorm(h) * (1 + scale) + shift); the gate is closed at first."""
+    """h + gate * (LayerNorm(h) * (1 + scale) + shift); the gate is zero at initialization."""
 
     @nn.compact
     def __call__(

@@ -1,7 +1,7 @@
-"""Pixels attend to the class embedding after each ResNet block (`cross-attn`).
+"""`cross_attn`: cross-attention of pixels to the class embedding after each ResNet block.
 
-It is one token, to which every pixel gives all of its attention: what is learned is a vector of
-the class for each block.
+The embedding is a single token, so every attention weight is 1: the method learns one vector per
+class and block.
 """
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ from condiff_jax.models.conditioners import Conditioner
 
 
 class ClassConditioner(Conditioner):
-    """h + attention of normalised pixels to the class; no residual at first."""
+    """h + attention of normalized pixels to the class; the identity at initialization."""
 
     @nn.compact
     def __call__(

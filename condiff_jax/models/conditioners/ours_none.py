@@ -1,1 +1,1 @@
-"""No class at all: what a model reaches unconditionally, our control of the benchmark."""
+"""`ours_none`: no class conditioning, the unconditional control of the benchmark."""

@@ -1,7 +1,7 @@
-"""Ours: the class through attention to several tokens, its details only as the noise fades.
+"""`weighted_attn`: our method, cross-attention to several class tokens with gamma_c weighting.
 
-After the paper: semantics enter through attention (Sec. 2.1), and what shapes details is weighted
-with gamma_c(t) as low-level control is in Eq. 1: h + coarse + gamma_c(t) details.
+It follows the paper: semantics enter through attention (Sec. 2.1), and the part that shapes details
+is weighted by gamma_c(t) like low-level control in Eq. 1: h + coarse + gamma_c(t) details.
 """
 
 import flax.linen as nn
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from condiff_jax.models import layers
 from condiff_jax.models.conditioners import Conditioner
 
-TOKENS = 4  # equal parts of the embedding: to one token every pixel would give all its attention
+# The embedding is split into equal parts: with a single token every attention weight would be 1.
+TOKENS = 4
 
 
 class ClassConditioner(Conditioner):
-    """h + two projections of the attention of pixels to the class; no residual at first."""
+    """h + two projections of the pixels' attention to the class; identity at initialization."""
 
     @nn.compact
     def __call__(
@@ -29,8 +30,8 @@ class ClassConditioner(Conditioner):
             return layers.HeadProjection(1, dtype=self.dtype, width=width, name=name)(x)
 
         q, k, v = project("query", pixels), project("key", tokens), project("value", tokens)
-        heard = layers.attention(q, k, v).reshape(b, height, columns, width)
-        out = nn.Dense(2 * width, kernel_init=layers.zeros, dtype=self.dtype, name="out")(heard)
+        attended = layers.attention(q, k, v).reshape(b, height, columns, width)
+        out = nn.Dense(2 * width, kernel_init=layers.zeros, dtype=self.dtype, name="out")(attended)
         coarse, details = jnp.split(out, 2, axis=-1)
         gamma = self.weighting(t)[:, None, None, None].astype(h.dtype)
         return h + coarse + gamma * details

@@ -101,7 +101,7 @@ class Reporter(Log):
         latents = network.sample(moments, None)
         codes = jnp.zeros(0, jnp.int32)
         if not isinstance(network, AutoencoderKL):
-            codes = network.apply(variables, latents, method="quantise")[1]
+            codes = network.apply(variables, latents, method="quantize")[1]
         return to_uint8(network.apply(variables, latents, method="decode")), latents, codes
 
     def measure(self, params: dict) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:

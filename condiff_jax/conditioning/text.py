@@ -46,9 +46,7 @@ def zero(text: Text, beta: float, noise: jax.Array | None) -> jax.Array:
 
 def replicate(text: Text, beta: float, noise: jax.Array | None) -> jax.Array:
     """The n tokens inside the mask, repeated cyclically to T."""
-    n = jnp.maximum(text.mask.sum(1), 1)  # (B,)
-    source = jnp.arange(text.mask.shape[1]) % n[:, None]  # (B, T)
-    return jnp.take_along_axis(zero(text, beta, noise), source[..., None], axis=1)
+    return _repeat(text)[0]
 
 
 def noisy_replicate(text: Text, beta: float, noise: jax.Array) -> jax.Array:
@@ -58,10 +56,19 @@ def noisy_replicate(text: Text, beta: float, noise: jax.Array) -> jax.Array:
     the n tokens, noise is eps. A prompt of n = T tokens gets no noise. We read "small variance
     beta_txt" as a variance, hence its square root.
     """
-    n = jnp.maximum(text.mask.sum(1), 1)  # (B,)
+    tokens, n = _repeat(text)
     repeats = -(-text.mask.shape[1] // n)  # m, (B,)
     scale = jnp.sqrt(beta * (repeats - 1))[:, None, None] * channel_std(text)  # (B, 1, C)
-    return replicate(text, beta, noise) + scale * noise
+    return tokens + scale * noise
+
+
+def _repeat(text: Text) -> tuple[jax.Array, jax.Array]:
+    """The tokens inside the mask, repeated to T: (B, T, C), and their number n (B,)."""
+    mask = text.mask[..., None]
+    n = jnp.maximum(text.mask.sum(1), 1)
+    source = jnp.arange(text.mask.shape[1]) % n[:, None]  # (B, T)
+    tokens = jnp.where(mask, text.tokens, 0)
+    return jnp.take_along_axis(tokens, source[..., None], axis=1), n
 
 
 PADDINGS = {

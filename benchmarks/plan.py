@@ -45,7 +45,7 @@ def measure(recipe: str, changes: dict, name: str, *, times: bool) -> dict:
 
     data, side, arch = re.fullmatch(r"(\w+)_(\d+):arch=(\w+)", recipe).groups()
     values = with_fields(create_config(recipes.paper(arch, data, int(side))), changes)
-    return plan.Planner(values, topology.parse(name)).train(whole=times)
+    return plan.Planner(values, topology.parse(name)).train(complete=times)
 
 
 def table(cells: list[dict]) -> str:

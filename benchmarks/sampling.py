@@ -41,7 +41,7 @@ from condiff_jax.pretrained import key_maps
 from condiff_jax.pretrained.layout import to_torch
 from condiff_jax.pytorch import exporting
 from condiff_jax.runtime.process import fail
-from condiff_jax.sampling.requests import requests
+from condiff_jax.sampling.requests import create_batch
 from condiff_jax.sampling.sampler import Sampler, noise_keys
 from configs import base
 
@@ -165,7 +165,7 @@ def our_methods(
     """{name: function that samples once}; the first two give pictures."""
     params = jax.device_put(params, jax.devices()[0])
     frozen = jax.device_put(frozen, jax.devices()[0])
-    batch, latents = requests(objective, labels), undecoded(objective)
+    batch, latents = create_batch(objective, labels), undecoded(objective)
     whole = Sampler(objective, timing.one_device(), objective.config.sampling, frozen)
     bare = Sampler(latents, timing.one_device(), latents.config.sampling)
     return {

@@ -37,7 +37,10 @@ def main(study: dict[str, Any]) -> int | None:
 
     if MODE.value not in ("plan", "summary", "report"):  # which use no device
         initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    with stoppable(agreed=MODE.value in ("train", "sweep") and is_multiprocess()), abort_on_error():
+    with (
+        stoppable(coordinated=MODE.value in ("train", "sweep") and is_multiprocess()),
+        abort_on_error(),
+    ):
         try:
             return dispatch(MODE.value, WORKDIR.value, study)
         except (ConfigError, FloatingPointError) as error:

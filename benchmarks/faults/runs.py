@@ -108,12 +108,13 @@ FAULTS = [
     ),
     *of(
         "sampling/requests.py", "sampling/test_sample.py",
-        ("Eq. 4: s upside down", "test_guidance_grows_with_the_resolution_it_is_not_for",
+        ("Eq. 4: s upside down", "test_guidance_scale_grows_with_the_resolution",
          "resolution / settings.base_resolution", "settings.base_resolution / resolution"),
         ("drawn sizes do not depend on the sample",
-         "test_requests_ask_for_the_sizes_of_their_numbers",
+         "test_a_batch_has_the_sizes_of_its_sample_indices",
          "default_rng([settings.seed, first + i])", "default_rng([settings.seed, i])"),
-        ("aspect upside down", "test_sizes_are_drawn_as_asked_and_depend_on_seed_and_index_alone",
+        ("aspect upside down",
+         "test_sizes_are_drawn_as_configured_and_depend_on_seed_and_index_alone",
          'values["width"] / values["height"]', 'values["height"] / values["width"]'),
     ),
     *of(
@@ -145,10 +146,10 @@ FAULTS = [
     *of(
         "evaluation/metrics/precision_recall.py", "evaluation/metrics/test_precision_recall.py",
         ("precision: a feature is its own neighbor", "test_equals_the_definition",
-         "neighbours + 1)[0]", "neighbours)[0]"),
+         "neighbors + 1)[0]", "neighbors)[0]"),
         ("precision is recall", "test_equals_the_definition",
-         "_inside(x, y, _radii(y, neighbours))", "_inside(y, x, _radii(x, neighbours))"),
-        ("precision: balls without their edge", "test_what_is_as_far_as_the_neighbour_is_inside",
+         "_inside(x, y, _radii(y, neighbors))", "_inside(y, x, _radii(x, neighbors))"),
+        ("precision: balls without their edge", "test_what_is_as_far_as_the_neighbor_is_inside",
          "<= radii", "< radii"),
     ),
     *of(
@@ -156,7 +157,7 @@ FAULTS = [
         ("CLIP score: captions of any length", "test_is_a_hundred_times_the_cosine",
          "_unit(self.texts(captions))", "self.texts(captions)"),
         ("CLIP score: the top of tall images",
-         "test_pictures_are_smoothed_and_their_middle_is_taken",
+         "test_images_are_smoothed_and_center_cropped",
          "(height - side) // 2, (width - side) // 2", "0, (width - side) // 2"),
     ),
     *of(
@@ -166,7 +167,7 @@ FAULTS = [
     ),
     *of(
         "evaluation/metrics/response.py", "evaluation/metrics/test_response.py",
-        ("LPIPS/HR without the resolution itself", "test_closed_form_of_grey_pictures",
+        ("LPIPS/HR without the resolution itself", "test_closed_form_of_gray_images",
          "if size >= resolution", "if size > resolution"),
         ("distance not rooted", "test_pixel_distance_is_the_root_of_the_mean_square",
          "return np.sqrt(np.square(difference).mean((1, 2, 3)))",

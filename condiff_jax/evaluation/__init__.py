@@ -1,1 +1,1 @@
-"""How good are samples: what they are compared with, and by which metric."""
+"""Evaluation of trained models: metrics, reference data and records."""

@@ -1,4 +1,4 @@
-"""How images follow prompts, labels and control metadata."""
+"""Metrics of control: how well images follow prompts, labels and control metadata."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from etils import epath
+from PIL import Image
 from tqdm import tqdm
 
 from condiff_jax.data import shapes
@@ -16,121 +17,127 @@ from condiff_jax.evaluation.metrics import prompt, response
 from condiff_jax.evaluation.reference import Reference
 from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.pretrained import lpips
-from condiff_jax.runtime.files import load_cached, write
+from condiff_jax.runtime.files import load_cached, write_file
 from condiff_jax.sampling.image_grid import caption_grid
-from condiff_jax.sampling.requests import asked_control, requests, titles
+from condiff_jax.sampling.requests import asked_control, create_batch, titles
 from condiff_jax.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from condiff_jax.evaluation.evaluate import Evaluation
 
-# Numbers of the first samples of each metric: they share noise neither with each other nor with
+# Index of the first sample of each metric. The metrics share noise neither with each other nor with
 # the grids, which start at 0.
 FIRST_INDEX = {"prompt_accuracy": 10**6, "size_response": 2 * 10**6}
-SIZE_PART = 32  # prompts of size_response whose pictures are in memory at a time
+SIZE_PART = 32  # prompts of size_response whose images are in memory at a time
 
 
-def subjects(objective: DiffusionObjective, n: int, reference: Reference | None) -> list[Any]:
-    """What to sample in turn: the scenes of n unseen prompts, or n times the next label."""
+def select_targets(objective: DiffusionObjective, n: int, reference: Reference | None) -> list[Any]:
+    """Return n targets to sample: labels in turn, scenes of unseen prompts, or captions.
+
+    Labels for class models; scenes for data.name=shapes; else captions of the reference.
+    """
     if objective.text_encoder is None:
         return [i % len(objective.vocabulary.classes) for i in range(n)]
     if objective.config.data.name == "shapes":
         return shapes.prompts(n)
-    return reference.asked(n, objective)
+    return reference.captions_or_labels(n, objective)
 
 
-def asked_for(objective: DiffusionObjective, wanted: Sequence[Any]) -> list[Any]:
-    """The prompts of `subjects`, or their classes."""
-    return [getattr(subject, "caption", subject) for subject in wanted]
+def prompts_of(targets: Sequence[Any]) -> list[Any]:
+    """Return the captions of scenes; captions and labels as they are."""
+    return [getattr(target, "caption", target) for target in targets]
 
 
 def prompt_accuracy(
     evaluation: Evaluation, sampler: Sampler, params: dict, parts: epath.Path
 ) -> tuple[dict, dict]:
-    """Share of pictures that show what they were asked for, by attribute, and a grid of them."""
+    """Measure the share of images that match their prompt, by attribute; and return a grid."""
     objective, config = sampler.objective, sampler.objective.config
     first = FIRST_INDEX["prompt_accuracy"]
-    wanted = subjects(objective, config.evaluation.prompts, evaluation.reference)
-    asked = asked_for(objective, wanted)
-    batch = requests(objective, asked, first=first, seen=evaluation.folder.load_control())
-    pictures = sampler(params, batch, first=first, label="prompt accuracy")
+    targets = select_targets(objective, config.evaluation.prompts, evaluation.reference)
+    prompts = prompts_of(targets)
+    batch = create_batch(objective, prompts, first=first, seen=evaluation.folder.load_control())
+    images = sampler(params, batch, first=first, label="prompt accuracy")
     if objective.text_encoder is None:
-        values = prompt.class_accuracy(pictures, wanted, objective.vocabulary.classes)
+        values = prompt.class_accuracy(images, targets, objective.vocabulary.classes)
     else:
-        values = prompt.prompt_accuracy(pictures, wanted)
-    shown = pictures[: config.sampling.n]
-    grid = caption_grid(shown, titles(objective, asked[: len(shown)]))
+        values = prompt.prompt_accuracy(images, targets)
+    shown = images[: config.sampling.n]
+    grid = caption_grid(shown, titles(objective, prompts[: len(shown)]))
     return values, {"grid": grid}
 
 
 def size_response(
     evaluation: Evaluation, sampler: Sampler, params: dict, parts: epath.Path
 ) -> tuple[dict, dict]:
-    """How pictures change with size control alone, and grids of that (Fig. 2), and of flips."""
+    """Measure how images change with size control alone; grids of sizes (Fig. 2) and of flips.
+
+    parts: a folder of this measurement, in which finished parts are cached.
+    """
     objective, config = sampler.objective, sampler.objective.config
     settings, resolution = config.evaluation, config.data.resolution
-    wanted = asked_for(objective, subjects(objective, settings.size_prompts, evaluation.reference))
+    prompts = prompts_of(select_targets(objective, settings.size_prompts, evaluation.reference))
     distance = lpips.create(settings.lpips) if settings.lpips else None
-    sides = [{"height": size, "width": size, "aspect": 1.0} for size in settings.sizes]
-    found, shown = [], wanted[:SIZE_PART]
-    grids = {}
+    variants = [{"height": size, "width": size, "aspect": 1.0} for size in settings.sizes]
+    shown = prompts[:SIZE_PART]
+    responses, grids = [], {}
     for low in tqdm(
-        range(0, len(wanted), SIZE_PART), desc="sizes", disable=jax.process_index() != 0
+        range(0, len(prompts), SIZE_PART), desc="sizes", disable=jax.process_index() != 0
     ):
-        some, file = wanted[low : low + SIZE_PART], parts / f"sizes-{low:08d}.json"
-        if values := load_cached(file, json.loads):  # the first part is made again, for the grids
-            found.append((len(some), values))
+        part = prompts[low : low + SIZE_PART]
+        file = parts / f"sizes-{low:08d}.json"
+        # The first part has no file: it is sampled again for the grids.
+        if values := load_cached(file, json.loads):
+            responses.append((len(part), values))
             continue
-        pictures = controlled(sampler, params, some, sides, "sizes", low)
-        found.append(
-            (len(some), response.size_response(pictures, settings.sizes, resolution, distance))
-        )
+        images = sample_variants(sampler, params, part, variants, "sizes", low)
+        values = response.size_response(images, settings.sizes, resolution, distance)
+        responses.append((len(part), values))
         if not low:
-            names = [f"{n} px" for n in settings.sizes]
-            grids["sizes"] = comparison(objective, pictures, shown, names)
+            names = [f"{size} px" for size in settings.sizes]
+            grids["sizes"] = comparison_grid(objective, images, shown, names)
         elif jax.process_index() == 0:
             parts.mkdir(parents=True, exist_ok=True)
-            write(file, json.dumps(found[-1][1]))
+            write_file(file, json.dumps(values))
     if "flip" in config.conditioning.control:
         flips = [{"flip": 0.0}, {"flip": 1.0}]
-        pictures = controlled(sampler, params, shown, flips, "flips", 0)
-        grids["flip"] = comparison(objective, pictures, shown, ["not flipped", "flipped"])
-    return response.mean_response(found, settings.sizes), grids
+        images = sample_variants(sampler, params, shown, flips, "flips", 0)
+        grids["flip"] = comparison_grid(objective, images, shown, ["not flipped", "flipped"])
+    return response.mean_response(responses, settings.sizes), grids
 
 
-def controlled(
+def sample_variants(
     sampler: Sampler,
     params: dict,
-    asked: Sequence[Any],
+    prompts: Sequence[Any],
     variants: Sequence[dict],
     label: str,
     first: int,
 ) -> np.ndarray:
-    """Pictures (P, V, R, R, 3) of P requests under V changes of control, each with one noise.
+    """Sample images (P, V, R, R, 3) of P prompts with V changes of control and the same noise.
 
-    first: the number of the first request.
+    first: the index of the first prompt.
     """
     base, columns = asked_control(sampler.objective.config), []
     for variant in tqdm(variants, desc=label, leave=False, disable=jax.process_index() != 0):
         control = {
-            name: np.full(len(asked), value, np.float32) for name, value in (base | variant).items()
+            name: np.full(len(prompts), value, np.float32)
+            for name, value in (base | variant).items()
         }
-        batch = requests(sampler.objective, asked, control)
+        batch = create_batch(sampler.objective, prompts, control)
         index = FIRST_INDEX["size_response"] + first
         columns.append(sampler(params, batch, first=index, label=label))
     return np.stack(columns, 1)
 
 
-def comparison(
-    objective: DiffusionObjective, pictures: np.ndarray, asked: Sequence[Any], names: Sequence[str]
-):
-    """A grid of pictures (P, V, R, R, 3): a row for each request, a column for each name."""
+def comparison_grid(
+    objective: DiffusionObjective, images: np.ndarray, prompts: Sequence[Any], names: Sequence[str]
+) -> Image.Image:
+    """Draw images (P, V, R, R, 3): one row for each prompt, one column for each name."""
     captions = [
         f"{name}: {title}" if column == 0 else name
-        for title in titles(objective, asked)
+        for title in titles(objective, prompts)
         for column, name in enumerate(names)
     ]
-    pictures = pictures.reshape(-1, *pictures.shape[2:])
-    return caption_grid(
-        pictures, captions, columns=len(names), title="Same noise, different control"
-    )
+    images = images.reshape(-1, *images.shape[2:])
+    return caption_grid(images, captions, columns=len(names), title="Same noise, different control")

@@ -1,6 +1,6 @@
-"""Evaluation of trained models: what was asked for, what came out, and how it was made.
+"""Evaluation of trained models (mode `evaluate`, and at the end of training).
 
-One line of evaluation.jsonl is one evaluation: its numbers, and all that they depend on.
+One line of evaluation.jsonl is one evaluation: its metrics, and everything that they depend on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MEASURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `config.evaluation` asks for: checked, its networks loaded, its data opened.
+    """The evaluation of `config.evaluation`, with networks loaded and reference data opened.
 
     networks: on the devices of all processes; local_networks: on those of this process, for its
     share of the data. identity: what records depend on besides the step, see `records.describe`.
@@ -56,25 +56,25 @@ class Evaluation:
 
     @classmethod
     def create(cls, config: Config, folder: Workdir, mesh: Mesh) -> Evaluation:
-        """ConfigError that names the field because of which it cannot be made."""
+        """Check the config, load networks and open data; ConfigError that names a bad field."""
         _check_fields(config)
         networks = image_quality.create_networks(config)
         reference = _reference(config)
         _check_data(config, networks, reference)
+        local_mesh = sharding.local_mesh()
         return cls(
             config,
             folder,
-            {name: image_quality.place(network, mesh) for name, network in networks.items()},
-            {
-                name: image_quality.place(network, sharding.local_mesh())
-                for name, network in networks.items()
+            networks={name: image_quality.on_mesh(n, mesh) for name, n in networks.items()},
+            local_networks={
+                name: image_quality.on_mesh(n, local_mesh) for name, n in networks.items()
             },
-            reference,
-            describe(config, networks, reference),
+            reference=reference,
+            identity=describe(config, networks, reference),
         )
 
     def at(self, config: Config) -> Evaluation:
-        """The same evaluation with other fields of `sampling` or another number of samples."""
+        """Return the evaluation with other fields of `sampling` or another number of samples."""
         reference = self.reference
         if config.evaluation != self.config.evaluation:
             reference = _reference(config)
@@ -83,16 +83,16 @@ class Evaluation:
         return dataclasses.replace(self, config=config, reference=reference, identity=identity)
 
     def find(self, step: int) -> dict[str, Any] | None:
-        """The record of this evaluation at a step, with all images to save; None without."""
+        """Find the record at a step; None if it, or an image of evaluation.save, is missing."""
         identity = self.identity | {"step": step}
         if not image_quality.saved(measurement_dir(self.folder, identity), self.config):
             return None
         return find_record(self.folder, identity)
 
     def measure(self, sampler: Sampler, params: dict, step: int) -> dict[str, Any]:
-        """Run all metrics: a record, also in evaluation.jsonl, with grids in samples/.
+        """Run all metrics, append the record to evaluation.jsonl, save grids; return the record.
 
-        A measurement that was killed resumes, see `image_quality.generate`.
+        A killed measurement resumes, see `image_quality.generate`.
         """
         start = time.perf_counter()
         identity = {"step": step, **self.identity}
@@ -103,12 +103,12 @@ class Evaluation:
                 more_values, more_grids = measure(self, sampler, params, parts)
                 values |= more_values
                 grids |= more_grids
-        pictures = {name: f"samples/{parts.name}-{name}.png" for name in grids}
+        paths = {name: f"samples/{parts.name}-{name}.png" for name in grids}
         seconds = round(time.perf_counter() - start, 1)
-        record = identity | {"metrics": values, "pictures": pictures, "seconds": seconds}
+        record = identity | {"metrics": values, "pictures": paths, "seconds": seconds}
         if jax.process_index() == 0:
             self.folder.samples.mkdir(parents=True, exist_ok=True)
-            for name, path in pictures.items():
+            for name, path in paths.items():
                 save_png(self.folder.path / path, grids[name])
             append_json(self.folder.evaluation, record)
         image_quality.delete_parts(parts)
@@ -116,22 +116,23 @@ class Evaluation:
 
 
 def _reference(config: Config) -> Reference | None:
-    """The data that the metrics need, None if they need none."""
+    """Open the reference data of the metrics; None if they need none."""
     metrics = set(config.evaluation.metrics)
     prompts = "size_response" in metrics and config.data.name != "shapes"
     return Reference(config) if prompts or metrics & image_quality.NETWORK.keys() else None
 
 
 def _check_fields(config: Config) -> None:
+    """Raise ConfigError where metrics do not fit the data or their files are missing."""
     metrics = set(config.evaluation.metrics)
     shapes_only = metrics & {"prompt_accuracy", "frechet_shapes"}
     if shapes_only and config.data.name != "shapes":
         names = ", ".join(sorted(shapes_only))
         raise ConfigError("evaluation.metrics", f"{names} need data.name=shapes")
-    if shapes_only and config.data.resolution < shapes_features.LEAST_SIDE:
+    if shapes_only and config.data.resolution < shapes_features.MIN_SIDE:
         raise ConfigError(
             "data.resolution",
-            f"must be at least {shapes_features.LEAST_SIDE} for prompt_accuracy and "
+            f"must be at least {shapes_features.MIN_SIDE} for prompt_accuracy and "
             f"frechet_shapes, got {config.data.resolution}",
         )
     if "clip_score" in metrics and config.data.semantics != "text":
@@ -142,31 +143,36 @@ def _check_fields(config: Config) -> None:
 
 
 def _check_data(config: Config, networks: dict, reference: Reference | None) -> None:
+    """Raise ConfigError for too few images, or statistics that do not fit the network."""
     settings = config.evaluation
     if networks:
-        ours, theirs = settings.samples, len(reference.numbers)
+        samples, references = settings.samples, len(reference.numbers)
         needed = image_quality.min_samples(settings.metrics)
-        if min(ours, theirs) < needed:
+        if min(samples, references) < needed:
             raise ConfigError(
                 "evaluation.samples",
-                f"the metrics need {needed} images or more, got {ours} and {theirs} of "
+                f"the metrics need {needed} images or more, got {samples} and {references} of "
                 f"evaluation.reference={settings.reference}",
             )
     if settings.statistics and "inception" in networks:
+        network = networks["inception"]
         with config_errors("evaluation.statistics"):
-            network, side = networks["inception"], (config.data.resolution,) * 2
-            about = network.name, network.sha256, side, None, network.resize
-            mean = np.zeros(network.width)
-            ours = fid.Statistics(mean, np.zeros((0, 0)), None, *about)
-            fid.check_alike(ours, fid.load(settings.statistics))
+            expected = fid.Statistics(
+                mean=np.zeros(network.width),
+                covariance=np.zeros((0, 0)),
+                network=network.name,
+                sha256=network.sha256,
+                resolution=(config.data.resolution,) * 2,
+                resize=network.resize,
+            )
+            fid.check_alike(expected, fid.load(settings.statistics))
 
 
 def grid(config: Config) -> dict[str, Config]:
-    """The configs of evaluation.grid, "field=value,value;..." of sampling, by what they change.
+    """Return the configs of evaluation.grid by the fields that they change, such as "guidance 2.0".
 
-    Without a grid the config itself, as "".
-
-    ConfigError for fields or values that `sampling` cannot have.
+    evaluation.grid: "field=value,value;..." with fields of `sampling`. Without a grid the config
+    itself, as "". ConfigError for fields or values that `sampling` cannot have.
     """
     axes = []
     for part in filter(None, config.evaluation.grid.split(";")):
@@ -187,9 +193,9 @@ def grid(config: Config) -> dict[str, Config]:
 
 
 def run(config: Config, workdir: str) -> list[dict[str, Any]]:
-    """Mode `evaluate`: the records of the newest checkpoint, one for each point of `grid`.
+    """Run mode `evaluate`: return the records of the newest checkpoint, one per point of `grid`.
 
-    What was measured before is not measured again.
+    Existing records are not measured again.
     """
     if config.evaluation.protocol:
         if jax.process_index() == 0:
@@ -212,7 +218,8 @@ def run(config: Config, workdir: str) -> list[dict[str, Any]]:
         evaluation = evaluation.at(point)
         record = evaluation.find(step)
         if record:
-            print(f"Step {step} is already measured so, in {trained.folder.evaluation}:")
+            path = trained.folder.evaluation
+            print(f"Step {step} is already measured with these settings, see {path}:")
         else:
             sampler = sampler or Sampler(trained.objective, mesh, config.sampling, trained.frozen)
             record = evaluation.measure(sampler.at(point), trained.params, step)

@@ -1,6 +1,6 @@
-"""The published networks that metrics look at pictures with: where they come from, that they fit.
+"""Published feature networks of the metrics (Inception-v3, CLIP), loaded from their weight files.
 
-Nothing of them comes with this package. Paths are local or remote files or folders, or hub ids.
+This package contains no weights. Paths are local or remote files or folders, or hub ids.
 """
 
 from __future__ import annotations
@@ -31,53 +31,51 @@ INCEPTION_SOURCE = (
     "fid_weights, or weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases"
 )
 CLIP_SOURCE = "a folder or hub id of a CLIPModel, such as openai/clip-vit-large-patch14"
-TEXTS = 64  # captions at a time
+TEXTS = 64  # captions per batch
 
 
 @functools.cache
 def inception_shapes() -> dict:
-    """The shapes and types of Inception's parameters; tracing it takes seconds."""
+    """Return shapes and types of Inception's parameters; cached, because tracing takes seconds."""
     example = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
     return jax.eval_shape(inception.InceptionV3().init, jax.random.key(0), example)["params"]
 
 
 def load_inception(path: str) -> FeatureNetwork:
-    """FID's Inception-v3: features (N, 2048) of pictures of any size, which it resizes itself.
+    """Load FID's Inception-v3: features (N, 2048) of images of any size, which it resizes itself.
 
-    path: pytorch-fid's or torch-fidelity's weights, which are the same, as .pth (needs PyTorch to
-    be read) or .safetensors. FileNotFoundError without them, ValueError where they do not fit.
+    path: pytorch-fid's or torch-fidelity's weights, which are the same, as .pth (reading it needs
+    PyTorch) or .safetensors. FileNotFoundError without them, ValueError where they do not fit.
     """
-    place = _locate(path, "Inception", INCEPTION_SOURCE)
+    location = _locate(path, "Inception", INCEPTION_SOURCE)
     try:
-        # Training's count of batches is no parameter.
-        tensors = weights.read(str(place), r".*\.num_batches_tracked")
+        # BatchNorm's batch counter is not a parameter.
+        tensors = weights.read(str(location), r".*\.num_batches_tracked")
         params = from_torch(tensors, inception_shapes())
     except ValueError as error:
         raise ValueError(_misfit(path, "Inception", error, INCEPTION_SOURCE)) from error
-    return FeatureNetwork(
-        name="Inception-v3 2015-12-05",
-        sha256=weights.sha256(weights.weight_files(place)),
-        width=inception.WIDTH,
-        params=params,
-        apply=inception.features,
-        prepare=inception.resize,
-    )
+    sha256 = weights.sha256(weights.weight_files(location))
+    return _inception_network("Inception-v3 2015-12-05", sha256, params)
 
 
 def random_inception() -> FeatureNetwork:
-    """FID's network with weights that nobody trained: to try what needs it, not to measure."""
+    """Create FID's network with random weights, to test evaluations; its metrics mean nothing."""
     example = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
     params = jax.jit(inception.InceptionV3().init)(jax.random.key(0), example)["params"]
-    # Each of its many ReLUs halves the variance, which this makes up for (arXiv:1502.01852).
+    # Each ReLU halves the variance; He scaling compensates (arXiv:1502.01852).
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf * 2**0.5 if path[-1].key == "kernel" else leaf, params
     )
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
+    return _inception_network("Inception-v3 with random weights", digest.hexdigest(), params)
+
+
+def _inception_network(name: str, sha256: str, params: dict) -> FeatureNetwork:
     return FeatureNetwork(
-        name="Inception-v3 with random weights",
-        sha256=digest.hexdigest(),
+        name=name,
+        sha256=sha256,
         width=inception.WIDTH,
         params=params,
         apply=inception.features,
@@ -85,80 +83,85 @@ def random_inception() -> FeatureNetwork:
     )
 
 
-@functools.lru_cache(maxsize=8)  # what is compiled is kept
-def resized(network: FeatureNetwork, how: str) -> FeatureNetwork:
-    """Inception as it is (tf) or with the resizing of clean-fid (clean)."""
-    prepare = {"tf": None, "clean": clean.resize}[how]
-    return dataclasses.replace(network, prepare=prepare, resize=how) if prepare else network
+@functools.lru_cache(maxsize=8)  # keeps compiled networks
+def resized(network: FeatureNetwork, method: str) -> FeatureNetwork:
+    """Return Inception with its own resizing (method tf) or that of clean-fid (clean)."""
+    prepare = {"tf": None, "clean": clean.resize}[method]
+    return dataclasses.replace(network, prepare=prepare, resize=method) if prepare else network
 
 
 def load_clip(path: str) -> ClipScore:
-    """CLIP score by a CLIPModel; its image tower alone, as a feature network, is `.images`.
+    """Load the CLIP score of a CLIPModel; its image tower, as a feature network, is `.images`.
 
     path: a folder with config.json, vocab.json, merges.txt and weights, or a hub id, in
     transformers' layout. FileNotFoundError without them, ValueError where they do not fit.
     """
-    small = (clip.CONFIG, *clip.WORDS)
-    place = _locate(path, "CLIP", CLIP_SOURCE, small)
-    with local(place, small) as folder:
+    text_files = (clip.CONFIG, *clip.WORDS)
+    location = _locate(path, "CLIP", CLIP_SOURCE, text_files)
+    with local(location, text_files) as folder:
         if not (folder / clip.CONFIG).exists():
             raise FileNotFoundError(f"no {clip.CONFIG} in {path}: give {CLIP_SOURCE}")
         size, image_size = clip.Size.read(folder), clip.ImageSize.read(folder)
         tokenizer = clip.Tokenizer.read(folder)
-    towers = clip.TextTower(size), clip.ImageTower(image_size)
+    text_tower = clip.TextTower(size)
+    image_tower = clip.ImageTower(image_size)
     try:
-        tensors = weights.read(str(place))
-        text_params, image_params = _clip_params(tensors, *towers)
+        tensors = weights.read(str(location))
+        text_params, image_params = _clip_params(tensors, text_tower, image_tower)
     except ValueError as error:
         raise ValueError(_misfit(path, "CLIP", error, CLIP_SOURCE)) from error
     return ClipScore(
         FeatureNetwork(
             name=f"CLIP image tower {image_size.width} x {image_size.depth}",
-            sha256=weights.sha256(weights.weight_files(place)),
+            sha256=weights.sha256(weights.weight_files(location)),
             width=image_size.embedding,
             params=image_params,
-            apply=partial(_embed_images, towers[1]),
+            apply=partial(_embed_images, image_tower),
             prepare=partial(square, side=image_size.side),
         ),
-        _text_embedder(towers[0], tokenizer, text_params),
+        _text_embedder(text_tower, tokenizer, text_params),
     )
 
 
-def _locate(path: str, name: str, source: str, others: Sequence[str] = ()) -> Any:
-    """The file or folder at a path or of a hub id; FileNotFoundError that says where to get it."""
+def _locate(path: str, name: str, source: str, more_files: Sequence[str] = ()) -> Any:
+    """Find the file or folder of a path or hub id; FileNotFoundError names the source of weights.
+
+    more_files: names of files that a hub id provides besides weights.
+    """
     try:
         if not path:
             raise FileNotFoundError(f"no path to {name}'s weights")
-        place = weights.locate(path, *others)
-        weights.weight_files(place)
-        return place
+        location = weights.locate(path, *more_files)
+        weights.weight_files(location)
+        return location
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{one_line(error)}; give {source}") from error
 
 
 def _misfit(path: str, name: str, error: ValueError, source: str) -> str:
-    return f"{path} does not do as {name}: {one_line(error)}; give {source}"
+    return f"{path} does not fit {name}: {one_line(error)}; give {source}"
 
 
 def _clip_params(
     tensors: Mapping[str, np.ndarray], text: clip.TextTower, image: clip.ImageTower
 ) -> tuple[dict, dict]:
-    """Of the text tower, with the projection beside, and of the image tower."""
+    """Return the parameters of the text tower, with its projection, and of the image tower."""
 
-    def fit(rules, others, shapes):
-        part = {name: a for name, a in tensors.items() if not re.fullmatch(others, name)}
-        return from_torch(key_maps.from_published(part, rules), shapes)
+    def convert(rules, unused, shapes):
+        used = {name: a for name, a in tensors.items() if not re.fullmatch(unused, name)}
+        return from_torch(key_maps.from_published(used, rules), shapes)
 
     key, side = jax.random.key(0), image.size.side
     ids = jnp.zeros((1, text.size.length), jnp.int32)
     shapes = jax.eval_shape(text.init, key, ids, ids > 0)["params"]
-    tower = fit(key_maps.CLIP_TEXT, key_maps.CLIP_TEXT_IGNORED, shapes)
+    tower = convert(key_maps.CLIP_TEXT, key_maps.CLIP_TEXT_IGNORED, shapes)
     kernel = jax.ShapeDtypeStruct((text.size.width, image.size.embedding), jnp.float32)
     shapes = {"text_projection": {"kernel": kernel}}
-    projection = fit(key_maps.CLIP_PROJECTION, key_maps.CLIP_PROJECTION_IGNORED, shapes)
+    projection = convert(key_maps.CLIP_PROJECTION, key_maps.CLIP_PROJECTION_IGNORED, shapes)
     shapes = jax.eval_shape(image.init, key, jnp.zeros((1, side, side, 3)))["params"]
     rules = key_maps.clip_image(image.size.patch)
-    return {"tower": tower, **projection}, fit(rules, key_maps.CLIP_IMAGE_IGNORED, shapes)
+    image_params = convert(rules, key_maps.CLIP_IMAGE_IGNORED, shapes)
+    return {"tower": tower, **projection}, image_params
 
 
 def _embed_images(tower: clip.ImageTower, params: dict, images: jax.Array) -> jax.Array:
@@ -168,7 +171,7 @@ def _embed_images(tower: clip.ImageTower, params: dict, images: jax.Array) -> ja
 def _text_embedder(
     tower: clip.TextTower, tokenizer: clip.Tokenizer, params: dict
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """Captions -> (N, E) f32, N > 0."""
+    """Return the function from N > 0 captions to their embeddings (N, E) f32."""
     params = jax.device_put(params)
 
     @jax.jit
@@ -177,10 +180,10 @@ def _text_embedder(
             pooled = tower.apply({"params": params["tower"]}, ids, mask).pooled
             return pooled @ params["text_projection"]["kernel"]
 
-    def texts(captions):
+    def embed_captions(captions):
         pairs = [tokenizer(caption, tower.size.length) for caption in captions]
         ids, mask = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
         parts = [slice(i, i + TEXTS) for i in range(0, len(ids), TEXTS)]
         return np.concatenate([np.asarray(embed(params, ids[p], mask[p])) for p in parts])
 
-    return texts
+    return embed_captions

@@ -1,4 +1,4 @@
-"""The paper's evaluations by name (Sec. 3.1): `evaluation.protocol` in mode evaluate."""
+"""Evaluation protocols of the paper by name (Sec. 3.1): `evaluation.protocol` in mode evaluate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from condiff_jax.config.build import get, with_fields
 from condiff_jax.config.schema import Config
 
-# ImageNet's guidance: App. C, 1.5 at 256 pixels and 2.0 at 512, which is Eq. 4.
+# Guidance for ImageNet in App. C: 1.5 at 256 pixels and 2.0 at 512, which follows Eq. 4.
 _FID = {
     "sampling.sampler": "ddim",
     "sampling.guidance": 1.5,
@@ -16,7 +16,7 @@ _FID = {
     "evaluation.metrics": ("fid",),
 }
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    # 50,000 pictures against the training set (Tables 1, 2a, 2b)
+    # 50,000 images against the training set (Tables 1, 2a, 2b)
     "imagenet_fid50k": _FID | {"sampling.steps": 250, "evaluation.reference": "train"},
     # against the validation set (Figs. 8 and A2)
     "val_fid": _FID | {"sampling.steps": 50, "evaluation.reference": "validation"},
@@ -36,9 +36,9 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def apply(config: Config) -> Config:
-    """The config with the fields of its evaluation.protocol, itself without one.
+    """Return the config with the fields of its evaluation.protocol; unchanged without one.
 
-    How many pictures, and where networks and data are, stays as it is.
+    The number of images and the paths of networks and data stay.
     """
     if not config.evaluation.protocol:
         return config
@@ -46,10 +46,12 @@ def apply(config: Config) -> Config:
 
 
 def summary(config: Config) -> str:
-    """What `apply` sets, in a line: it goes before the config, and before the command line too."""
+    """Describe in one line the fields that `apply` sets, which override config and command line."""
     changes = []
     for field, value in PROTOCOLS[config.evaluation.protocol].items():
         before = get(config, field)
         changes.append(f"{field}={value}" + (f" (not {before})" if before != value else ""))
-    sets = f"evaluation.protocol={config.evaluation.protocol} sets {', '.join(changes)}"
-    return f"{sets}; evaluation.samples stays {config.evaluation.samples}"
+    return (
+        f"evaluation.protocol={config.evaluation.protocol} sets {', '.join(changes)}; "
+        f"evaluation.samples stays {config.evaluation.samples}"
+    )

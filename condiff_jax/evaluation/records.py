@@ -1,4 +1,4 @@
-"""Records of evaluations: what their numbers depend on, and where they are."""
+"""Evaluation records: what their metrics depend on, where they are stored, and their summary."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from condiff_jax.runtime.files import read_json_lines
 from condiff_jax.sampling import classifier_guide
 from condiff_jax.sampling.requests import asked_control
 
-# What an evaluation depends on besides the run; records that agree here are the same measurement.
+# Keys on which a measurement of a run depends: records that agree in them are the same measurement.
 IDENTITY = ("step", "sampling", "evaluation", "features")
 
 
 def describe(
     config: Config, networks: Mapping[str, Any], reference: Reference | None
 ) -> dict[str, Any]:
-    """The IDENTITY of the config's evaluation but for the step: what its numbers depend on."""
-    settings, asked = config.evaluation, config.sampling
+    """Return the IDENTITY of a config's evaluation, except the step."""
+    settings, sampling = config.evaluation, config.sampling
     evaluation: dict[str, Any] = {"metrics": sorted(settings.metrics)}
     if "prompt_accuracy" in settings.metrics:
         evaluation |= {"prompts": settings.prompts}
@@ -46,17 +46,17 @@ def describe(
             evaluation["lpips"] = hashlib.sha256(content).hexdigest()
     names = ("sampler", "steps", "spacing", "eta", "clip", "guidance", "control_guidance")
     names += ("base_resolution", "size", "seed")
-    sampling = {name: getattr(asked, name) for name in names}
-    sampling |= {"ema": asked.ema, "control": asked_control(config)}
-    sampling |= classifier_guide.describe(config)
-    if asked.size in ("tied", "untied"):
-        sampling["size_range"] = list(asked.size_range)
+    fields = {name: getattr(sampling, name) for name in names}
+    fields |= {"ema": sampling.ema, "control": asked_control(config)}
+    fields |= classifier_guide.describe(config)
+    if sampling.size in ("tied", "untied"):
+        fields["size_range"] = list(sampling.size_range)
     features = image_quality.describe_networks(networks)
-    return {"sampling": sampling, "evaluation": evaluation, "features": features}
+    return {"sampling": fields, "evaluation": evaluation, "features": features}
 
 
 def find_record(folder: Workdir, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The newest record of evaluation.jsonl with this identity, None if there is none."""
+    """Find the newest record of evaluation.jsonl with this identity; None if there is none."""
     for record in reversed(read_json_lines(folder.evaluation)):
         if all(record.get(key) == identity[key] for key in IDENTITY):
             return record
@@ -64,26 +64,27 @@ def find_record(folder: Workdir, identity: dict[str, Any]) -> dict[str, Any] | N
 
 
 def measurement_dir(folder: Workdir, identity: dict[str, Any]) -> epath.Path:
-    """Where the measurement with this identity keeps its parts, and pictures if asked."""
+    """Return the folder of a measurement's parts and of images saved by evaluation.save."""
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return folder.path / "evaluations" / f"{identity['step']}-{key}"
 
 
 def delete_measurements_after(folder: Workdir, step: int) -> None:
-    """Drop what killed or finished measurements beyond a step have left: weights will be others."""
+    """Delete the folders of measurements beyond a step, whose weights a resumed run replaces."""
     for path in (folder.path / "evaluations").glob("*-*"):
         if int(path.name.partition("-")[0]) > step:
             path.rmtree()
 
 
 def summary(record: dict[str, Any]) -> list[str]:
-    """A record for people, a line a metric."""
-    metrics, settings, lines = record["metrics"], record["evaluation"], []
+    """Format a record as text lines, one per metric."""
+    metrics, settings = record["metrics"], record["evaluation"]
+    lines = []
     names = [name for name in (*prompt.ATTRIBUTES, "all") if name in metrics]
     if names:
         rates = ", ".join(f"{name.replace('_', '/')} {metrics[name]:.1%}" for name in names)
         lines.append(f"Prompt accuracy on {settings['prompts']} unseen prompts: {rates}")
-    against = f"{settings.get('samples')} pictures against {settings.get('reference')}"
+    against = f"{settings.get('samples')} images against {settings.get('reference')}"
     if "frechet_shapes" in metrics:
         distance = metrics["frechet_shapes"]
         lines.append(f"Frechet distance on shapes features, {against}: {distance:.3f}")
@@ -91,14 +92,14 @@ def summary(record: dict[str, Any]) -> list[str]:
         ("inception", ("fid", "kid", "precision", "recall")),
         ("clip", ("clip_score",)),
     ):
-        values = [f"{n} {metrics[n]:.4g}" for n in names if n in metrics]
+        values = [f"{name} {metrics[name]:.4g}" for name in names if name in metrics]
         if values:
             lines.append(f"{record['features'][network]['name']}, {against}: {', '.join(values)}")
     if metrics.get("fid_rank_deficient"):
-        lines.append("  (FID with fewer pictures than features: too large, for comparison alone)")
+        lines.append("  (FID with fewer images than features: too large, for comparison only)")
     if "size_l2" in metrics:
         kinds = ("size_l2", "size_l2_hr", "size_lpips", "size_lpips_hr", "sharpness_response")
-        values = (f"{k} {metrics[k]:.4f}" for k in kinds if metrics.get(k) is not None)
+        values = (f"{kind} {metrics[kind]:.4f}" for kind in kinds if metrics.get(kind) is not None)
         sizes = ", ".join(str(size) for size in settings["sizes"])
         lines.append(f"Response to sizes {sizes}: {', '.join(values)}")
     return lines

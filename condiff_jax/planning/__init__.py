@@ -1,1 +1,1 @@
-"""Memory, time and collectives of a training on devices that are not here."""
+"""Memory, time and collectives of training on devices that are not attached."""

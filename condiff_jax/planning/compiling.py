@@ -1,8 +1,8 @@
-"""What a program needs of each device, as its compiler tells.
+"""Per-device memory, collectives and cycles of a compiled program.
 
-libtpu optimises a program of XL size in a minute or less, and then knows its memory and what it
-sends. To generate the code takes it many times as long, and that alone tells cycles. `early` stops
-it in between: what is known by then is in the files that XLA writes where xla_dump_to says.
+libtpu optimizes a program of XL size in a minute or less; its memory and collectives are known
+then. Cycle estimates need code generation, which takes many times as long. `measure_early` stops
+the compiler in between, and reads the files that XLA has written to xla_dump_to by then.
 """
 
 from __future__ import annotations
@@ -21,46 +21,47 @@ from condiff_jax.config.errors import ConfigError, one_line
 from condiff_jax.data.workers import follow_parent
 from condiff_jax.planning import hlo
 
-# XLA tunes Triton's matrix products on a GPU; without one it can choose tiles that do not compile.
+# XLA autotunes Triton's matrix products on a GPU; without one it may choose tiles that do not
+# compile.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": "False"}
-POLL = 0.2  # seconds
+POLL_INTERVAL = 0.2  # seconds
 HBM = re.compile(r"Memory Space: default \(color=0\)\nTotal bytes: (\d+)")
 
 
 class MemoryEstimate(NamedTuple):
-    """What a program needs of each device.
+    """Per-device memory of a compiled program, and its instructions.
 
-    given: bytes of the arrays that it is given, as they are placed, by what they are. temporary: of
-    all else but the program's code; infinite where the compiler gave up. runs: see
-    `hlo.executions`. whole: nothing more can be known; else cycles are missing.
+    inputs: bytes of the sharded input arrays, by group. temporary: bytes of everything else except
+    the code; infinite where the program does not fit. runs: see `hlo.executions`. complete: False
+    where cycle estimates are missing.
     """
 
-    given: dict[str, int]
+    inputs: dict[str, int]
     temporary: float
     runs: list[hlo.Run]
-    whole: bool = True
+    complete: bool = True
 
     @property
     def total(self) -> float:
-        """Bytes in all."""
-        return sum(self.given.values()) + self.temporary
+        """Bytes of inputs and temporaries."""
+        return sum(self.inputs.values()) + self.temporary
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of the placed ShapeDtypeStructs of a tree on one device."""
+    """Return the bytes on one device of a tree of ShapeDtypeStructs with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
 
 
 def measure(
-    lowered: Any, given: dict[str, Any], options: dict[str, Any] | None = None, dump: str = ""
+    lowered: Any, inputs: dict[str, Any], options: dict[str, Any] | None = None, dump: str = ""
 ) -> MemoryEstimate:
-    """Compile a program for its devices; libtpu gives up, early, on one that does not fit.
+    """Compile a program for its devices; libtpu stops early on a program that does not fit.
 
-    given: placed ShapeDtypeStructs. options: of XLA. dump: a folder for XLA's files, for TPUs,
-    whose figures in `memory_analysis` count fragmentation twice.
+    inputs: ShapeDtypeStructs with shardings, by group. options: of XLA. dump: a folder for XLA's
+    files, for TPUs, whose `memory_analysis` counts fragmentation twice.
     """
-    sizes = {name: device_bytes(tree) for name, tree in given.items()}
+    sizes = {name: device_bytes(tree) for name, tree in inputs.items()}
     files = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True} if dump else {}
     try:
         compiled = lowered.compile(compiler_options={**(options or {}), **files})
@@ -73,69 +74,72 @@ def measure(
         memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes
     )  # fmt: skip
-    if dump and (found := _optimized(Path(dump))):
-        total = found[0]
+    if dump and (optimized := _optimized_program(Path(dump))):
+        total = optimized[0]
     return MemoryEstimate(sizes, total - sum(sizes.values()), hlo.executions(compiled.as_text()))
 
 
-def early(lower: Callable[..., tuple[Any, dict[str, Any]]], *inputs) -> MemoryEstimate:
-    """`measure(*lower(*inputs))` of a program for TPUs, but for its cycles.
+def measure_early(lower: Callable[..., tuple[Any, dict[str, Any]]], *arguments) -> MemoryEstimate:
+    """Return `measure(*lower(*arguments))` of a program for TPUs, without cycle estimates.
 
-    In a process of its own, which is ended once enough is known: the function and what it takes
-    must be picklable. What it raises is raised here. Where libtpu's files have other names than
-    those of version 0.0.42, it compiles to the end.
+    Compiles in a process that is killed once memory and collectives are known, so that the function
+    and its arguments must be picklable. Errors are raised here. Compiles to the end where libtpu
+    names its files differently than version 0.0.42.
     """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (theirs, folder, lower, inputs)
-        process = context.Process(target=_compile, args=arguments, daemon=True)
+        process = context.Process(
+            target=_compile, args=(sender, folder, lower, arguments), daemon=True
+        )
         process.start()
-        theirs.close()
+        sender.close()
         try:
-            sizes = _receive(ours)
-            while not ours.poll(POLL):
-                if found := _optimized(Path(folder)):
-                    total, text = found
+            sizes = _receive(receiver)
+            while not receiver.poll(POLL_INTERVAL):
+                if optimized := _optimized_program(Path(folder)):
+                    total, text = optimized
                     runs = hlo.executions(text)
-                    return MemoryEstimate(sizes, total - sum(sizes.values()), runs, whole=False)
-            return _receive(ours)
+                    temporary = total - sum(sizes.values())
+                    return MemoryEstimate(sizes, temporary, runs, complete=False)
+            return _receive(receiver)
         finally:
             process.kill()
             process.join()
-            ours.close()
+            receiver.close()
 
 
-def _compile(pipe: Any, folder: str, lower: Callable, inputs: tuple) -> None:
-    """Send the sizes of what the program is given and, in the end, its needs; or an error."""
-    follow_parent()  # this process would compile on for an hour
+def _compile(sender: Any, folder: str, lower: Callable, arguments: tuple) -> None:
+    """Send the sizes of the program's inputs and, at the end, its estimate; or an error."""
+    follow_parent()  # without its parent this process would go on compiling for an hour
     try:
-        lowered, given = lower(*inputs)
-        pipe.send({name: device_bytes(tree) for name, tree in given.items()})
-        pipe.send(measure(lowered, given, dump=folder))
+        lowered, inputs = lower(*arguments)
+        sender.send({name: device_bytes(tree) for name, tree in inputs.items()})
+        sender.send(measure(lowered, inputs, dump=folder))
     except ConfigError as error:
-        pipe.send(error)
-    except Exception as error:  # of the compiler, which may not be picklable
-        pipe.send(RuntimeError(one_line(error)))
+        sender.send(error)
+    except Exception as error:  # a compiler error may not be picklable
+        sender.send(RuntimeError(one_line(error)))
 
 
-def _receive(pipe: Any) -> Any:
+def _receive(receiver: Any) -> Any:
+    """Receive a value from `_compile`; raise it if it is an error."""
     try:
-        found = pipe.recv()
+        value = receiver.recv()
     except EOFError:
-        raise RuntimeError("the compiler's process has ended early, for want of memory?") from None
-    if isinstance(found, Exception):
-        raise found
-    return found
+        raise RuntimeError("the compiler process ended early, perhaps out of memory") from None
+    if isinstance(value, Exception):
+        raise value
+    return value
 
 
-def _optimized(folder: Path) -> tuple[int, str] | None:
-    """(bytes of memory, text) of the program, once the compiler has taken memory to be enough."""
-    last = "after_optimizations_after_buffer_assignment.txt"
-    for path in folder.glob(f"*.{last}"):
-        begins = path.name.removesuffix(last)
-        report = folder / f"{begins}after_optimizations-memory-usage-report.txt"
-        text = folder / f"{begins}after_optimizations.txt"
-        if report.exists() and text.exists() and (found := HBM.search(report.read_text())):
-            return int(found[1]), text.read_text()
+def _optimized_program(folder: Path) -> tuple[int, str] | None:
+    """Read (bytes of memory, HLO text) once the compiler has found that the memory suffices."""
+    suffix = "after_optimizations_after_buffer_assignment.txt"
+    for path in folder.glob(f"*.{suffix}"):
+        prefix = path.name.removesuffix(suffix)
+        report = folder / f"{prefix}after_optimizations-memory-usage-report.txt"
+        text = folder / f"{prefix}after_optimizations.txt"
+        if report.exists() and text.exists() and (memory := HBM.search(report.read_text())):
+            return int(memory[1]), text.read_text()
     return None

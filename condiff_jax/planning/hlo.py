@@ -1,4 +1,4 @@
-"""Reading the text of a compiled program: what runs how often, for how long, and what it sends."""
+"""Parsing of compiled HLO text: executed instructions, cycle estimates, collectives, kernels."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ COLLECTIVE = re.compile(
 
 
 def computations(text: str) -> dict[str, list[str]]:
-    """The instructions of every computation by its name; callers after callees, the entry last."""
-    out, entry, current = {}, None, None
+    """Parse the instructions of each computation, by name; callees first, the entry last."""
+    parts = {}
+    entry = current = None
     for line in text.splitlines():
         if current is None and (header := HEADER.match(line)):
-            current = out.setdefault(header[2], [])
+            current = parts.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif line.startswith("}"):
             current = None
@@ -32,25 +33,25 @@ def computations(text: str) -> dict[str, list[str]]:
             current.append(line)
     if entry is None:
         raise ValueError("this text has no ENTRY computation, so it is no HLO module")
-    out[entry] = out.pop(entry)
-    return out
+    parts[entry] = parts.pop(entry)
+    return parts
 
 
 def trip_count(line: str, parts: dict[str, list[str]]) -> int:
-    """How often the body of the `while` in this line runs; 1 where its text does not tell.
+    """Return the trip count of the `while` in this line; 1 where it is unknown.
 
-    XLA notes it for some backends. Otherwise a loop of JAX's counts up from 0 to the one constant
+    XLA annotates it on some backends. Otherwise a loop of JAX counts from 0 up to the only constant
     of its condition.
     """
-    if noted := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line):
-        return int(noted[1])
+    if annotated := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line):
+        return int(annotated[1])
     condition = "\n".join(parts[re.search(r"condition=%([\w.-]+)", line)[1]])
     limits = set(re.findall(r" = [su]\d+\[\]\S* constant\((\d+)\)", condition))
     return int(limits.pop()) if len(limits) == 1 and "direction=LT" in condition else 1
 
 
 class Run(NamedTuple):
-    """An instruction, its computation, and how often one run of the program executes it."""
+    """Instruction, its computation, and how often one run of the program executes it."""
 
     line: str
     within: str
@@ -58,42 +59,49 @@ class Run(NamedTuple):
 
 
 def executions(text: str) -> list[Run]:
-    """All instructions but those that are never reached.
+    """List all reachable instructions with their execution counts.
 
-    Nested loops multiply; every branch of a conditional counts as taken.
+    Counts of nested loops multiply; every branch of a conditional counts as taken.
     """
     parts = computations(text)
-    times, out = Counter({next(reversed(parts)): 1}), []
+    times = Counter({next(reversed(parts)): 1})
+    runs = []
     for name in reversed(parts):
         if not times[name]:
             continue
         for line in parts[name]:
-            out.append(Run(line, name, times[name]))
+            runs.append(Run(line, name, times[name]))
             loops = trip_count(line, parts) if " while(" in line else 1
-            for key, one, several in CALLEES.findall(line):
-                for callee in [one] if one else re.findall(r"%([\w.-]+)", several):
+            for key, single, multiple in CALLEES.findall(line):
+                for callee in [single] if single else re.findall(r"%([\w.-]+)", multiple):
                     if key in CALLS and callee in parts:
                         times[callee] += times[name] * loops
-    return out
+    return runs
 
 
 def cycles(runs: list[Run]) -> int:
-    """The compiler's estimates summed over all that a TPU core executes.
+    """Sum the compiler's cycle estimates over all executed instructions of a TPU core.
 
-    Collectives and kernels of our own (Pallas) have none.
+    Collectives and custom kernels (Pallas) have no estimates.
     """
-    found = ((re.search(r'"estimated_cycles":"(\d+)"', run.line), run.times) for run in runs)
-    return sum(int(estimate[1]) * times for estimate, times in found if estimate)
+    total = 0
+    for run in runs:
+        if estimate := re.search(r'"estimated_cycles":"(\d+)"', run.line):
+            total += int(estimate[1]) * run.times
+    return total
 
 
 def sizes(shape: str) -> list[float]:
-    """Bytes of the arrays in a shape such as "(bf16[8,128]{1,0}, u32[])"."""
-    bits = [(8 if kind == "pred" else int(b), dims) for kind, b, dims in ARRAY.findall(shape)]
-    return [b / 8 * math.prod(int(d) for d in dims.split(",") if d) for b, dims in bits]
+    """Return the bytes of each array in a shape such as "(bf16[8,128]{1,0}, u32[])"."""
+    out = []
+    for kind, bits, dims in ARRAY.findall(shape):
+        item_size = (8 if kind == "pred" else int(bits)) / 8
+        out.append(item_size * math.prod(int(dim) for dim in dims.split(",") if dim))
+    return out
 
 
 def group_size(line: str) -> int:
-    """Devices that take part in one collective; 1 where the line does not say."""
+    """Return the number of devices in one group of a collective; 1 where the line has none."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
@@ -106,38 +114,41 @@ def group_size(line: str) -> int:
 
 
 def collectives(runs: list[Run]) -> dict[str, int]:
-    """Bytes that each device sends in one run by kind of collective, with rings.
+    """Compute the bytes that each device sends in one run, by kind of collective, with rings.
 
-    Of an array of S bytes on n devices: (n - 1) / n S to gather or scatter it, twice that to reduce
-    it everywhere, S to permute.
+    Of an array of S bytes on n devices: (n - 1) / n S for all-gather and reduce-scatter, twice that
+    for all-reduce, S for collective-permute.
     """
     sent, kinds = {}, {}
     for number, (line, within, times) in enumerate(runs):
-        if not (found := COLLECTIVE.search(line)):
+        if not (match := COLLECTIVE.search(line)):
             continue
-        shape, kind, start = found.groups()
+        shape, kind, start = match.groups()
         n, arrays = group_size(line), sizes(shape)
         if start and kind != "all-reduce":  # (operands, results[, contexts])
             arrays = [size for size in arrays if size > 4] or arrays
             arrays = arrays[len(arrays) // 2 :]
         share = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
-        if kind == "all-reduce" and within.startswith("all-reduce-scatter"):  # as TPUs write it
-            kind, share["reduce-scatter"] = "reduce-scatter", (n - 1) / n
-        # What runs in the background is in the text of all that runs meanwhile, with its channel.
-        channel = re.search(r"channel_id=(\d+)", line)
-        channel = int(channel[1]) if channel else -number
+        if kind == "all-reduce" and within.startswith("all-reduce-scatter"):  # form on TPUs
+            kind = "reduce-scatter"
+            share[kind] = (n - 1) / n
+        # An asynchronous collective recurs in each instruction that it overlaps with, always with
+        # the same channel.
+        channel_id = re.search(r"channel_id=(\d+)", line)
+        channel = int(channel_id[1]) if channel_id else -number
         amount = share.get(kind, (n - 1) / n) * sum(arrays) * times
-        sent[channel], kinds[channel] = max(amount, sent.get(channel, 0)), kind
-    out = Counter()
+        sent[channel] = max(amount, sent.get(channel, 0))
+        kinds[channel] = kind
+    totals = Counter()
     for channel, kind in kinds.items():
-        out[kind] += sent[channel]
-    return {kind: round(amount) for kind, amount in out.items()}
+        totals[kind] += sent[channel]
+    return {kind: round(amount) for kind, amount in totals.items()}
 
 
 def custom_calls(runs: list[Run]) -> dict[str, int]:
-    """How often one run calls each kernel that is not XLA's own, by target."""
-    out = Counter()
+    """Count the custom calls (kernels that are not XLA's) of one run, by target."""
+    counts = Counter()
     for run in runs:
-        if found := re.search(r'custom_call_target="([^"]*)"', run.line):
-            out[found[1]] += run.times
-    return dict(out)
+        if target := re.search(r'custom_call_target="([^"]*)"', run.line):
+            counts[target[1]] += run.times
+    return dict(counts)

@@ -1,4 +1,4 @@
-"""A run and its work directory: training state, checkpoints, files; `load` reads one."""
+"""Runs: work directory, checkpoints, training state, optimizer; `load` reads a trained run."""
 
 from condiff_jax.runs.run import Run, load
 

@@ -1,6 +1,6 @@
-"""Checkpoints of the training state; the only file that touches Orbax.
+"""Checkpoints of the training state; the only file that uses Orbax.
 
-Where the data stand needs no keeping: step i trains on batch number i, see `pipeline.batches`.
+The position in the data is not stored: step i trains on batch i, see `pipeline.batches`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from condiff_jax.objectives.base import Objective
 from condiff_jax.runs import optimizer, state
 from condiff_jax.runtime import sharding
 
-# Of an array that all devices have, each would write a slice, and a program is compiled for every
-# slice. Small arrays are written whole: the first checkpoint of a tiny model took 8 s of compiling.
-# (To register another handler would warn, and lose what else this one is set to.)
+# By default each device writes a slice of a replicated array, and each slice compiles a program,
+# which took 8 s for the first checkpoint of a tiny model. Arrays below this size are written whole.
+# (Registering another handler would warn, and lose the other settings of this one.)
 ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
 
 
 def abstract_state(objective: Objective, mesh: Mesh) -> state.State:
-    """Shapes, types and places of the training state; nothing is allocated."""
+    """Return shapes, types and shardings of the training state without allocating it."""
     tx = optimizer.create(objective.config)
     shapes = jax.eval_shape(lambda params: state.create(params, tx), objective.shapes)
     return jax.tree.map(
@@ -36,16 +36,16 @@ def abstract_state(objective: Objective, mesh: Mesh) -> state.State:
 
 
 def newest(path: epath.Path) -> int | None:
-    """The newest finished step in a folder of checkpoints, None without any; nothing is opened."""
-    steps = [int(found.name) for found in path.glob("*") if found.name.isdigit()]
+    """Return the newest finished step of a checkpoint folder by its file names; None if empty."""
+    steps = [int(folder.name) for folder in path.glob("*") if folder.name.isdigit()]
     return max(steps, default=None)
 
 
 class Checkpoints:
-    """The folder of checkpoints: STEP/ holds `state` and `metrics`.
+    """Checkpoint folder of a run: STEP/ holds `state` and `metrics`.
 
-    Written in the background; keeps the newest `checkpoint.keep` and, besides, the
-    `checkpoint.keep_best` with the lowest loss. A torn write is never visible as a step.
+    Written in the background. Keeps the newest `checkpoint.keep` and the `checkpoint.keep_best`
+    with the lowest loss. An interrupted write is never visible as a step.
     """
 
     def __init__(self, path: epath.Path, config: Config, *, create: bool = False):
@@ -72,11 +72,11 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Newest finished step, None before the first."""
+        """The newest finished step; None before the first."""
         return self.manager.latest_step()
 
     def save(self, step: int, train_state: Any, loss: float) -> None:
-        """Start writing step `step`; returns before it is done. A step that exists is kept."""
+        """Start writing a checkpoint in the background; an existing one of this step stays."""
         if step in self.manager.all_steps():
             return
         self.manager.save(
@@ -87,20 +87,20 @@ class Checkpoints:
         )
 
     def restore(self, objective: Objective, mesh: Mesh) -> state.State:
-        """The newest state, placed on `mesh`, whatever devices it was saved from."""
+        """Restore the newest state with its shardings on `mesh`, whatever devices it came from."""
         target = ocp.args.StandardRestore(abstract_state(objective, mesh))
         return self.manager.restore(self.latest, args=ocp.args.Composite(state=target))["state"]
 
     def restore_params(
         self, objective: Objective, mesh: Mesh, *, ema: bool = True
     ) -> tuple[int, dict]:
-        """(step, parameters) of the newest checkpoint: averaged ones, or the raw ones."""
+        """Restore (step, parameters) of the newest checkpoint: the EMA or the raw parameters."""
         if self.latest is None:
             raise ConfigError(str(self.path), "no finished checkpoint here; train first")
         return self.latest, state.to_sample(self.restore(objective, mesh), ema)
 
     def wait(self) -> None:
-        """Block until what was saved is on disk."""
+        """Block until all saved checkpoints are on disk."""
         self.manager.wait_until_finished()
 
     def close(self) -> None:

@@ -9,10 +9,10 @@ from condiff_jax.config.schema import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Learning rate of update `count` (from 0): a linear warm-up, then `optimizer.schedule`.
+    """Create the schedule: a linear warm-up over updates from 0, then `optimizer.schedule`.
 
-    constant. cosine: to zero at the last step. rsqrt: with one over the root of the count after
-    `decay_after` updates (EDM2, arXiv:2312.02696, Eq. 67), so that a run can go on for longer.
+    constant. cosine: to zero at the last step. rsqrt: proportional to 1 / sqrt(count) after
+    `decay_after` updates (EDM2, arXiv:2312.02696, Eq. 67), so that a run can be extended.
     """
     settings = config.optimizer
     peak, warmup = settings.learning_rate, settings.warmup
@@ -25,13 +25,13 @@ def learning_rate(config: Config) -> optax.Schedule:
         body = optax.constant_schedule(peak)
     if not warmup:
         return body
-    # The first update already moves: step i of the warm-up has rate (i + 1) / warmup.
+    # Update i of the warm-up has the rate peak (i + 1) / warmup: the first is not zero.
     ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([ramp, body], [warmup])
 
 
 def create(config: Config) -> optax.GradientTransformation:
-    """Adam (Sec. 3.1) or AdamW, behind clipping of the global gradient norm where asked for."""
+    """Create Adam (Sec. 3.1) or AdamW, with clipping of the global gradient norm if configured."""
     settings = config.optimizer
     rate = learning_rate(config)
     common = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps}

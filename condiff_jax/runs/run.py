@@ -1,4 +1,4 @@
-"""A trained run, read from its work directory."""
+"""Trained runs, loaded from their work directories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from condiff_jax.runtime import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a work directory holds at its newest checkpoint; each part is read when first used.
+    """Trained run at its newest checkpoint; each part is loaded on first use.
 
     ema: whether `params` are the EMA parameters. ConfigError where a part is missing or damaged.
     """
@@ -30,12 +30,12 @@ class Run:
 
     @cached_property
     def objective(self) -> Objective:
-        """The modules; nothing is allocated."""
+        """The objective with its modules; no parameters are allocated."""
         return create_objective(self.config, self.folder.load_vocabulary())
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
-        """The folder of checkpoints, for reading."""
+        """The checkpoint folder, opened for reading."""
         return Checkpoints(self.folder.checkpoints, self.config)
 
     @property
@@ -47,12 +47,12 @@ class Run:
 
     @cached_property
     def params(self) -> dict:
-        """The trained parameters at `step`, by network, placed on the mesh."""
+        """The trained parameters at `step`, by network, sharded on the mesh."""
         return self.checkpoints.restore_params(self.objective, self.mesh, ema=self.ema)[1]
 
     @cached_property
     def frozen(self) -> dict:
-        """The parameters that are not trained, by network, placed on the mesh."""
+        """The parameters of frozen networks, by network, sharded on the mesh."""
         return sharding.put(self.mesh, self.folder.load_frozen(self.objective))
 
 
@@ -64,11 +64,11 @@ def load(
     ema: bool | None = None,
     mesh: Mesh | None = None,
 ) -> Run:
-    """The run in a work directory; ConfigError where there is none, or one of another objective.
+    """Load the run of a work directory; ConfigError for no run, or one of another objective.
 
-    config: with other values of fields that may differ, such as those of `sampling`; ConfigError
-    where it differs in what was trained. ema: default `config.sampling.ema`. mesh: default all
-    devices, as `config.parallel` says.
+    config: may differ from the run's in fields that do not affect training, such as those of
+    `sampling`; ConfigError where it differs in others. ema: default `config.sampling.ema`. mesh:
+    default all devices, according to `config.parallel`.
     """
     folder = Workdir(workdir)
     if config is None:

@@ -1,4 +1,4 @@
-"""Names and text files of a work directory; local or remote (gs://) through etils.epath."""
+"""Work directory of a run: file names, config, vocabulary; local or remote through etils.epath."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from condiff_jax.objectives.base import Objective
 from condiff_jax.objectives.validate import create_config
 from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.pretrained import weights
-from condiff_jax.runtime.files import write
+from condiff_jax.runtime.files import write_file
 
 
 class Workdir:
-    """A run's folder: config.json, vocabulary.json, checkpoints/, metrics.jsonl, samples/.
+    """Folder of a run: config.json, vocabulary.json, checkpoints/, metrics.jsonl, samples/.
 
-    encoders.json: of each frozen encoder the sha256 of the files it comes from.
+    encoders.json: the sha256 of the weight files of each frozen encoder.
     control.npy (M, 8) f32: the control metadata of the first training images, in the order of
     `SCALARS`, from which sampling.size=train draws.
     """
@@ -44,13 +44,13 @@ class Workdir:
         self.samples = self.path / "samples"
 
     def grid(self, step: int) -> epath.Path:
-        """The sample grid of a step."""
+        """Path of the sample grid of a step."""
         return self.samples / f"{step}.png"
 
     def open(self, config: Config, vocabulary: Vocabulary, *, begun: bool = False) -> None:
-        """Create the folder, or check that it belongs to this config and data; ConfigError else.
+        """Create the folder, or raise ConfigError if it belongs to another config or data set.
 
-        begun: whether there is a checkpoint; without one nothing is lost by starting anew.
+        begun: whether there is a checkpoint; without one the folder's files are replaced.
         """
         if begun:
             self.check(config)
@@ -64,13 +64,13 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             if not begun:
                 self.encoders.unlink(missing_ok=True)
-            write(self.vocabulary, vocabulary.to_json())
-            write(self.config, config.to_json())
+            write_file(self.vocabulary, vocabulary.to_json())
+            write_file(self.config, config.to_json())
 
     def load_config(self) -> Config:
-        """The config of the run in this folder; ConfigError where there is none.
+        """Load the config of this run; ConfigError where there is none.
 
-        A field that is newer than the run has its default.
+        A field that is newer than the run gets its default.
         """
         if not self.config.exists():
             raise ConfigError(str(self.path), "no run here (no config.json); train one first")
@@ -83,21 +83,21 @@ class Workdir:
             ) from error
 
     def check(self, config: Config) -> None:
-        """ConfigError when the run in this folder differs in more than how it is run or sampled."""
-        found = differences(self.load_config(), config)
-        if found:
-            more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
+        """Raise ConfigError if the run differs in fields other than how it is run or sampled."""
+        changes = differences(self.load_config(), config)
+        if changes:
+            more = f" (and {len(changes) - 1} more fields)" if len(changes) > 1 else ""
             raise ConfigError(
                 str(self.path),
-                f"its checkpoints belong to another config: {found[0]}{more}; use another "
+                f"its checkpoints belong to another config: {changes[0]}{more}; use another "
                 "--workdir or restore the field",
             )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training here; ConfigError where one does.
+        """Lock the folder against training by other processes; ConfigError if it is locked.
 
-        The lock ends with the process, however that ends. Remote folders have none.
+        The lock ends with the process, even a killed one. Remote folders have no lock.
         """
         if jax.process_index() or "://" in os.fspath(self.path):
             yield
@@ -114,40 +114,40 @@ class Workdir:
             yield
 
     def save_control(self, control: np.ndarray) -> None:
-        """Keep the control metadata (M, 8) of training images."""
+        """Save the control metadata (M, 8) of training images."""
         if jax.process_index() == 0:
             with io.BytesIO() as buffer:
                 np.save(buffer, control, allow_pickle=False)
-                write(self.control, buffer.getvalue())
+                write_file(self.control, buffer.getvalue())
 
     def load_control(self) -> np.ndarray | None:
-        """What `save_control` kept, None if it did not (an import)."""
+        """Load the control metadata; None where there is none (an imported model)."""
         if not self.control.exists():
             return None
         return np.load(io.BytesIO(self.control.read_bytes()), allow_pickle=False)
 
     def load_frozen(self, objective: Objective, without: Container[str] = ()) -> dict:
-        """`Objective.load_frozen`; ConfigError unless from the files that this run began with.
+        """Load the frozen networks of an objective; ConfigError if their files have changed.
 
-        without: networks to leave out.
+        The files must be those with which this run began. without: networks to leave out.
         """
-        parts = {name: part for name, part in objective.frozen.items() if name not in without}
-        known = json.loads(self.encoders.read_text()) if self.encoders.exists() else {}
-        found = {name: weights.sha256(part.files()) for name, part in parts.items()}
-        for name, digest in found.items():
-            if known.get(name, digest) != digest:
-                field = parts[name].field
+        networks = {name: part for name, part in objective.frozen.items() if name not in without}
+        recorded = json.loads(self.encoders.read_text()) if self.encoders.exists() else {}
+        digests = {name: weights.sha256(network.files()) for name, network in networks.items()}
+        for name, digest in digests.items():
+            if recorded.get(name, digest) != digest:
+                field = networks[name].field
                 raise ConfigError(
                     field,
                     f"the files in {get(objective.config, field)} are not those that this run "
-                    f"began with (sha256 {digest[:12]}, but {known[name][:12]} in "
+                    f"began with (sha256 {digest[:12]}, but {recorded[name][:12]} in "
                     f"{self.encoders}); name those, or use another --workdir",
                 )
-        loaded = {name: part.load() for name, part in parts.items()}
-        if found.keys() - known.keys() and jax.process_index() == 0:
-            write(self.encoders, json.dumps(known | found, indent=2) + "\n")
+        loaded = {name: network.load() for name, network in networks.items()}
+        if digests.keys() - recorded.keys() and jax.process_index() == 0:
+            write_file(self.encoders, json.dumps(recorded | digests, indent=2) + "\n")
         return loaded
 
     def load_vocabulary(self) -> Vocabulary:
-        """The words and classes of the run in this folder."""
+        """Load the words and classes of this run."""
         return Vocabulary.from_json(self.vocabulary.read_text())

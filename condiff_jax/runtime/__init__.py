@@ -1,1 +1,1 @@
-"""Processes, devices and files."""
+"""Processes, devices, shardings and files."""

@@ -1,11 +1,12 @@
-"""Files that are whole or not there, JSON lines, and arrays."""
+"""Atomic file writes, JSON lines and arrays, on local or remote (gs://) paths."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,24 +16,31 @@ from etils import epath
 from condiff_jax.config.errors import one_line
 
 
-def write(path: epath.Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old or the new one, never a part."""
+@contextlib.contextmanager
+def atomic_path(path: epath.Path) -> Iterator[epath.Path]:
+    """Yield a temporary path that replaces `path` once the block has ended without an error."""
     temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    yield temporary
     temporary.replace(path)
 
 
-def append_json(path: epath.Path, value: dict[str, Any]) -> None:
-    """Add one line of JSON to a file; what a killed process left of a line is dropped first.
+def write_file(path: epath.Path, content: str | bytes) -> None:
+    """Write a file atomically: readers see the old or the new content, never a part."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
-    Remote stores cannot append, there the file is rewritten.
+
+def append_json(path: epath.Path, value: dict[str, Any]) -> None:
+    """Append one JSON line to a file, dropping first what a killed process left of a line.
+
+    Remote stores cannot append: there the file is rewritten.
     """
     line = json.dumps(value) + "\n"
     if "://" in os.fspath(path):
         text = path.read_text() if path.exists() else ""
         path.write_text(text[: text.rfind("\n") + 1] + line)
         return
-    with open(path, "ab+") as file:  # writes go to the end, wherever one has read
+    with open(path, "ab+") as file:  # append mode writes at the end, whatever the read position
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))
         if end and file.read(1) != b"\n":
@@ -42,38 +50,38 @@ def append_json(path: epath.Path, value: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, if there is one; a torn last line is left out."""
+    """Read the objects of a JSON-lines file; [] without the file, and without a torn last line."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines()[: text.count("\n")]]
 
 
 def drop_lines_after(path: epath.Path, step: int) -> None:
     """Drop the lines of a JSON-lines file beyond `step`: a resumed run writes them again."""
-    values = read_json_lines(path)
-    kept = [value for value in values if value["step"] <= step]
-    if len(kept) != len(values):
-        write(path, "".join(json.dumps(value) + "\n" for value in kept))
+    records = read_json_lines(path)
+    remaining = [record for record in records if record["step"] <= step]
+    if len(remaining) != len(records):
+        write_file(path, "".join(json.dumps(record) + "\n" for record in remaining))
 
 
 def load_cached(file: epath.Path, read: Callable[[bytes], Any]) -> Any:
-    """What an evaluation has kept in a file; None where it has not, or the file is damaged."""
+    """Read a cache file with `read`; None where it is missing or damaged."""
     if not file.exists():
         return None
     try:
         return read(file.read_bytes())
-    except Exception as error:  # what broken files raise is not documented
-        logging.warning("%s is damaged, and made again: %s", file, one_line(error))
+    except Exception as error:  # which errors broken files raise is not documented
+        logging.warning("%s is damaged and will be computed again: %s", file, one_line(error))
         return None
 
 
 def read_arrays(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file, by name."""
+    """Read the arrays of a .npz file's bytes, by name."""
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return dict(arrays)
 
 
 def write_arrays(file: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a .npz file, whole or not at all."""
+    """Write a .npz file atomically."""
     with io.BytesIO() as buffer:
         np.savez(buffer, **arrays)
-        write(file, buffer.getvalue())
+        write_file(file, buffer.getvalue())

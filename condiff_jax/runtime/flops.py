@@ -1,4 +1,4 @@
-"""Counting FLOPs of matrix products and convolutions, and what devices could do at best."""
+"""FLOP counts of JAX functions (matrix products, convolutions), and peak figures of devices."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jax.extend import core
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the vendor says of one device.
+    """Vendor's figures of one device.
 
-    kinds: its names as `device_kind`. tflops: dense bf16 peak. memory: HBM, GiB. link: what it can
-    send to the others of a slice or machine over all its links together, GB/s. clock: of a TPU's
-    matrix units, GHz; None where compiled programs do not tell cycles.
+    kinds: its names as `device_kind`. tflops: dense bf16 peak. memory: HBM, GiB. link: bandwidth of
+    sending to other devices of the slice or machine over all links together, GB/s. clock: of a
+    TPU's matrix units, GHz; None where compiled programs contain no cycle estimates.
     """
 
     kinds: tuple[str, ...]
@@ -26,9 +26,9 @@ class Chip:
     clock: float | None = None
 
 
-# Peak, memory and links of TPUs: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" of the Cloud
-# TPU documentation, whose bandwidths between chips count both directions but v4's; of NVIDIA's: the
-# data sheets (900 and 600 GB/s of NVLink, both directions). A GPU says "80 GB" for what is below.
+# TPUs: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" of the Cloud TPU documentation, whose
+# bandwidths between chips count both directions, except v4's. GPUs: NVIDIA's data sheets (900 and
+# 600 GB/s of NVLink, both directions); the memory is what a GPU sold as "80 GB" has in GiB.
 CHIPS = {
     "v4": Chip(("TPU v4",), 275, 32, 300, 1.05),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197, 16, 200, 1.5),
@@ -42,16 +42,17 @@ CHIPS = {
 
 
 def peak_tflops() -> float | None:
-    """Dense bf16 peak of this machine's first device; None for kinds that the table lacks."""
+    """Return the dense bf16 peak of the first device; None for kinds that are not in CHIPS."""
     kind = jax.devices()[0].device_kind
     return next((chip.tflops for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 def count(function: Callable, *args) -> int:
-    """FLOPs of one call (multiply-add = 2), nothing executed; args may be ShapeDtypeStructs.
+    """Count the FLOPs of one call (multiply-add = 2) without executing it.
 
-    XLA's own cost analysis counts the body of a scan once; this multiplies by its length. The
-    body of a `while` counts once, and so does each branch of a `cond`.
+    args may be ShapeDtypeStructs. XLA's own cost analysis counts the body of a scan once; this
+    multiplies by its length. The body of a `while` counts once, and so does each branch of a
+    `cond`.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -76,7 +77,7 @@ def _count(jaxpr: core.Jaxpr) -> int:
 
 
 def inner_jaxprs(params: dict) -> list[core.Jaxpr]:
-    """What an equation with these parameters has inside: bodies of loops, branches, calls."""
+    """Collect the jaxprs in the parameters of an equation: loop bodies, branches, calls."""
     out = []
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

@@ -1,4 +1,4 @@
-"""What a command does before it loads JAX, and how it ends on bad input."""
+"""Process setup before JAX is imported, SIGTERM handling and exit codes."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from condiff_jax.config.errors import one_line
 
-def use_huge_pages(*more: str) -> None:
-    """Start again with glibc's huge pages on, once: JAX on CPUs faults far fewer pages then.
 
-    glibc reads its settings (more: others) when a process starts, so they cannot be changed from
-    inside.
+def use_huge_pages(*tunables: str) -> None:
+    """Restart this process once with glibc's huge pages, which save JAX on CPUs many page faults.
+
+    glibc reads its tunables (`tunables`: more of them) only when a process starts.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = ":".join(["glibc.malloc.hugetlb=1", *more])
+        os.environ["GLIBC_TUNABLES"] = ":".join(["glibc.malloc.hugetlb=1", *tunables])
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def compile_only() -> None:
-    """Let the compilers of absent devices run; before JAX is loaded.
+    """Set up ahead-of-time compilation for absent devices; to be called before importing JAX.
 
-    libtpu would look for TPUs, and let only one process at a time have them.
+    By default libtpu would search for TPUs and lock them to one process.
     """
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v4-8",  # any; it is warned of where unset, and not used
+        "TPU_ACCELERATOR_TYPE": "v4-8",  # unused, but libtpu warns where it is unset
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # from which these compilers cannot load
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # these compilers cannot load from it
     }
 
 
 @contextlib.contextmanager
-def without(module: str) -> Iterator[None]:
-    """Let what is imported in here find that a module is not installed, unless it is loaded."""
+def hide_module(module: str) -> Iterator[None]:
+    """Make a module that is not loaded yet look uninstalled to imports within the block."""
     if module in sys.modules:
         yield
         return
@@ -51,48 +52,49 @@ def without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-FAREWELL = 5  # seconds that worker processes have to end after SIGTERM
-STOPPED = "Stopped; the same command goes on from there."
+WORKER_TIMEOUT = 5  # seconds that worker processes have to end after SIGTERM
+STOPPED_MESSAGE = "Stopped; the same command goes on from there."
 
 
 class Stopped(BaseException):
-    """SIGTERM arrived; not an Exception, so that nothing takes it for a failure."""
+    """SIGTERM arrived; not an Exception, so that no handler of failures catches it."""
 
 
 @contextlib.contextmanager
-def stoppable(*, agreed: bool = False) -> Iterator[None]:
-    """Make SIGTERM an end in order, with a line that says so and no error.
+def stoppable(*, coordinated: bool = False) -> Iterator[None]:
+    """End the block on SIGTERM with one printed line instead of an error.
 
-    Where there is something to save, the training loop puts its own handler in place. agreed:
-    leave it to JAX, with which several processes agree on the step to stop after.
+    The training loop, which has a state to save, installs its own handler. coordinated: leave
+    SIGTERM to JAX, through which several processes agree on the step to stop after.
     """
-    if agreed:
+    if coordinated:
         yield
         return
 
     def stop(_, frame):
-        if postponed(stop, frame):
+        if defer_past_gc(stop, frame):
             return
-        limit_workers()
+        kill_workers_later()
         raise Stopped
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except Stopped:
-        print(STOPPED)
+        print(STOPPED_MESSAGE)
     else:
-        if signal.getsignal(signal.SIGALRM) is stop:  # postponed, and too late; no other's alarm
+        # A deferred `stop` comes too late now; alarms of other handlers stay.
+        if signal.getsignal(signal.SIGALRM) is stop:
             signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def postponed(handler: Callable, frame: FrameType | None) -> bool:
-    """Whether an exception raised in this frame would be lost; then the handler is called again.
+def defer_past_gc(handler: Callable, frame: FrameType | None) -> bool:
+    """Return whether `frame` is in a garbage-collector callback; if so, call `handler` again soon.
 
-    Python drops those of callbacks of the garbage collector, and JAX has one: of SIGTERMs that
-    reach a busy loop several percent meet it.
+    Python discards exceptions raised in such callbacks, and JAX installs one: several percent of
+    the SIGTERMs that reach a busy loop arrive in it.
     """
     callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while frame is not None:
@@ -104,10 +106,10 @@ def postponed(handler: Callable, frame: FrameType | None) -> bool:
     return False
 
 
-def limit_workers() -> None:
-    """Kill the worker processes that are still there in a few seconds.
+def kill_workers_later() -> None:
+    """Kill the worker processes that are still alive in WORKER_TIMEOUT seconds.
 
-    Those that read from a disk that hangs, or decode a large batch, would hold up the end for long.
+    Workers that wait for a hanging disk or decode a large batch would delay the exit for long.
     """
     children = multiprocessing.active_children()
 
@@ -115,16 +117,12 @@ def limit_workers() -> None:
         for child in children:
             child.kill()
 
-    signal.signal(signal.SIGALRM, kill)  # no thread: this one may be about to start one, locked
-    signal.alarm(FAREWELL)
+    # An alarm and not a thread: the main thread may hold the lock for starting threads.
+    signal.signal(signal.SIGALRM, kill)
+    signal.alarm(WORKER_TIMEOUT)
 
 
-def one_line(error: BaseException | str) -> str:
-    """A message without line breaks."""
-    return " ".join(str(error).split())
-
-
-def fail(error: BaseException) -> int:
-    """Print an error in one line; the exit code of bad input."""
+def fail(error: BaseException | str) -> int:
+    """Print an error in one line and return the exit code of bad input."""
     print(f"error: {one_line(error)}", file=sys.stderr)
     return 2

@@ -1,6 +1,6 @@
-"""Where arrays live: one mesh, and regex rules from parameter names to partition specs.
+"""Shardings: one mesh, and regex rules from parameter names to partition specs.
 
-Layers carry no sharding; XLA derives the rest from the placement of parameters and batch.
+Layers carry no sharding: XLA derives the rest from the shardings of parameters and batch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH_AXES = ("data", "fsdp")
-# Every parameter must match exactly one rule. Matrices are split along their input, or where that
-# is small or made of heads along their output, so that a gather restores whole heads. Modules named
-# "...blocks" are stacked by layer: their specs get a first dimension that is never split.
+# Every parameter must match exactly one rule. Matrices are split along their input dimension. Those
+# whose input is small or consists of heads are split along their output, so that a gather restores
+# whole heads. Modules named "...blocks" are stacked by layer: their first dimension is never split.
 STACKED = re.compile(r"(.*/)?\w*blocks/")
-# Layers that methods of conditioning make (models/conditioners) have any names: their first
-# dimension is split.
+# Layers of conditioning methods (models/conditioners) may have any names: their first dimension is
+# split.
 USER_LAYERS = re.compile(r"(.*/)?model/(\w+_class_\d+|class_prepare)/")
 RULES = (
     (r"(context_)?(query|key|value)/linear/kernel", P("fsdp")),  # (D, heads, head size)
@@ -46,22 +46,22 @@ RULES = (
 
 
 def local_mesh() -> Mesh:
-    """The devices of this host as a (data, 1) mesh."""
+    """Create a (data, 1) mesh of the devices of this host."""
     devices = jax.local_devices()
     types = (AxisType.Auto,) * 2
     return jax.make_mesh((len(devices), 1), BATCH_AXES, axis_types=types, devices=devices)
 
 
 def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """These devices, or all, as a (data, fsdp) mesh; ValueError when they do not divide.
+    """Create a (data, fsdp) mesh of these devices, by default all; ValueError if fsdp does not fit.
 
-    fsdp: 0 for 8, or as many of them as divide the number of devices.
+    fsdp: must divide the number of devices; 0 for its greatest common divisor with 8.
     """
     count = jax.device_count() if devices is None else len(devices)
     fsdp = fsdp or math.gcd(8, count)
     if count % fsdp:
         raise ValueError(f"config: parallel.fsdp={fsdp} must divide the number of devices, {count}")
-    # jax.make_mesh would not lay 8 devices in a torus of 16 x 16 or 4 x 4 x 4.
+    # jax.make_mesh cannot place an axis of 8 devices in a torus of 16 x 16 or 4 x 4 x 4.
     grid = mesh_utils.create_device_mesh(
         (count // fsdp, fsdp), devices, allow_split_physical_axes=True
     )
@@ -69,7 +69,7 @@ def create_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def traced_on(mesh: Mesh, function: Callable) -> Callable:
-    """The function, to be jitted, with `mesh` known to the layers that it traces."""
+    """Wrap a function to be jitted, so that the layers that it traces can use `mesh`."""
 
     @functools.wraps(function)
     def traced(*args, **kwargs):
@@ -80,17 +80,17 @@ def traced_on(mesh: Mesh, function: Callable) -> Callable:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """First dimension over all devices."""
+    """Shard the first dimension over all devices."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Place a whole copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def matching_rules(name: str) -> list[P]:
-    """Specs of the rules that match a parameter's name, such as "model/final/bias"."""
+    """Return the specs of the rules that match a parameter name, such as "model/final/bias"."""
     if USER_LAYERS.match(name):
         return [P() if re.search("/(bias|scale)$", name) else P("fsdp")]
     layer = (None,) if STACKED.match(name) else ()
@@ -98,13 +98,14 @@ def matching_rules(name: str) -> list[P]:
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Sharding of every leaf of a state or parameter tree (arrays or ShapeDtypeStructs).
+    """Return the sharding of every leaf of a state or parameter tree (arrays, ShapeDtypeStructs).
 
-    Optimizer moments and averages end in their parameter's name and so share its rule; scalars
-    are replicated, and so is a dimension which the mesh axis does not divide.
+    The names of optimizer moments and EMA end in their parameter's name, so they share its rule.
+    Scalars are replicated, and so is a dimension that the mesh axis does not divide. ValueError for
+    a name that does not match exactly one rule.
     """
 
-    def place(path, leaf):
+    def leaf_sharding(path, leaf):
         if not leaf.shape:
             return replicated(mesh)
         name = path_name(path)
@@ -117,21 +118,21 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
         ]
         return NamedSharding(mesh, P(*axes))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
 def put(mesh: Mesh, tree: Any) -> Any:
-    """Parameters, the same on every host, placed by the rules."""
+    """Put parameters, the same on every host, on the devices with the shardings of the rules."""
     return jax.device_put(tree, tree_shardings(mesh, tree))
 
 
 def path_name(path: tuple) -> str:
-    """A tree path as "a/b/c"."""
+    """Format a tree path as "a/b/c"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Host-local numpy arrays (B / hosts, ...) -> global device arrays (B, ...)."""
+    """Make global device arrays (B, ...) of host-local numpy arrays (B / hosts, ...)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch
@@ -139,8 +140,10 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def put_global(mesh: Mesh, batch: Any) -> Any:
-    """The same numpy arrays (B, ...) on every host -> one global batch over all devices."""
-    placed = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda a: jax.make_array_from_callback(a.shape, placed, lambda i, a=a: a[i]), batch
-    )
+    """Shard numpy arrays (B, ...) that are the same on every host over all devices."""
+    sharding = batch_sharding(mesh)
+
+    def put_array(array):
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put_array, batch)

@@ -1,1 +1,1 @@
-"""Images from a trained model."""
+"""Sampling images from a trained model."""

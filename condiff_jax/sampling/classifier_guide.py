@@ -1,4 +1,4 @@
-"""The classifier of noised pictures p(y | x_t, t), and how a trained one guides a denoiser."""
+"""Classifier guidance: loading a trained classifier p(y | x_t, t) of noised images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from condiff_jax.pretrained import weights
 from condiff_jax.runs.checkpoint import newest
 from condiff_jax.runs.workdir import Workdir
 
-# What must be the same for a classifier and a denoiser to see the same x_t at the same t.
 FIELD = "sampling.classifier"
+# Fields in which classifier and denoiser must agree, so that x_t at t is the same for both.
 SPACE = (
     "data.resolution",
     "autoencoder.name",
@@ -43,18 +43,18 @@ SCHEDULE = (
 
 
 def log_prob(network: nn.Module, params: dict) -> Callable:
-    """log p(y | x_t, t) (B,) as a function of x_t, t and the condition, whose class is y."""
+    """Return the function (x_t, t, cond) -> log p(y | x_t, t) (B,), where cond.semantics is y."""
 
-    def of(x: jax.Array, t: jax.Array, cond) -> jax.Array:
+    def class_log_prob(x: jax.Array, t: jax.Array, cond) -> jax.Array:
         logits = network.apply({"params": params}, x, t)
         return -optax.softmax_cross_entropy_with_integer_labels(logits, cond.semantics)
 
-    return of
+    return class_log_prob
 
 
 @contextlib.contextmanager
 def _classifier_errors():
-    """Turn errors in reading the classifier's run into those of the field that names it."""
+    """Turn errors in loading the classifier's run into errors of the field sampling.classifier."""
     try:
         yield
     except ConfigError as error:
@@ -64,7 +64,7 @@ def _classifier_errors():
 
 
 def load_run(settings: Sampling, mesh: Mesh | None = None) -> runs.Run:
-    """The run of the classifier that guides; ConfigError where there is none."""
+    """Load the run of the guiding classifier; ConfigError where there is none."""
     with _classifier_errors():
         return runs.load(
             settings.classifier, objective="classification", ema=settings.ema, mesh=mesh
@@ -72,48 +72,52 @@ def load_run(settings: Sampling, mesh: Mesh | None = None) -> runs.Run:
 
 
 def load(objective: DiffusionObjective, mesh: Mesh, settings: Sampling) -> tuple[nn.Module, dict]:
-    """(network, parameters) of the classifier in the work directory `sampling.classifier`.
+    """Load (network, parameters) of the classifier in the work directory `sampling.classifier`.
 
-    ConfigError unless it fits the denoiser: classes, pictures, latents and noise levels.
+    ConfigError unless it fits the denoiser: classes, image size, latents and noise levels.
     """
     run = load_run(settings, mesh)
     with _classifier_errors():
-        _check(run.objective, objective, run.folder)
+        _check_compatible(run.objective, objective, run.folder)
         return run.objective.model, run.params["classifier"]
 
 
-def _check(found: ClassificationObjective, objective: DiffusionObjective, folder: Workdir) -> None:
-    ours, theirs = objective.vocabulary.classes, found.vocabulary.classes
-    if ours != theirs:
+def _check_compatible(
+    classifier: ClassificationObjective, denoiser: DiffusionObjective, folder: Workdir
+) -> None:
+    """Raise ConfigError unless a classifier, trained in `folder`, can guide a denoiser."""
+    classes, expected = classifier.vocabulary.classes, denoiser.vocabulary.classes
+    if classes != expected:
         raise ConfigError(
             FIELD,
-            f"its classes ({_some(theirs)}) are not those of this model ({_some(ours)})",
+            f"its classes ({_abbreviate(classes)}) are not those of this model "
+            f"({_abbreviate(expected)})",
         )
     fields = SPACE
-    if not np.array_equal(found.schedule.alpha_bar, objective.schedule.alpha_bar):
+    if not np.array_equal(classifier.schedule.alpha_bar, denoiser.schedule.alpha_bar):
         fields += SCHEDULE
     for field in fields:
-        before, after = (get(one.config, field) for one in (found, objective))
-        if before != after:
+        value, expected = get(classifier.config, field), get(denoiser.config, field)
+        if value != expected:
             raise ConfigError(
-                FIELD, f"it has {field}={before}, this model {after}; train one like it"
+                FIELD, f"it has {field}={value}, this model {expected}; train one like it"
             )
-    if "autoencoder" in objective.frozen:
-        known = json.loads(folder.encoders.read_text())["autoencoder"]
-        if known != weights.sha256(objective.frozen["autoencoder"].files()):
+    if "autoencoder" in denoiser.frozen:
+        digest = json.loads(folder.encoders.read_text())["autoencoder"]
+        if digest != weights.sha256(denoiser.frozen["autoencoder"].files()):
             raise ConfigError(
                 FIELD,
                 "it was trained in the latents of other files than those at autoencoder.path="
-                f"{objective.config.autoencoder.path}",
+                f"{denoiser.config.autoencoder.path}",
             )
 
 
-def _some(classes: tuple[str, ...]) -> str:
+def _abbreviate(classes: tuple[str, ...]) -> str:
     return f"{len(classes)}: {', '.join(classes[:2])}, ..."
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """What an evaluation says of the classifier that guides it; {} without one."""
+    """Return the fields of an evaluation record about classifier guidance; {} without it."""
     settings = config.sampling
     if not settings.classifier:
         return {}

@@ -1,4 +1,4 @@
-"""Grids of pictures with a caption under each."""
+"""Grids of images with a caption under each."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MIN_WIDTH = 128  # pixels that each picture is enlarged to, at least
+MIN_WIDTH = 128  # pixels to which each image is enlarged at least
 MAX_LINES = 4  # of a caption
 INK, FRAME, PAPER = "#202124", "#dadce0", "white"
 
@@ -19,9 +19,10 @@ def caption_grid(
     scale: int | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """uint8 (N, H, W, 3) in rows on white, enlarged `scale` times, captions centred below.
+    """Draw images uint8 (N, H, W, 3) in rows on white, with centered captions below.
 
-    ValueError for no images, a wrong shape, or captions, columns or scale that do not fit.
+    scale: factor by which images are enlarged. ValueError for no images, a wrong shape, or
+    captions, columns or scale that do not fit.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
@@ -36,64 +37,68 @@ def caption_grid(
 
     width, height = width * scale, height * scale
     font = ImageFont.load_default(size=min(24, max(13, width // 10)))
-    heading = ImageFont.load_default(size=round(1.4 * font.size))
+    title_font = ImageFont.load_default(size=round(1.4 * font.size))
     pad = max(12, width // 12)
-    gap = pad // 3  # between a picture and its caption
-    total = columns * (width + pad) + pad
+    gap = pad // 3  # between an image and its caption
+    total_width = columns * (width + pad) + pad
     texts = [wrap(text, font, width) for text in captions or [""] * count]
     rows = [range(start, min(start + columns, count)) for start in range(0, count, columns)]
-    headline = wrap(title or "", heading, total - 2 * pad)
-    top = pad + (len(headline) * line_height(heading) + gap if headline else 0)
-    # A row is as tall as its longest caption needs.
-    depths = [max(len(texts[i]) for i in row) * line_height(font) for row in rows]
-    heights = [height + (gap + depth if depth else 0) + pad for depth in depths]
+    title_lines = wrap(title or "", title_font, total_width - 2 * pad)
+    top = pad + (len(title_lines) * line_height(title_font) + gap if title_lines else 0)
+    # The height of a row depends on its longest caption.
+    text_heights = [max(len(texts[i]) for i in row) * line_height(font) for row in rows]
+    row_heights = [height + (gap + text if text else 0) + pad for text in text_heights]
 
-    grid = Image.new("RGB", (total, top + sum(heights)), PAPER)
+    grid = Image.new("RGB", (total_width, top + sum(row_heights)), PAPER)
     draw = ImageDraw.Draw(grid)
-    write(draw, headline, heading, total / 2, pad)
-    for row, tall in zip(rows, heights, strict=True):
+    draw_lines(draw, title_lines, title_font, total_width / 2, pad)
+    for row, row_height in zip(rows, row_heights, strict=True):
         for column, i in enumerate(row):
             left = pad + column * (width + pad)
-            # The frame lies outside the picture, whose own edge may be as white as the paper.
+            # The frame is outside the image, whose own edge may be as white as the background.
             draw.rectangle((left - 1, top - 1, left + width, top + height), outline=FRAME)
-            picture = Image.fromarray(images[i])
-            grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
-            write(draw, texts[i], font, left + width / 2, top + height + gap)
-        top += tall
+            image = Image.fromarray(images[i])
+            grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
+            draw_lines(draw, texts[i], font, left + width / 2, top + height + gap)
+        top += row_height
     return grid
 
 
 def line_height(font) -> int:
-    """Pixels from one line of text to the next."""
+    """Return the pixels from one line of text to the next."""
     return round(1.15 * sum(font.getmetrics()))
 
 
-def write(draw: ImageDraw.ImageDraw, lines: list[str], font, middle: float, top: int) -> None:
-    """Draws lines downwards from `top`, each centred on x = `middle`, in pixels."""
+def draw_lines(draw: ImageDraw.ImageDraw, lines: list[str], font, middle: float, top: int) -> None:
+    """Draw lines downwards from `top`, each centered at x = `middle`, in pixels."""
     for number, line in enumerate(lines):
         left = round(middle - font.getlength(line) / 2)
         draw.text((left, top + number * line_height(font)), line, INK, font)
 
 
-def wrap(text: str, font, width: int, lines: int = MAX_LINES) -> list[str]:
-    """At most `lines` lines of at most `width` pixels; an ellipsis ends a text cut short."""
-    done, line, words = [], "", text.split()[::-1]
-    while words and len(done) < lines:
+def wrap(text: str, font, width: int, max_lines: int = MAX_LINES) -> list[str]:
+    """Wrap a text into at most `max_lines` lines of at most `width` pixels.
+
+    An ellipsis ends a text that is cut short.
+    """
+    lines, line = [], ""
+    words = text.split()[::-1]
+    while words and len(lines) < max_lines:
         word = words.pop()
         joined = f"{line} {word}" if line else word
         if font.getlength(joined) <= width:
             line = joined
         elif line:
-            done, line = [*done, line], ""
+            lines, line = [*lines, line], ""
             words.append(word)
-        else:  # a word too long for a line of its own, of which at least a letter goes on
+        else:  # a word longer than a line is cut; at least one letter goes on each line
             lengths = range(min(len(word), width), 1, -1)
             cut = next((n for n in lengths if font.getlength(word[:n]) <= width), 1)
-            done.append(word[:cut])
+            lines.append(word[:cut])
             words += [word[cut:]] if word[cut:] else []
     if not words:
-        return [*done, line] if line else done
-    last = done[-1]
+        return [*lines, line] if line else lines
+    last = lines[-1]
     while last and font.getlength(last + "…") > width:
         last = last[:-1]
-    return [*done[:-1], last.rstrip() + "…"]
+    return [*lines[:-1], last.rstrip() + "…"]

@@ -1,4 +1,4 @@
-"""What to sample: prompts or labels, control metadata, guidance."""
+"""Conditioning inputs of samples: prompts or labels, control metadata, guidance scale."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from etils import epath
 from condiff_jax.conditioning.control import SCALARS, scalar_names
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config, Sampling
-from condiff_jax.diffusion.guidance import (
-    scaled_guidance,
-)
+from condiff_jax.diffusion.guidance import scaled_guidance
 from condiff_jax.objectives.diffusion import DiffusionObjective
 
 
 def guidance_scale(settings: Sampling, resolution: int) -> float:
-    """lambda of Eq. 2, by Eq. 4 where it is given for another resolution (pixels)."""
+    """Return lambda of Eq. 2 at a resolution (pixels), scaled by Eq. 4 from its base resolution."""
     if not settings.base_resolution:
         return settings.guidance
     return scaled_guidance(settings.guidance, resolution / settings.base_resolution)
@@ -69,32 +67,36 @@ def control_values(
     return values | {"aspect": values["width"] / values["height"]}
 
 
-def requests(
+def create_batch(
     objective: DiffusionObjective,
-    asked: Sequence[str] | Sequence[int],
+    prompts: Sequence[str] | Sequence[int],
     control: dict | None = None,
     *,
     first: int = 0,
     seen: np.ndarray | None = None,
 ) -> dict:
-    """The batch that asks for these prompts (text models) or classes, numbered from `first`.
+    """Create the batch of conditioning inputs of samples first, first + 1, ...
 
-    control: values instead of `control_values`, to which `first` and `seen` go.
+    prompts: of text models; class labels for class models. control: scalars {name: (n,) f32}, by
+    default `control_values`, to which `first` and `seen` are passed.
     """
-    n = len(asked)
+    n = len(prompts)
     batch = objective.example(n)
     del batch["image"], batch["broken"]
     batch["control"] = control or control_values(objective.config, n, first=first, seen=seen)
     if objective.text_encoder is None:
-        batch["label"] = np.asarray(asked, np.int32)
+        batch["label"] = np.asarray(prompts, np.int32)
     else:
-        pairs = [objective.encode_text(prompt) for prompt in asked]
-        batch["ids"], batch["mask"] = (np.stack(part) for part in zip(*pairs, strict=True))
+        pairs = [objective.encode_text(prompt) for prompt in prompts]
+        batch["ids"], batch["mask"] = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
     return batch
 
 
-def asked_for(config: Config, objective: DiffusionObjective) -> list[str] | list[int]:
-    """The prompts or classes that config.sampling names, repeated or cut to sampling.n."""
+def prompts_or_labels(config: Config, objective: DiffusionObjective) -> list[str] | list[int]:
+    """Return the prompts or class labels of config.sampling, repeated or cut to sampling.n.
+
+    ConfigError for labels that are no classes, or without any prompt.
+    """
     settings = config.sampling
     if objective.text_encoder is None:
         classes = len(objective.vocabulary.classes)
@@ -104,21 +106,21 @@ def asked_for(config: Config, objective: DiffusionObjective) -> list[str] | list
                     "sampling.labels",
                     f"must be between 0 and {classes - 1}, got {label}",
                 )
-        asked = list(settings.labels or range(classes))
+        prompts = list(settings.labels or range(classes))
     else:
-        asked = [prompt.strip() for prompt in settings.prompts.split(";") if prompt.strip()]
+        prompts = [prompt.strip() for prompt in settings.prompts.split(";") if prompt.strip()]
         if settings.prompt_file:
-            asked += read_prompts(settings.prompt_file)
-        if not asked:
+            prompts += read_prompts(settings.prompt_file)
+        if not prompts:
             raise ConfigError(
                 "sampling.prompts",
                 'empty; set it to "one; another", or set sampling.prompt_file',
             )
-    return [asked[i % len(asked)] for i in range(settings.n)]
+    return [prompts[i % len(prompts)] for i in range(settings.n)]
 
 
 def read_prompts(path: str) -> list[str]:
-    """The non-empty lines of a text file."""
+    """Read the non-empty lines of a UTF-8 text file; ConfigError where it has none."""
     file = epath.Path(path)
     if not file.exists():
         raise ConfigError("sampling.prompt_file", f"{path} does not exist")
@@ -128,12 +130,12 @@ def read_prompts(path: str) -> list[str]:
         raise ConfigError("sampling.prompt_file", f"{path} is not a UTF-8 text") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError("sampling.prompt_file", f"{path} is empty; write a prompt a line")
+        raise ConfigError("sampling.prompt_file", f"{path} is empty; write one prompt per line")
     return prompts
 
 
-def titles(objective: DiffusionObjective, asked: Sequence[str] | Sequence[int]) -> list[str]:
-    """What to write under the pictures."""
+def titles(objective: DiffusionObjective, prompts: Sequence[str] | Sequence[int]) -> list[str]:
+    """Return the titles of images in a grid: their prompts, or the class names of labels."""
     if objective.text_encoder is None:
-        return [objective.vocabulary.classes[label] for label in asked]
-    return list(asked)
+        return [objective.vocabulary.classes[label] for label in prompts]
+    return list(prompts)

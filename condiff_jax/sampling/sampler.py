@@ -1,4 +1,4 @@
-"""Sampling, compiled once and run in batches on a mesh."""
+"""Sampler: compiled once, run in batches of one size on a mesh."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from condiff_jax.sampling.requests import guidance_scale
 
 
 class SamplingProgram(NamedTuple):
-    """What a compiled sampler is made for; guidance scales are arguments of it."""
+    """Static settings of a compiled sampler; the guidance scales are arguments of the program."""
 
     sampler: str
     steps: int
@@ -37,23 +37,34 @@ class SamplingProgram(NamedTuple):
     clip: bool
     seed: int
     needed: tuple[bool, bool, bool]  # see `dual_guidance`
-    classifier: nn.Module | None = None  # that guides besides
+    classifier: nn.Module | None = None  # for classifier guidance
 
     @classmethod
     def create(
         cls, settings: Sampling, resolution: int, network: nn.Module | None = None
     ) -> tuple[SamplingProgram, np.ndarray]:
-        """Of these settings, and their guidance scales (3,): lambda by Eq. 4, beta of Eq. 2, and
-        the weight of the classifier `network`, if there is one.
+        """Create the program of these settings, and its guidance scales (3,) f32.
+
+        Scales: lambda by Eq. 4, beta of Eq. 2, weight of the classifier. network: the classifier.
         """
-        scales = guidance_scale(settings, resolution), settings.control_guidance
-        fields = (getattr(settings, name) for name in cls._fields[:-2])
-        program = cls(*fields, needed_branches(*scales), network)
-        return program, np.array([*scales, settings.classifier_guidance], np.float32)
+        scale = guidance_scale(settings, resolution)
+        control_scale = settings.control_guidance
+        program = cls(
+            sampler=settings.sampler,
+            steps=settings.steps,
+            spacing=settings.spacing,
+            eta=settings.eta,
+            clip=settings.clip,
+            seed=settings.seed,
+            needed=needed_branches(scale, control_scale),
+            classifier=network,
+        )
+        scales = [scale, control_scale, settings.classifier_guidance]
+        return program, np.array(scales, np.float32)
 
 
 def noise_keys(seed: int, index: jax.Array) -> jax.Array:
-    """Keys (B, 2) of the samples with these numbers: of text padding, and of the sampler."""
+    """Return keys (B, 2) of the samples with indices (B,): for text padding and the sampler."""
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index)
     return jax.vmap(partial(jax.random.split, num=2))(keys)
 
@@ -68,11 +79,11 @@ def generate(
     objective: DiffusionObjective,
     program: SamplingProgram,
 ) -> jax.Array:
-    """Pictures uint8 (B, R, R, 3) for the requests in `batch`; pure, to be jitted.
+    """Sample images uint8 (B, R, R, 3) conditioned on `batch`; pure, to be jitted.
 
-    params, frozen: see `System.init` and `Objective.load_frozen`; frozen also has the parameters of
-    program.classifier, "classifier". index (B,) int32: the number of each
-    sample; its noise comes from (program.seed, index). scales: see `Program.create`.
+    params, frozen: see `Objective.init` and `Objective.load_frozen`; frozen["classifier"] has the
+    parameters of program.classifier. index (B,) int32: the index of each sample; its noise comes
+    from (program.seed, index). scales: see `SamplingProgram.create`.
     """
     params = {**params, **frozen}
     keys = noise_keys(program.seed, index)
@@ -81,11 +92,12 @@ def generate(
         shape = (objective.config.text_encoder.length, objective.config.text_encoder.width)
         text_noise = jax.vmap(partial(jax.random.normal, shape=shape))(keys[:, 0])
     cond = objective.condition(params, batch, text_noise)
-    denoise, shift = dual_guidance(objective.denoise(params), *scales[:2], program.needed), {}
+    denoise = dual_guidance(objective.denoise(params), *scales[:2], program.needed)
+    options = {}
     if program.classifier is not None:
         log_prob = classifier_guide.log_prob(program.classifier, params["classifier"])
         if program.sampler == "ddpm":
-            shift = {"gradient": classifier_gradient(log_prob, scales[2])}
+            options["gradient"] = classifier_gradient(log_prob, scales[2])
         else:
             denoise = classifier_guidance(denoise, log_prob, objective.schedule, scales[2])
     x = SAMPLERS[program.sampler](
@@ -98,15 +110,15 @@ def generate(
         spacing=program.spacing,
         eta=program.eta,
         clip=objective.autoencoder.bound if program.clip else None,
-        **shift,
+        **options,
     )
     return objective.autoencoder.decode(params.get("autoencoder"), x)
 
 
 class Sampler:
-    """`generate` for batches of one size spread over a mesh, compiled once a `Program`.
+    """Run `generate` in batches of one size on a mesh; compiled once for each `SamplingProgram`.
 
-    The classifier that settings name is loaded; ConfigError unless it fits the objective.
+    Loads the classifier of `settings`; ConfigError unless it fits the objective.
     """
 
     def __init__(
@@ -116,12 +128,10 @@ class Sampler:
         settings: Sampling,
         frozen: dict | None = None,
     ):
-        self.objective, self.mesh, self.settings, self.frozen = (
-            objective,
-            mesh,
-            settings,
-            frozen or {},
-        )
+        self.objective = objective
+        self.mesh = mesh
+        self.settings = settings
+        self.frozen = frozen or {}
         self._load_classifier()
         self.program = jax.jit(
             sharding.traced_on(mesh, partial(generate, objective=objective)),
@@ -130,7 +140,10 @@ class Sampler:
         )
 
     def at(self, config: Config) -> Sampler:
-        """The same model sampled as another config's `sampling` says; what is compiled is kept."""
+        """Return a sampler of the same model with another config's `sampling`.
+
+        Compiled programs are shared.
+        """
         other = copy.copy(self)
         other.objective = dataclasses.replace(self.objective, config=config)
         other.settings = config.sampling
@@ -139,7 +152,8 @@ class Sampler:
         return other
 
     def _load_classifier(self) -> None:
-        self.frozen = {name: part for name, part in self.frozen.items() if name != "classifier"}
+        # A copy: `at` shares this dict between samplers.
+        self.frozen = {name: p for name, p in self.frozen.items() if name != "classifier"}
         self.classifier = None
         if self.settings.classifier:
             self.classifier, params = classifier_guide.load(
@@ -148,18 +162,21 @@ class Sampler:
             self.frozen["classifier"] = params
 
     def __call__(self, params: dict, batch: dict, *, first: int = 0, label: str = "") -> np.ndarray:
-        """Pictures uint8 (N, R, R, 3) for N requests, numbered from `first`."""
+        """Sample images uint8 (N, R, R, 3) with the indices first, ..., first + N - 1.
+
+        batch: conditioning inputs, see `create_batch`. label: of the progress bar.
+        """
         n = len(batch["label"])
         devices = self.mesh.size
         size = -(-min(self.settings.batch_size, n) // devices) * devices
-        out = []
+        parts = []
         resolution = self.objective.config.data.resolution
         program, scales = SamplingProgram.create(self.settings, resolution, self.classifier)
         starts = tqdm(range(0, n, size), desc=label or "sampling", disable=n <= size, leave=False)
         for start in starts:
-            rows = np.arange(start, start + size) % n  # the last part is filled up
+            rows = np.arange(start, start + size) % n  # the last part is padded to the batch size
             part = jax.tree.map(lambda a, rows=rows: a[rows], batch)
             index = (first + start + np.arange(size)).astype(np.int32)
             part, index = sharding.put_global(self.mesh, (part, index))
-            out.append(self.program(params, self.frozen, part, index, scales, program=program))
-        return np.concatenate([np.asarray(pictures) for pictures in out])[:n]
+            parts.append(self.program(params, self.frozen, part, index, scales, program=program))
+        return np.concatenate([np.asarray(images) for images in parts])[:n]

@@ -24,7 +24,7 @@ from condiff_jax.runs.checkpoint import Checkpoints, abstract_state
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
 from condiff_jax.runtime.distributed import Interrupt
-from condiff_jax.runtime.files import write
+from condiff_jax.runtime.files import write_file
 from condiff_jax.runtime.process import Stopped
 from condiff_jax.training import encode, transfer
 from condiff_jax.training.meters import Meter, Trace, Watchdog, throughput
@@ -97,7 +97,7 @@ def _run(config: Config, workdir: str) -> Outcome | None:
         train_state = train_steps(
             objective, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
         )
-    if interrupt.asked:
+    if interrupt.requested:
         reporter.close()
         print(f"Stopped at step {int(train_state.step)}; the same command goes on from there.")
         return None
@@ -126,7 +126,7 @@ def start(objective: DiffusionObjective, mesh: Mesh, folder: Workdir) -> state.S
     text = transfer.report(moves, transfer.shapes_of(old), transfer.shapes_of(objective))
     print(f"Start from {path}:\n{text}")
     if jax.process_index() == 0:
-        write(folder.path / "transfer.txt", text + "\n")
+        write_file(folder.path / "transfer.txt", text + "\n")
     tx = optimizer.create(config)
 
     def create(params: dict, key: jax.Array) -> state.State:

@@ -1,4 +1,4 @@
-"""Mode evaluate: every metric, measured once, with all that its numbers depend on."""
+"""Mode evaluate: every metric is measured once and recorded with everything that it depends on."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from condiff_jax.sampling.requests import control_values
 from condiff_jax.training.reporters.diffusion import Reporter
 from tests import tiny
 
-MEASURED = ("prompt_accuracy", "frechet_shapes", "size_response")  # needs nothing but us
+MEASURED = ("prompt_accuracy", "frechet_shapes", "size_response")  # need no published weights
 FIELDS = {
     "steps": 2,
     "evaluation.metrics": MEASURED,
@@ -45,7 +45,7 @@ def few_layers():
 
 @pytest.fixture(scope="module", params=["text", "class"])
 def trained(request, tmp_path_factory):
-    """(folder, fields) of a finished run, as training leaves it, with random parameters."""
+    """Return (folder, fields) of a finished run with random parameters, as after training."""
     fields = FIELDS | (CLASS if request.param == "class" else {})
     path, config = tmp_path_factory.mktemp(request.param), tiny.config(**fields)
     params, folder = tiny.finished(config, path), Workdir(str(path))
@@ -92,7 +92,7 @@ def test_a_second_time_nothing_is_sampled(trained, capsys):
     path, fields = trained
     with no_sampling():
         (record,) = evaluate.run(tiny.config(**fields), str(path))
-        # What numbers do not depend on makes no other evaluation.
+        # Fields that do not affect the metrics do not change the evaluation's identity.
         (again,) = evaluate.run(tiny.config(**fields | {"sampling.n": 2, "steps": 3}), str(path))
     assert record == again == records(path)[0]
     out = capsys.readouterr().out
@@ -113,14 +113,14 @@ def test_another_setting_is_another_record(trained):
         assert tiny.evaluation(config, path).find(2) is None
 
 
-def test_a_checkpoint_past_the_asked_step_is_an_error(trained):
+def test_a_checkpoint_past_the_configured_step_is_an_error(trained):
     path, fields = trained
     with pytest.raises(ConfigError, match="has trained to step 2, past 1"):
         evaluate.run(tiny.config(**fields | {"steps": 1}), str(path))
 
 
-def test_noise_is_one_for_all_sizes_and_no_metric_shares_it(tmp_path):
-    """The requests of each metric, with a sampler that returns their noise's numbers."""
+def test_all_sizes_share_noise_and_metrics_do_not(tmp_path):
+    """The calls of each metric, with a sampler that records them."""
     objective, calls = tiny.objective(tiny.config(**FIELDS)), []
 
     def sampler(params, batch, *, first=0, label=""):
@@ -130,27 +130,27 @@ def test_noise_is_one_for_all_sizes_and_no_metric_shares_it(tmp_path):
 
     fake = mock.Mock(side_effect=sampler, objective=objective, mesh=None)
     record = tiny.evaluation(objective.config, tmp_path).measure(fake, {}, 2)
-    assert record["metrics"]["size_l2"] == 0  # the same noise: the same pictures
-    accuracy, *sized, frechet = calls
-    assert (accuracy[0], frechet[0], [call[0] for call in sized]) == (3, 9, [2] * 5)
-    assert len({call[1] for call in sized}) == 1
-    assert len({accuracy[1], frechet[1], sized[0][1]}) == 3
-    assert [call[2]["height"] for call in sized] == [12, 16, 24, 16, 16]
-    assert [call[2]["width"] for call in sized] == [12, 16, 24, 16, 16]
-    assert [call[2]["flip"] for call in sized] == [0, 0, 0, 0, 1]
+    assert record["metrics"]["size_l2"] == 0  # the same noise gives the same images
+    accuracy, *variants, frechet = calls
+    assert (accuracy[0], frechet[0], [call[0] for call in variants]) == (3, 9, [2] * 5)
+    assert len({call[1] for call in variants}) == 1
+    assert len({accuracy[1], frechet[1], variants[0][1]}) == 3
+    assert [call[2]["height"] for call in variants] == [12, 16, 24, 16, 16]
+    assert [call[2]["width"] for call in variants] == [12, 16, 24, 16, 16]
+    assert [call[2]["flip"] for call in variants] == [0, 0, 0, 0, 1]
 
 
-def test_reference_is_unseen_and_asked_alike(tmp_path):
-    """Pictures that equal the reference's own have a distance of 0."""
+def test_samples_have_the_prompts_of_an_unseen_reference(tmp_path):
+    """Images that equal the reference's own have a distance of 0."""
     for reference in ("train", "validation"):
         config = tiny.config(**FIELDS | {"evaluation.reference": reference})
         objective, start = tiny.objective(config), 2**30 if reference == "train" else 0
         source = shapes.Shapes(reference, config.data.sizes)
         rows = [source[start + i] for i in range(9)]
-        asked = [objective.encode_text(row["caption"])[0] for row in rows]
+        ids = [objective.encode_text(row["caption"])[0] for row in rows]
 
-        def sampler(params, batch, *, first=0, label="", rows=rows, asked=asked):
-            np.testing.assert_array_equal(batch["ids"], asked)
+        def sampler(params, batch, *, first=0, label="", rows=rows, ids=ids):
+            np.testing.assert_array_equal(batch["ids"], ids)
             return np.stack([augment.center(row["image"], 16) for row in rows])
 
         fake = mock.Mock(side_effect=sampler, objective=objective, mesh=None)
@@ -182,8 +182,8 @@ def test_lpips_weights_that_do_not_fit(tmp_path):
         tiny.evaluation(tiny.config(**FIELDS | {"evaluation.lpips": str(path)}))
 
 
-# What one picture depends on, with a value other than tiny's or the default each.
-ASKED = {
+# Fields that affect a single image, with values other than the default or tiny's.
+AFFECTING = {
     "sampler": "ddpm", "steps": 4, "spacing": "leading", "eta": 0.5, "guidance": 2.5,
     "base_resolution": 8, "control_guidance": 1.0, "clip": False, "ema": False, "seed": 1,
     "size": "train",
@@ -193,8 +193,8 @@ ASKED = {
         "aspect": 2.0, "height": 24.0, "width": 24.0,
     }.items()
 }  # fmt: skip
-# The others: how they are made, and which ones mode sample makes.
-UNASKED = {
+# Fields that do not: batching, and the prompts of mode sample.
+UNAFFECTING = {
     "batch_size": 3, "n": 3, "prompts": "a red circle", "prompt_file": "prompts.txt",
     "labels": (1,),
 }  # fmt: skip
@@ -207,28 +207,28 @@ def described(**overrides):
 
 def test_every_field_of_sampling_is_described_or_does_not_matter():
     names = {field.name for field in dataclasses.fields(Sampling)} - {"control", "size_range"}
-    names -= {"classifier", "classifier_guidance"}  # described together, see test_classifier.py
+    names -= {"classifier", "classifier_guidance"}  # see tests/sampling/test_classifier_guide.py
     names |= {f"control.{field.name}" for field in dataclasses.fields(ControlValues)}
-    assert names == set(ASKED) | set(UNASKED)
+    assert names == set(AFFECTING) | set(UNAFFECTING)
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_what_pictures_depend_on_is_described(name):
-    assert described(**{f"sampling.{name}": ASKED[name]}) != described()
+@pytest.mark.parametrize("name", AFFECTING)
+def test_fields_that_affect_images_are_described(name):
+    assert described(**{f"sampling.{name}": AFFECTING[name]}) != described()
 
 
-@pytest.mark.parametrize("name", UNASKED)
-def test_what_pictures_do_not_depend_on_is_not_described(name):
-    assert described(**{f"sampling.{name}": UNASKED[name]}) == described()
+@pytest.mark.parametrize("name", UNAFFECTING)
+def test_fields_that_do_not_affect_images_are_not_described(name):
+    assert described(**{f"sampling.{name}": UNAFFECTING[name]}) == described()
 
 
 @pytest.mark.parametrize("size, matters", [("tied", 1), ("untied", 1), ("fixed", 0), ("train", 0)])
 def test_the_range_of_sizes_is_described_where_sizes_are_drawn_from_it(size, matters):
-    one, other = (
-        described(**{"sampling.size": size, "sampling.size_range": high})
-        for high in ((20, 30), (20, 40))
+    first, second = (
+        described(**{"sampling.size": size, "sampling.size_range": size_range})
+        for size_range in ((20, 30), (20, 40))
     )
-    assert (one != other) == matters
+    assert (first != second) == matters
 
 
 @pytest.mark.parametrize(
@@ -239,12 +239,12 @@ def test_the_range_of_sizes_is_described_where_sizes_are_drawn_from_it(size, mat
         ("size_response", {"size_prompts": 3, "sizes": (12, 24, 48)}),
     ],
 )
-def test_what_a_metric_depends_on_is_described_with_it(metric, fields):
-    with_it = {"evaluation.metrics": (metric,)}
+def test_fields_of_a_metric_are_described_only_with_it(metric, fields):
+    included = {"evaluation.metrics": (metric,)}
     without = {"evaluation.metrics": tuple(name for name in MEASURED if name != metric)}
     for name, value in fields.items():
         changed = {f"evaluation.{name}": value}
-        assert described(**with_it, **changed) != described(**with_it), name
+        assert described(**included, **changed) != described(**included), name
         assert described(**without, **changed) == described(**without), name
 
 
@@ -252,12 +252,12 @@ def test_weights_of_lpips_are_described_by_their_content(tmp_path):
     paths = [tmp_path / name for name in ("a.npz", "b.npz", "c.npz")]
     for path, content in zip(paths, (b"one", b"one", b"other"), strict=True):
         path.write_bytes(content)
-    one, same, other = (
+    first, same, other = (
         describe(tiny.config(**FIELDS | {"evaluation.lpips": str(path)}), {}, None)
         for path in paths
     )
-    assert one == same != other and described() not in (one, other)
-    assert str(tmp_path) not in json.dumps(one)
+    assert first == same != other and described() not in (first, other)
+    assert str(tmp_path) not in json.dumps(first)
 
 
 def test_the_newest_of_equal_records_counts(tmp_path):
@@ -275,8 +275,8 @@ def test_the_newest_of_equal_records_counts(tmp_path):
 
 
 @pytest.mark.parametrize("ema", [True, False])
-def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, monkeypatch, ema):
-    """In mode evaluate and at the end of training, with a model that is not run."""
+def test_ema_or_raw_parameters_are_measured_and_recorded(tmp_path, monkeypatch, ema):
+    """In mode evaluate and at the end of training, with images of zeros instead of samples."""
     fields = FIELDS | {"evaluation.metrics": ("prompt_accuracy",), "sampling.ema": ema}
     config, restored = tiny.config(**fields), []
     objective = tiny.objective(config)
@@ -291,11 +291,11 @@ def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, m
             restored.append(ema)
             return 2, {}
 
-    def pictures(self, params, batch, *, first=0, label=""):
+    def sample_zeros(self, params, batch, *, first=0, label=""):
         return np.zeros((len(batch["label"]), 16, 16, 3), np.uint8)
 
     monkeypatch.setattr("condiff_jax.runs.run.Checkpoints", Restored)
-    monkeypatch.setattr(sampler.Sampler, "__call__", pictures)
+    monkeypatch.setattr(sampler.Sampler, "__call__", sample_zeros)
 
     def finish(folder):
         evaluation = tiny.evaluation(config, folder.path)
@@ -307,25 +307,25 @@ def test_the_parameters_that_are_asked_for_are_measured_and_recorded(tmp_path, m
     for name, steps in {"a": (evaluated, finish), "b": (finish, evaluated)}.items():
         folder = Workdir(str(tmp_path / name))
         folder.open(config, objective.vocabulary)
-        for step in steps:  # the second finds what the first has measured
+        for step in steps:  # the second finds the record of the first
             step(folder)
             assert [row["sampling"]["ema"] for row in records(folder.path)] == [ema]
     assert restored == [ema]
 
 
-def test_classes_are_asked_for_in_turn():
+def test_targets_are_classes_in_turn_or_scenes():
     objective = tiny.objective(
         tiny.config(**FIELDS | {"data.semantics": "class", "model.name": "dit_ln"})
     )
-    assert controllability.subjects(objective, 12, None) == [*range(10), 0, 1]
+    assert controllability.select_targets(objective, 12, None) == [*range(10), 0, 1]
     text = tiny.objective(tiny.config(**FIELDS))
-    assert controllability.asked_for(text, controllability.subjects(text, 3, None)) == [
+    assert controllability.prompts_of(controllability.select_targets(text, 3, None)) == [
         scene.caption for scene in shapes.prompts(3)
     ]
 
 
-def noted(calls, params, batch, *, first=0, label="", objective=None):
-    """A sampler: pictures whose contrast is the height that is asked for, the same for all."""
+def contrast_sampler(calls, params, batch, *, first=0, label="", objective=None):
+    """Return images whose contrast is their height control, and record the control values."""
     calls.append(
         {name: values.copy() for name, values in batch["control"].items()} | {"first": first}
     )
@@ -334,27 +334,28 @@ def noted(calls, params, batch, *, first=0, label="", objective=None):
     return np.broadcast_to(128 + half * rows, (len(half), 16, 16, 3)).astype(np.uint8)
 
 
-def responded(folder, **overrides):
-    """(values, grids, requests) of size_response."""
+def measure_response(folder, **overrides):
+    """Return (values, grids, sampler calls) of size_response."""
     objective, calls = tiny.objective(tiny.config(**FIELDS | overrides)), []
-    fake = mock.Mock(side_effect=partial(noted, calls), objective=objective)
+    fake = mock.Mock(side_effect=partial(contrast_sampler, calls), objective=objective)
     evaluation = mock.Mock(reference=None, folder=folder)
     values, grids = controllability.size_response(evaluation, fake, {}, folder.path / "parts")
     return values, grids, calls
 
 
-def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monkeypatch):
+def test_size_response_samples_square_sizes_in_order(tmp_path, monkeypatch):
     sizes, captions = (12, 16, 24), []
     monkeypatch.setattr(
         controllability, "caption_grid", lambda _, names, **__: captions.append(names)
     )
-    asked = {"sampling.control.aspect": 2.0, "sampling.control.width": 64.0}
-    values, grids, calls = responded(Workdir(str(tmp_path)), **asked)
+    fields = {"sampling.control.aspect": 2.0, "sampling.control.width": 64.0}
+    values, grids, calls = measure_response(Workdir(str(tmp_path)), **fields)
     for size, call in zip(sizes, calls, strict=False):
         assert set(call["height"]) == set(call["width"]) == {size} and set(call["aspect"]) == {1}
     responses = [values[f"sharpness_{size}"] for size in sizes]
     expected = [
-        sharpness(noted([], {}, {"control": {"height": np.array([size])}})[0]) for size in sizes
+        sharpness(contrast_sampler([], {}, {"control": {"height": np.array([size])}})[0])
+        for size in sizes
     ]
     assert responses == expected and responses == sorted(responses) and responses[0] > 0
     assert [name for name in values if name.startswith("sharpness_")] == [
@@ -366,16 +367,16 @@ def test_sizes_that_response_asks_for_are_squares_in_their_order(tmp_path, monke
     assert set(grids) == {"sizes", "flip"}
 
 
-def test_a_killed_response_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_killed_response_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(controllability, "SIZE_PART", 2)
     objective, calls = tiny.objective(tiny.config(**FIELDS | {"evaluation.size_prompts": 5})), []
 
     def sampler(params, batch, *, first=0, label="", dies_at=9):
-        number = first - controllability.FIRST_INDEX["size_response"]
-        if number >= dies_at:
+        index = first - controllability.FIRST_INDEX["size_response"]
+        if index >= dies_at:
             raise KeyboardInterrupt
-        calls.append(number)
-        rng = np.random.default_rng([number, int(batch["control"]["height"][0])])
+        calls.append(index)
+        rng = np.random.default_rng([index, int(batch["control"]["height"][0])])
         return rng.integers(0, 256, (len(batch["label"]), 16, 16, 3), np.uint8)
 
     def respond(parts, **dies):
@@ -389,12 +390,12 @@ def test_a_killed_response_goes_on_where_it_was(tmp_path, monkeypatch):
         respond("killed", dies_at=4)
     calls.clear()
     assert respond("killed") == expected
-    assert sorted(set(calls)) == [0, 4]  # the first part is made again, for the grids
+    assert sorted(set(calls)) == [0, 4]  # the first part is sampled again for the grids
 
 
-def test_flips_are_compared_where_they_are_heard(tmp_path):
+def test_flips_are_compared_only_for_models_with_flip_control(tmp_path):
     control = {"conditioning.control": ("crop", "size")}
-    _, grids, calls = responded(Workdir(str(tmp_path)), **control)
+    _, grids, calls = measure_response(Workdir(str(tmp_path)), **control)
     assert set(grids) == {"sizes"} and len(calls) == 3
 
 
@@ -406,16 +407,16 @@ def test_lpips_is_measured_where_there_are_weights(tmp_path, monkeypatch):
         return lambda a, b: np.full(len(a), 0.25)
 
     monkeypatch.setattr(controllability.lpips, "create", create)
-    values, _, _ = responded(Workdir(str(tmp_path)))
+    values, _, _ = measure_response(Workdir(str(tmp_path)))
     assert "size_lpips" not in values and not paths
-    values, _, _ = responded(Workdir(str(tmp_path)), **{"evaluation.lpips": "alexnet.npz"})
+    values, _, _ = measure_response(Workdir(str(tmp_path)), **{"evaluation.lpips": "alexnet.npz"})
     assert paths == ["alexnet.npz"] and values["size_lpips"] == values["size_lpips_hr"] == 0.25
 
 
-def test_drawn_sizes_are_those_of_the_samples_numbers(tmp_path):
+def test_drawn_sizes_are_those_of_the_sample_indices(tmp_path):
     fields = FIELDS | {"sampling.size": "tied", "sampling.size_range": (20, 40)}
     objective, calls = tiny.objective(tiny.config(**fields)), []
-    fake = mock.Mock(side_effect=partial(noted, calls), objective=objective, mesh=None)
+    fake = mock.Mock(side_effect=partial(contrast_sampler, calls), objective=objective, mesh=None)
     evaluation = tiny.evaluation(objective.config, tmp_path)
     controllability.prompt_accuracy(evaluation, fake, {}, tmp_path)
     image_quality.measure(evaluation, fake, {}, tmp_path)

@@ -1,4 +1,4 @@
-"""Published networks are loaded from their files and equal the originals; others are refused."""
+"""Published networks: loaded from their files, equal to the originals; other files are errors."""
 
 import hashlib
 
@@ -25,7 +25,7 @@ VISION |= dict(image_size=16, patch_size=4)
 CAPTIONS = ("a red circle", "blue", "a small ring, a large square", "a red circle")
 
 
-def pictures(height, width, n=4):
+def random_images(height, width, n=4):
     rng = np.random.default_rng(height)
     return rng.integers(0, 256, (n, height, width, 3)).astype(np.uint8)
 
@@ -37,28 +37,28 @@ def inception_state():
     return torch_inception.random_state({name: a.shape for name, a in empty.items()})
 
 
-def test_inception_equals_pytorch_from_files_and_pictures_on(inception_state, tmp_path):
+def test_inception_equals_pytorch_from_weight_files_to_features(inception_state, tmp_path):
     state = {name: torch.tensor(a) for name, a in inception_state.items()}
-    # Some conversions of the weights have it, as every BatchNorm2d does.
+    # Every BatchNorm2d has this counter; some conversions of the weights contain it.
     state["Mixed_7c.branch_pool.bn.num_batches_tracked"] = torch.tensor(3)
     torch.save(state, tmp_path / "weights.pth")
     network = load_inception(str(tmp_path / "weights.pth"))
     assert network.sha256 == hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
-    images = [pictures(n, n, 1) for n in (32, 299, 512)]
+    images = [random_images(n, n, 1) for n in (32, 299, 512)]
     resized = np.concatenate([torch_inception.resize(image) for image in images])
     expected, logits = torch_inception.Network(inception_state)(resized)
-    assert np.std(expected, axis=0).mean() > 0.1 * expected.mean()  # pictures differ
-    for image, their in zip(images, expected, strict=True):
-        our = network(image)
-        assert our.shape == (1, network.width)
-        np.testing.assert_allclose(our[0], their, atol=1e-4 * their.max())
-    ours = jit(lambda p, x: inception.InceptionV3().apply({"params": p}, x)[1])
-    found = ours(network.params, network.prepare(images[1]))
-    np.testing.assert_allclose(found[0], logits[1], atol=1e-4 * np.abs(logits[1]).max())
+    assert np.std(expected, axis=0).mean() > 0.1 * expected.mean()  # images differ
+    for image, row in zip(images, expected, strict=True):
+        features = network(image)
+        assert features.shape == (1, network.width)
+        np.testing.assert_allclose(features[0], row, atol=1e-4 * row.max())
+    apply_logits = jit(lambda p, x: inception.InceptionV3().apply({"params": p}, x)[1])
+    actual = apply_logits(network.params, network.prepare(images[1]))
+    np.testing.assert_allclose(actual[0], logits[1], atol=1e-4 * np.abs(logits[1]).max())
 
 
 class Narrow(nn.Module):
-    """Sixteen of Inception's units: to compile random values for all of them takes long."""
+    """Chain of 16 of Inception's units; compiling the initialization of all takes long."""
 
     @nn.compact
     def __call__(self, images):
@@ -69,14 +69,14 @@ class Narrow(nn.Module):
 @pytest.mark.parametrize(
     "kind", [Narrow, pytest.param(inception.InceptionV3, marks=pytest.mark.slow)]
 )
-def test_random_inception_tells_pictures_apart_and_says_what_it_is(kind, monkeypatch):
+def test_random_inception_distinguishes_images_and_is_named_random(kind, monkeypatch):
     monkeypatch.setattr(inception, "InceptionV3", kind)
     network = random_inception()
-    images = pictures(64, 64, 3)
+    images = random_images(64, 64, 3)
     images[0], images[1] = 0, 255
     features = network(images)
     assert features.shape == (3, 16 if kind is Narrow else 2048) and "random" in network.name
-    assert 0.01 < features.mean() < 100  # not what many layers of too small weights leave
+    assert 0.01 < features.mean() < 100  # the scale of weights preserves the variance
     assert features.std(0).mean() > 0.1 * features.mean()
     assert network.sha256 == random_inception().sha256 != hashlib.sha256().hexdigest()
 
@@ -87,7 +87,7 @@ def test_files_that_are_not_inception(inception_state, tmp_path):
     del state["Mixed_5b.branch_pool.bn.running_mean"]
     save_file(state, tmp_path / "weights.safetensors")
     with pytest.raises(
-        ValueError, match="does not do as Inception: .*; give pt_inception-2015"
+        ValueError, match="does not fit Inception: .*; give pt_inception-2015"
     ) as error:
         load_inception(str(tmp_path / "weights.safetensors"))
     for problem in (
@@ -98,13 +98,13 @@ def test_files_that_are_not_inception(inception_state, tmp_path):
         assert problem in str(error.value)
     broken = tmp_path / "weights.pth"
     broken.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="does not do as Inception: .*cannot be read") as error:
+    with pytest.raises(ValueError, match="does not fit Inception: .*cannot be read") as error:
         load_inception(str(broken))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", ["", "/no/such/file.pth"])
-def test_where_to_get_what_is_missing(path):
+def test_missing_weights_are_an_error_that_names_their_source(path):
     for load, source in (
         (load_inception, "give pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer"),
         (load_clip, "give a folder or hub id of a CLIPModel, such as openai/clip-vit-large"),
@@ -125,7 +125,7 @@ def clip_folder(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip"))
 
 
-def theirs(folder):
+def transformers_model(folder):
     return transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
 
 
@@ -134,7 +134,7 @@ def test_image_tower_equals_transformers(tmp_path, act, epsilon):
     write_clip(tmp_path, act, layer_norm_eps=epsilon)
     kind = transformers.CLIPVisionModelWithProjection
     original = kind.from_pretrained(tmp_path, local_files_only=True).eval()
-    images = pictures(16, 16)
+    images = random_images(16, 16)
     pixels = torch.tensor(np.asarray(clip.normalize(images))).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = original(pixels).image_embeds.numpy()
@@ -150,14 +150,14 @@ def score(clip_folder):
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 40), (50, 33), (9, 21)])
 def test_clip_score_equals_transformers(clip_folder, score, size):
-    images = pictures(*size)
+    images = random_images(*size)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
     pixels = processor(list(images), return_tensors="pt")["pixel_values"]
     tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder, local_files_only=True)
     length = dict(padding="max_length", max_length=clips.LENGTH, truncation=True)
     tokens = tokenizer(list(CAPTIONS), return_tensors="pt", **length)
     with torch.no_grad():
-        out = theirs(clip_folder)(pixel_values=pixels, **tokens)
+        out = transformers_model(clip_folder)(pixel_values=pixels, **tokens)
     cosines = (out.image_embeds * out.text_embeds).sum(1).numpy()
     scores = score(images, CAPTIONS)
     np.testing.assert_allclose(scores, 100 * cosines, rtol=1e-4, atol=1e-3)
@@ -171,9 +171,9 @@ def test_captions_are_embedded_alike_in_any_batch(score, monkeypatch):
     np.testing.assert_array_equal(whole[0], whole[3])
 
 
-def test_numbers_of_pictures_and_captions(score):
-    with pytest.raises(ValueError, match="4 pictures, but 2 captions"):
-        score(pictures(16, 16), CAPTIONS[:2])
+def test_unequal_numbers_of_images_and_captions(score):
+    with pytest.raises(ValueError, match="4 images, but 2 captions"):
+        score(random_images(16, 16), CAPTIONS[:2])
 
 
 def change(edit):
@@ -196,27 +196,27 @@ def change(edit):
         (
             change(lambda s: s.pop("vision_model.post_layernorm.bias")),
             ValueError,
-            "does not do as CLIP: .*missing norm_out.bias; give a folder",
+            "does not fit CLIP: .*missing norm_out.bias; give a folder",
         ),
     ],
 )
-def test_what_is_wrong_with_a_folder_of_clip(tmp_path, edit, kind, message):
+def test_bad_clip_folders(tmp_path, edit, kind, message):
     edit(write_clip(tmp_path))
     with pytest.raises(kind, match=message) as error:
         load_clip(str(tmp_path))
     assert "\n" not in str(error.value)
 
 
-def test_hub_ids_fetch_what_is_needed(clip_folder, monkeypatch):
-    asked = []
+def test_hub_ids_download_the_needed_files(clip_folder, monkeypatch):
+    downloads = []
 
     def snapshot_download(source, allow_patterns):
-        asked.append((source, allow_patterns))
+        downloads.append((source, allow_patterns))
         return str(clip_folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     load_clip("owner/name")
-    assert asked[0] == ("owner/name", ["*.safetensors", clip.CONFIG, *clip.WORDS])
+    assert downloads[0] == ("owner/name", ["*.safetensors", clip.CONFIG, *clip.WORDS])
 
 
 def test_default_image_size_is_vit_l_14():

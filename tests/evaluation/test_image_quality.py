@@ -1,4 +1,4 @@
-"""Distributions: one generation for all metrics, resumed, kept, compared with the right data."""
+"""Image quality: shared and resumed generation of images, caching, and the right reference."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ FIELDS = {
 
 
 def means(params, images):
-    """Features (B, 6): the mean colours of a picture's upper and lower half."""
+    """Compute features (B, 6): the mean colors of an image's upper and lower half."""
     halves = images.astype(jnp.float32).reshape(len(images), 2, -1, 3) / 255
     return params * halves.mean(2).reshape(len(images), 6)
 
@@ -53,21 +53,25 @@ def network(scale=1.0):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small networks in place of Inception and CLIP, and small parts."""
-    texts = lambda captions: np.eye(6, dtype=np.float32)[[len(c) % 6 for c in captions]]  # noqa: E731
-    found = {"inception": network(), "clip": ClipScore(network(), texts)}
+    """Replace Inception and CLIP by small networks, and use small parts."""
+
+    def embed_captions(captions):
+        return np.eye(6, dtype=np.float32)[[len(caption) % 6 for caption in captions]]
+
+    networks = {"inception": network(), "clip": ClipScore(network(), embed_captions)}
 
     def load_network(config, name):
-        resize = config.evaluation.resize
-        return feature_networks.resized(found[name], resize) if name == "inception" else found[name]
+        if name == "inception":
+            return feature_networks.resized(networks[name], config.evaluation.resize)
+        return networks[name]
 
     monkeypatch.setattr(image_quality, "load_network", load_network)
     monkeypatch.setattr(image_quality, "PART", 4)
-    return found
+    return networks
 
 
 class Fake:
-    """A sampler that draws a picture from the number of each sample; it may be killed."""
+    """Sampler of random images that depend on the sample index; it may be killed at an index."""
 
     def __init__(self, config, dies_at=None):
         self.objective, self.calls, self.dies_at = tiny.objective(config), [], dies_at
@@ -77,10 +81,10 @@ class Fake:
         if self.dies_at is not None and first >= image_quality.FIRST_INDEX + self.dies_at:
             raise KeyboardInterrupt
         self.calls.append((first - image_quality.FIRST_INDEX, batch["ids"]))
-        return np.stack([picture(first + i) for i in range(len(batch["ids"]))])
+        return np.stack([random_image(first + i) for i in range(len(batch["ids"]))])
 
 
-def picture(i):
+def random_image(i):
     return np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8)
 
 
@@ -89,23 +93,23 @@ def measure(path, fake, parts="parts"):
     return image_quality.measure(evaluation, fake, {}, epath.Path(path) / parts)[0]
 
 
-def test_a_killed_generation_goes_on_where_it_was(tmp_path):
+def test_a_killed_generation_resumes(tmp_path):
     config = tiny.config(**FIELDS)
-    whole = Fake(config)
-    expected = measure(tmp_path / "whole", whole)
-    assert [call[0] for call in whole.calls] == [0, 4, 8]
+    uninterrupted = Fake(config)
+    expected = measure(tmp_path / "whole", uninterrupted)
+    assert [call[0] for call in uninterrupted.calls] == [0, 4, 8]
     assert set(expected) == {
         "fid", "fid_rank_deficient", "kid", "kid_std", "precision", "recall", "clip_score",
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         measure(tmp_path, Fake(config, dies_at=8))
-    again = Fake(config)
-    assert measure(tmp_path, again) == expected
-    assert [call[0] for call in again.calls] == [8]
-    np.testing.assert_array_equal(again.calls[0][1], whole.calls[2][1])
+    resumed = Fake(config)
+    assert measure(tmp_path, resumed) == expected
+    assert [call[0] for call in resumed.calls] == [8]
+    np.testing.assert_array_equal(resumed.calls[0][1], uninterrupted.calls[2][1])
 
 
-def test_each_metric_alone_is_what_it_is_among_others(tmp_path):
+def test_metrics_do_not_depend_on_the_other_metrics(tmp_path):
     expected = measure(tmp_path, Fake(tiny.config(**FIELDS)))
     for metric in METRICS:
         fake = Fake(tiny.config(**FIELDS | {"evaluation.metrics": (metric,)}))
@@ -114,17 +118,17 @@ def test_each_metric_alone_is_what_it_is_among_others(tmp_path):
 
 
 @pytest.mark.parametrize("metric", ["kid", "precision_recall"])
-def test_what_was_made_is_compared_with_the_reference_not_the_reverse(tmp_path, metric):
+def test_generated_features_are_the_first_argument_of_a_metric(tmp_path, metric):
     fake = Fake(tiny.config(**FIELDS | {"evaluation.metrics": (metric,)}))
-    with mock.patch.object(getattr(image_quality, metric), metric, return_value={}) as compared:
+    with mock.patch.object(getattr(image_quality, metric), metric, return_value={}) as function:
         measure(tmp_path, fake)
-    made = network()(np.stack([picture(image_quality.FIRST_INDEX + i) for i in range(9)]))
-    np.testing.assert_allclose(compared.call_args.args[0], made, rtol=1e-6)
+    images = np.stack([random_image(image_quality.FIRST_INDEX + i) for i in range(9)])
+    np.testing.assert_allclose(function.call_args.args[0], network()(images), rtol=1e-6)
 
 
 def test_kid_draws_subsets_where_there_are_enough(tmp_path, monkeypatch):
     config = tiny.config(**FIELDS | {"evaluation.metrics": ("kid",)})
-    assert measure(tmp_path / "all", Fake(config))["kid_std"] < 1e-9  # always the same nine
+    assert measure(tmp_path / "all", Fake(config))["kid_std"] < 1e-9  # all subsets are equal
     monkeypatch.setattr(image_quality.kid, "SIZE", 5)
     assert measure(tmp_path / "five", Fake(config))["kid_std"] > 1e-6
 
@@ -135,9 +139,10 @@ def test_sizes_are_drawn_from_those_of_training(tmp_path):
     folder.save_control(seen)
     with mock.patch.object(Fake, "__call__", side_effect=Fake.__call__, autospec=True) as call:
         measure(tmp_path, fake)
-    heights = np.concatenate([one.args[2]["control"]["height"] for one in call.call_args_list])
-    asked = control_values(fake.objective.config, 9, first=image_quality.FIRST_INDEX, seen=seen)
-    np.testing.assert_array_equal(heights, asked["height"])
+    batches = [arguments.args[2] for arguments in call.call_args_list]
+    heights = np.concatenate([batch["control"]["height"] for batch in batches])
+    expected = control_values(fake.objective.config, 9, first=image_quality.FIRST_INDEX, seen=seen)
+    np.testing.assert_array_equal(heights, expected["height"])
 
 
 def test_only_the_first_host_writes(tmp_path, monkeypatch):
@@ -149,18 +154,20 @@ def test_only_the_first_host_writes(tmp_path, monkeypatch):
     with monkeypatch.context() as other:
         other.setattr(jax, "process_index", lambda: 1)
         other.setattr(jax, "process_count", lambda: 2)
-        gather = SimpleNamespace(process_allgather=lambda found: [np.stack([a, a]) for a in found])
+        gather = SimpleNamespace(
+            process_allgather=lambda arrays: [np.stack([a, a]) for a in arrays]
+        )
         other.setattr(reference, "multihost_utils", gather)
         other.setattr(reference, "barrier", lambda name: None)
         measure(tmp_path, fake)
-        # All devices see what all have made, each host's own its share of the data.
+        # Generated images use the devices of all hosts, reference data those of each host.
         evaluation = tiny.evaluation(fake.objective.config, tmp_path)
         assert {network.mesh for network in evaluation.networks.values()} == {fake.mesh}
         local = {network.mesh for network in evaluation.local_networks.values()}
         assert local == {sharding.local_mesh()}
         assert not list(tmp_path.iterdir())
-        measure_all = evaluation.measure(fake, {}, 2)
-        assert measure_all["metrics"] and not list(tmp_path.iterdir())
+        record = evaluation.measure(fake, {}, 2)
+        assert record["metrics"] and not list(tmp_path.iterdir())
     measure(tmp_path, fake)
     parts = epath.Path(tmp_path / "parts")
     before = {file.name for file in parts.iterdir()}
@@ -169,36 +176,37 @@ def test_only_the_first_host_writes(tmp_path, monkeypatch):
     assert {file.name for file in parts.iterdir()} == before
 
 
-def test_parts_of_other_networks_are_made_again(tmp_path):
+def test_parts_of_other_networks_are_sampled_again(tmp_path):
     measure(tmp_path, Fake(tiny.config(**FIELDS | {"evaluation.metrics": ("fid",)})))
-    again = Fake(tiny.config(**FIELDS))
-    measure(tmp_path, again)
-    assert len(again.calls) == 3
+    repeated = Fake(tiny.config(**FIELDS))
+    measure(tmp_path, repeated)
+    assert len(repeated.calls) == 3
 
 
-def test_the_references_own_pictures_are_at_no_distance(tmp_path):
+def test_images_of_the_reference_have_no_distance(tmp_path):
     config = tiny.config(**FIELDS)
     source = shapes.Shapes("validation", config.data.sizes)
     rows = [source[i] for i in range(9)]
-    pictures = np.stack([augment.center(row["image"], 16) for row in rows])
-    fake = Fake(config)
-    asked = [fake.objective.encode_text(row["caption"])[0] for row in rows]
+    images = np.stack([augment.center(row["image"], 16) for row in rows])
+    objective = tiny.objective(config)
+    ids = [objective.encode_text(row["caption"])[0] for row in rows]
 
-    def own(params, batch, *, first=0, label=""):
+    def return_reference(params, batch, *, first=0, label=""):
         low = first - image_quality.FIRST_INDEX
-        np.testing.assert_array_equal(batch["ids"], asked[low : low + len(batch["ids"])])
-        return pictures[low : low + len(batch["ids"])]
+        np.testing.assert_array_equal(batch["ids"], ids[low : low + len(batch["ids"])])
+        return images[low : low + len(batch["ids"])]
 
-    values = measure(tmp_path, mock.Mock(side_effect=own, objective=fake.objective, mesh=None))
+    fake = mock.Mock(side_effect=return_reference, objective=objective, mesh=None)
+    values = measure(tmp_path, fake)
     assert values["fid"] == pytest.approx(0, abs=1e-6) and values["fid_rank_deficient"] is False
     assert values["precision"] == values["recall"] == 1
-    features = np.asarray(means(1.0, pictures))
+    features = np.asarray(means(1.0, images))
     cosines = [f[len(row["caption"]) % 6] for f, row in zip(features, rows, strict=True)]
     cosines = np.array(cosines) / np.linalg.norm(features, axis=1)
     assert values["clip_score"] == pytest.approx(100 * cosines.mean(), rel=1e-4)
 
 
-def test_features_of_the_reference_are_kept_and_used_again(tmp_path, small):
+def test_features_of_the_reference_are_cached(tmp_path, small):
     config = tiny.config(**FIELDS)
     first = measure(tmp_path, Fake(config))
     with mock.patch.object(reference, "describe", side_effect=AssertionError):
@@ -209,23 +217,23 @@ def test_features_of_the_reference_are_kept_and_used_again(tmp_path, small):
     assert values["fid"] == pytest.approx(4 * first["fid"], rel=1e-3)
 
 
-def colours(params, images):
-    """Features (B, 6): means and spreads of a picture's colours, at any size."""
+def color_statistics(params, images):
+    """Compute features (B, 6): means and deviations of an image's colors, at any size."""
     x = images.astype(jnp.float32) / 255
     return params * jnp.concatenate([x.mean((1, 2)), x.std((1, 2))], -1)
 
 
 def test_another_resizing_is_another_network(tmp_path, small):
-    """Its reference is made anew, its records say so, and it does not compare with the other's."""
-    small["inception"] = FeatureNetwork("colours", "sha", 6, np.float32(1), colours)
+    """Reference statistics are computed again, records differ, and statistics do not mix."""
+    small["inception"] = FeatureNetwork("colors", "sha", 6, np.float32(1), color_statistics)
     fields = FIELDS | {"evaluation.metrics": ("fid",)}
     tf, clean = (tiny.config(**fields | {"evaluation.resize": how}) for how in ("tf", "clean"))
     values = [tiny.evaluation(c, tmp_path).measure(Fake(c), {}, 2) for c in (tf, clean)]
     assert len(list((tmp_path / "references").iterdir())) == 2
-    plain = {"name": "colours", "sha256": "sha"}
+    plain = {"name": "colors", "sha256": "sha"}
     assert [v["features"]["inception"] for v in values] == [plain, plain | {"resize": "clean"}]
     first, second = (v["metrics"]["fid"] for v in values)
-    assert abs(first - second) > 0.01 * first  # the spread of noise is another when it is smoothed
+    assert abs(first - second) > 0.01 * first  # resizing with smoothing changes noise
     statistics = {"evaluation.statistics": str(tmp_path / "clean.npz")}
     image_quality.run_reference(tiny.config(**fields | statistics | {"evaluation.resize": "clean"}))
     tiny.evaluation(tiny.config(**fields | statistics | {"evaluation.resize": "clean"}))
@@ -234,28 +242,28 @@ def test_another_resizing_is_another_network(tmp_path, small):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:100], lambda b: b[:-30]])
-def test_what_a_damaged_file_held_is_made_again(tmp_path, damage):
+def test_contents_of_damaged_cache_files_are_computed_again(tmp_path, damage):
     config = tiny.config(**FIELDS)
     expected = measure(tmp_path, Fake(config))
-    kept = [tmp_path / "parts/00000004-4.npz", *(tmp_path / "references").iterdir()]
-    assert len(kept) == 3  # a part; moments and features of the reference
-    for file in kept:
+    files = [tmp_path / "parts/00000004-4.npz", *(tmp_path / "references").iterdir()]
+    assert len(files) == 3  # a part; moments and features of the reference
+    for file in files:
         file.write_bytes(damage(file.read_bytes()))
-    again = Fake(config)
-    assert measure(tmp_path, again) == expected
-    assert [call[0] for call in again.calls] == [4]
+    repeated = Fake(config)
+    assert measure(tmp_path, repeated) == expected
+    assert [call[0] for call in repeated.calls] == [4]
 
 
 @pytest.mark.parametrize("name", ["inception", "clip"])
-def test_features_that_are_no_numbers_are_blamed_on_their_network(tmp_path, small, name):
+def test_non_finite_features_are_an_error_of_their_network(tmp_path, small, name):
     fields = {"evaluation.metrics": ("fid",) if name == "inception" else ("clip_score",)}
-    nothing = {"inception": network(np.nan), "clip": ClipScore(network(0.0), small["clip"].texts)}
-    with mock.patch.dict(small, nothing), pytest.raises(ConfigError, match=f"evaluation.{name}: "):
+    broken = {"inception": network(np.nan), "clip": ClipScore(network(0.0), small["clip"].texts)}
+    with mock.patch.dict(small, broken), pytest.raises(ConfigError, match=f"evaluation.{name}: "):
         measure(tmp_path, Fake(tiny.config(**FIELDS | fields)))
 
 
 @pytest.mark.parametrize("save", ["png", "npz"])
-def test_pictures_are_kept_in_order_of_their_numbers(tmp_path, save):
+def test_images_are_saved_in_order_of_their_indices(tmp_path, save):
     fields = FIELDS | {"evaluation.metrics": ("fid",), "evaluation.save": save}
     config = tiny.config(**fields)
     parts, other = epath.Path(tmp_path / "parts"), {"png": "npz", "npz": "png"}[save]
@@ -265,21 +273,21 @@ def test_pictures_are_kept_in_order_of_their_numbers(tmp_path, save):
     measure(tmp_path, Fake(tiny.config(**fields | {"evaluation.save": other})))
     measure(tmp_path, Fake(config))
     image_quality.delete_parts(parts)
-    for one in (save, other):
-        assert image_quality.saved(parts, tiny.config(**fields | {"evaluation.save": one}))
-    expected = np.stack([picture(image_quality.FIRST_INDEX + i) for i in range(9)])
+    for method in (save, other):
+        assert image_quality.saved(parts, tiny.config(**fields | {"evaluation.save": method}))
+    expected = np.stack([random_image(image_quality.FIRST_INDEX + i) for i in range(9)])
     if save == "png":
         files = sorted((parts / "pictures").iterdir())
         assert [file.name for file in files] == [f"{i:06d}.png" for i in range(9)]
-        found = np.stack([np.asarray(Image.open(file)) for file in files])
+        images = np.stack([np.asarray(Image.open(file)) for file in files])
     else:
-        (parts / "raw").mkdir()  # as when killed before the last of them was removed
+        (parts / "raw").mkdir()  # as if killed before the last raw file was deleted
         (parts / "raw/00000008.raw").write_bytes(b"last")
-        image_quality._join(parts, (9, 16, 16, 3))
+        image_quality._join_raw(parts, (9, 16, 16, 3))
         assert {file.name for file in parts.iterdir()} == {"pictures", "pictures.npz"}
         with np.load(parts / "pictures.npz") as arrays:
-            found = arrays["arr_0"]
-    np.testing.assert_array_equal(found, expected)
+            images = arrays["arr_0"]
+    np.testing.assert_array_equal(images, expected)
 
 
 def test_a_recorded_measurement_leaves_no_parts(tmp_path):
@@ -295,7 +303,7 @@ def test_a_recorded_measurement_leaves_no_parts(tmp_path):
         name: {"name": "means", "sha256": "sha of 1.0"} for name in ("clip", "inception")
     }
     (line,) = summary(record)[:1]
-    assert line.startswith("means, 9 pictures against validation: fid")
+    assert line.startswith("means, 9 images against validation: fid")
 
 
 @pytest.mark.parametrize(
@@ -321,23 +329,22 @@ def test_bad_configs(fields, message):
         tiny.evaluation(tiny.config(**FIELDS | fields))
 
 
-def test_statistics_are_read_for_fids_network_alone():
+def test_statistics_are_read_for_inception_only():
     fields = {"evaluation.metrics": ("clip_score",), "evaluation.statistics": "/no/such.npz"}
     config = tiny.config(**FIELDS | fields)
     assert "statistics" not in tiny.evaluation(config).identity["evaluation"]
 
 
 def test_statistics_are_described_by_their_content(tmp_path):
-    found = []
+    identities = []
     for name, content in {"a": b"one", "b": b"one", "c": b"other"}.items():
         (tmp_path / name).write_bytes(content)
-        given = {"evaluation.statistics": str(tmp_path / name)}
-        config = tiny.config(**FIELDS | given)
-        found.append(describe(config, {"inception": network()}, None)["evaluation"])
-    assert found[0] == found[1] != found[2]
+        config = tiny.config(**FIELDS | {"evaluation.statistics": str(tmp_path / name)})
+        identities.append(describe(config, {"inception": network()}, None)["evaluation"])
+    assert identities[0] == identities[1] != identities[2]
 
 
-def test_networks_that_are_not_there_are_named(monkeypatch):
+def test_missing_networks_are_named(monkeypatch):
     monkeypatch.undo()
     for field in ("inception", "clip"):
         metric = {"inception": "fid", "clip": "clip_score"}[field]
@@ -346,15 +353,15 @@ def test_networks_that_are_not_there_are_named(monkeypatch):
             tiny.evaluation(config)
 
 
-def test_protocols_set_what_the_paper_says_and_keep_the_rest():
+def test_protocols_set_the_fields_of_the_paper_and_keep_the_rest():
     config = tiny.config(
         **FIELDS | {"evaluation.protocol": "imagenet_fid50k", "data.resolution": 512}
     )
-    found = protocols.apply(config)
-    assert found.sampling.steps == 250 and found.sampling.size == "train"
-    assert guidance_scale(found.sampling, 512) == 2
-    assert found.evaluation.metrics == ("fid",) and found.evaluation.reference == "train"
-    assert found.evaluation.samples == 9
+    applied = protocols.apply(config)
+    assert applied.sampling.steps == 250 and applied.sampling.size == "train"
+    assert guidance_scale(applied.sampling, 512) == 2
+    assert applied.evaluation.metrics == ("fid",) and applied.evaluation.reference == "train"
+    assert applied.evaluation.samples == 9
     assert protocols.apply(tiny.config()) == tiny.config()
     line = protocols.summary(config)
     assert (
@@ -376,14 +383,14 @@ def test_protocols_set_what_the_paper_says_and_keep_the_rest():
 def test_protocols_are_the_papers(name, steps, metric, reference, guidance, size):
     others = {"sampling.sampler": "ddpm", "sampling.steps": 7, "sampling.guidance": 7.0}
     others |= {"evaluation.reference": "train_200k", "evaluation.path": "somewhere"}
-    found = protocols.apply(tiny.config(**{"evaluation.protocol": name} | others))
-    assert found.sampling.sampler == "ddim" and found.sampling.steps == steps
-    assert guidance_scale(found.sampling, 512) == guidance
-    assert found.evaluation.metrics == (metric,) and found.evaluation.reference == reference
-    assert found.sampling.size == size and found.evaluation.path == "somewhere"
+    applied = protocols.apply(tiny.config(**{"evaluation.protocol": name} | others))
+    assert applied.sampling.sampler == "ddim" and applied.sampling.steps == steps
+    assert guidance_scale(applied.sampling, 512) == guidance
+    assert applied.evaluation.metrics == (metric,) and applied.evaluation.reference == reference
+    assert applied.sampling.size == size and applied.evaluation.path == "somewhere"
 
 
-def test_mode_evaluate_follows_the_protocol_and_says_what_it_sets(tmp_path, capsys):
+def test_mode_evaluate_applies_the_protocol_and_prints_its_fields(tmp_path, capsys):
     config = tiny.config(**{"evaluation.protocol": "coco_clip"})
     with pytest.raises(ConfigError, match="evaluation.path: evaluation.reference=coco needs"):
         evaluate.run(config, str(tmp_path))
@@ -396,39 +403,39 @@ def test_a_grid_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     )
     points = evaluate.grid(config)
     assert list(points) == ["guidance 1.0, steps 2", "guidance 2.5, steps 2"]
-    asked = [(point.sampling.guidance, point.sampling.steps) for point in points.values()]
-    assert asked == [(1, 2), (2.5, 2)]
+    settings = [(point.sampling.guidance, point.sampling.steps) for point in points.values()]
+    assert settings == [(1, 2), (2.5, 2)]
     checkpoints = mock.Mock(latest=2)
     checkpoints.restore_params.return_value = (2, {})
     monkeypatch.setattr("condiff_jax.runs.run.Checkpoints", lambda *_: checkpoints)
     monkeypatch.setattr(sampler.Sampler, "__call__", Fake(config).__call__)
     folder = Workdir(str(tmp_path))
     folder.open(config, tiny.objective(config).vocabulary)
-    found = evaluate.run(config, str(tmp_path))
-    assert [record["sampling"]["guidance"] for record in found] == [1, 2.5]
-    assert [json.loads(line) for line in folder.evaluation.open()] == found
+    records = evaluate.run(config, str(tmp_path))
+    assert [record["sampling"]["guidance"] for record in records] == [1, 2.5]
+    assert [json.loads(line) for line in folder.evaluation.open()] == records
     assert checkpoints.restore_params.call_count == 1
     assert "guidance 2.5, steps 2:" in capsys.readouterr().out
-    assert evaluate.run(config, str(tmp_path)) == found
+    assert evaluate.run(config, str(tmp_path)) == records
     assert checkpoints.restore_params.call_count == 1
-    settings = dataclasses.replace(config.evaluation, save="png")  # not there yet
+    evaluation = dataclasses.replace(config.evaluation, save="png")  # no images are saved yet
+    saving = dataclasses.replace(config, evaluation=evaluation)
     for calls in (2, 2):
-        evaluate.run(dataclasses.replace(config, evaluation=settings), str(tmp_path))
+        evaluate.run(saving, str(tmp_path))
         assert checkpoints.restore_params.call_count == calls
-    pictures = sorted((tmp_path / "evaluations").glob("2-*/pictures/000008.png"))
-    assert len(pictures) == 2
-    pictures[0].unlink()  # as when killed before it was made: of that point, all are made again
-    evaluate.run(dataclasses.replace(config, evaluation=settings), str(tmp_path))
-    assert checkpoints.restore_params.call_count == 3 and pictures[0].exists()
+    files = sorted((tmp_path / "evaluations").glob("2-*/pictures/000008.png"))
+    assert len(files) == 2
+    files[0].unlink()  # as if killed before it was saved: all of this point are sampled again
+    evaluate.run(saving, str(tmp_path))
+    assert checkpoints.restore_params.call_count == 3 and files[0].exists()
     assert len(list(folder.evaluation.open())) == 5
     for bad in ("guidance", "speed=1", "steps=1.5", "prompts="):
+        evaluation = dataclasses.replace(config.evaluation, grid=bad)
         with pytest.raises(ConfigError, match="evaluation.grid"):
-            evaluate.grid(dataclasses.replace(
-                config, evaluation=dataclasses.replace(config.evaluation, grid=bad)
-            ))  # fmt: skip
+            evaluate.grid(dataclasses.replace(config, evaluation=evaluation))
 
 
-def test_evaluations_in_training_are_of_fewer_pictures(tmp_path, monkeypatch):
+def test_evaluations_in_training_use_fewer_images(tmp_path, monkeypatch):
     fields = {"evaluation.metrics": ("fid",), "evaluation.every_samples": 5}
     config = tiny.config(**FIELDS | fields)
     monkeypatch.setattr(sampler.Sampler, "__call__", Fake(config).__call__)
@@ -436,14 +443,14 @@ def test_evaluations_in_training_are_of_fewer_pictures(tmp_path, monkeypatch):
     evaluation = tiny.evaluation(config, tmp_path)
     reporter = Reporter(tiny.objective(config), sharding.create_mesh(), folder, {}, evaluation)
     reporter.early(3, {})
-    reporter.early(3, {})  # once is enough
+    reporter.early(3, {})  # recorded already
     reporter.finish(4, {})
     lines = [json.loads(line) for line in folder.evaluation.open()]
     assert [(line["step"], line["evaluation"]["samples"]) for line in lines] == [(3, 5), (4, 9)]
 
 
-def test_pictures_are_saved_of_distributions_alone(tmp_path):
-    """Other metrics leave none behind, and are not measured again for them."""
+def test_images_are_saved_for_image_quality_only(tmp_path):
+    """Other metrics save no images, and are not measured again for missing ones."""
     fields = FIELDS | {"evaluation.save": "png", "evaluation.metrics": ("prompt_accuracy",)}
     assert image_quality.saved(tmp_path, tiny.config(**fields))
     assert not image_quality.saved(
@@ -452,7 +459,7 @@ def test_pictures_are_saved_of_distributions_alone(tmp_path):
     assert image_quality.saved(tmp_path, tiny.config(**FIELDS))
 
 
-def test_a_run_that_goes_back_forgets_what_was_measured_beyond(tmp_path):
+def test_a_resumed_run_deletes_later_measurements(tmp_path):
     folder, config = Workdir(str(tmp_path)), tiny.config(**FIELDS)
     for step in (2, 4, 10):
         (tmp_path / f"evaluations/{step}-abc").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Reading compiled programs, on texts written by hand and on what XLA makes of loops on a CPU."""
+"""Parsing of compiled programs: handwritten texts, and loops compiled by XLA on a CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +83,8 @@ def test_a_text_without_entry_is_refused():
 
 
 @pytest.mark.parametrize("length", [1, 6])
-def test_loops_as_xla_writes_them(length):
-    """On the CPU, whose texts have no cycles: each product in the body runs once an iteration."""
+def test_loops_compiled_by_xla(length):
+    """Each product in the body runs once per iteration; texts of the CPU have no cycles."""
     step = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
     shapes = jax.ShapeDtypeStruct((8, 8), "float32"), jax.ShapeDtypeStruct((6, 8, 8), "float32")
     function = lambda x, ws: jax.lax.scan(step, x, ws[:length])[0]  # noqa: E731
@@ -148,12 +148,12 @@ def test_bytes_that_a_device_sends(instruction, sent):
     assert hlo.collectives(hlo.executions(entry(line))) == sent
 
 
-def test_what_runs_in_the_background_counts_once():
+def test_asynchronous_collectives_count_once():
     lines = [f"  %r{c} = f32[8,1024] all-gather(%x), {GROUPS.format(c)}" for c in (1, 1, 2)]
     assert hlo.collectives(hlo.executions(entry(*lines))) == {"all-gather": 2 * S * 7 // 8}
 
 
-def test_tpus_write_reduce_scatter_as_a_fusion():
+def test_reduce_scatter_is_a_fusion_on_tpus():
     before = "%all-reduce-scatter.3 (p: f32[8,1024]) -> f32[1,1024] {\n"
     before += f"  %r = f32[8,1024] all-reduce(%p), {GROUPS.format(1)}\n}}\n"
     line = "  %f = f32[1,1024] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3"

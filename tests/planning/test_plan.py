@@ -1,6 +1,6 @@
-"""Mode plan: names of slices, real programs for TPUs that are not here, and what follows from them.
+"""Mode plan: names of topologies, programs compiled for absent TPUs, and the printed figures.
 
-libtpu compiles without a TPU; it comes with the extra `test`.
+libtpu compiles without a TPU; it is installed with the extra `test`.
 """
 
 import importlib.util
@@ -38,9 +38,9 @@ from tests import tiny
     ],
 )
 def test_names(name, kind, grid):
-    found = topology.parse(name)
-    assert (found.kind, found.grid, found.size) == (kind, grid, math.prod(grid))
-    assert found.chip is flops.CHIPS[kind]
+    parsed = topology.parse(name)
+    assert (parsed.kind, parsed.grid, parsed.size) == (kind, grid, math.prod(grid))
+    assert parsed.chip is flops.CHIPS[kind]
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_a_grid_that_no_slice_has():
 
 @pytest.mark.parametrize("name, devices", [("v5e-1", 1), ("v4-128", 64), ("v6e-256", 256)])
 def test_devices_are_of_the_kind_and_take_a_mesh(name, devices):
-    wanted = topology.parse(name)
-    found = wanted.devices()
-    assert len(found) == wanted.size == devices
-    assert found[0].device_kind in wanted.chip.kinds
-    assert sharding.create_mesh(0, found).shape["fsdp"] == min(8, devices)
+    target = topology.parse(name)
+    described = target.devices()
+    assert len(described) == target.size == devices
+    assert described[0].device_kind in target.chip.kinds
+    assert sharding.create_mesh(0, described).shape["fsdp"] == min(8, devices)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_configs_that_do_not_divide(changes, message):
         plan.run(tiny.config(**changes), "v5e:2x2")
 
 
-def test_a_topology_is_asked_for():
+def test_a_missing_topology_is_an_error():
     with pytest.raises(ConfigError, match="--topology: missing"):
         plan.run(tiny.config(), None)
 
@@ -98,16 +98,16 @@ def test_a_topology_is_asked_for():
 @pytest.mark.parametrize("power", [1.0, 0.9, 1.2])
 @pytest.mark.parametrize("fixed", [0, 50, 150])
 def test_the_largest_batch_is_a_boundary(first, power, fixed):
-    """Memory of 50 + size^power; `fixed` is what the search believes of size 0."""
-    asked = []
+    """Memory of 50 + size^power; `fixed` is what the search assumes for size 0."""
+    sizes = []
 
     def total(size):
-        asked.append(size)
+        sizes.append(size)
         return 50 + size**power
 
     fits, fails = plan.largest(total, 1050, first, fixed, probes=40)
     assert total(fits) <= 1050 < total(fails) and fails - fits <= max(1, fits // 16)
-    tries = asked[:-2]  # the last two are this test's
+    tries = sizes[:-2]  # the last two are this test's
     assert len(tries) <= 12 and len(set(tries)) == len(tries) and tries[0] == first
     if power == 1 and fixed == 50:
         assert (fits, fails) == (1000, 1001) or first == 5000
@@ -120,17 +120,17 @@ def test_the_search_ends_where_nothing_fits_and_when_probes_are_used():
 
 
 class Fake(plan.Planner):
-    """Programs that need 1 GiB an image and device, half of it with remat, a quarter with fsdp."""
+    """Planner of programs of 1 GiB per image and device; half with remat, a quarter with fsdp."""
 
-    def needs(self, what, config, *, whole=False):
-        size = config.batch_size if what is plan.lower_step else 1
+    def estimate(self, lower_program, config, *, complete=False):
+        size = config.batch_size if lower_program is plan.lower_step else 1
         share = {"none": 1, "dots": 0.75, "block": 0.5}[config.model.remat]
         share *= 0.25 if config.parallel.fsdp == 0 else 1
         needed = plan.GIB * size / self.topology.size * share / config.optimizer.accumulate
         line = "%f = f32[] fusion()"
-        if whole:
+        if complete:
             line += ', backend_config={"estimated_cycles":"1500000000"}'
-        return compiling.MemoryEstimate({}, needed, [Run(line, "main", 2)], whole)
+        return compiling.MemoryEstimate({}, needed, [Run(line, "main", 2)], complete)
 
 
 @pytest.mark.parametrize(
@@ -145,23 +145,23 @@ class Fake(plan.Planner):
         (4096, {}, None, 16),
     ],
 )
-def test_what_is_printed(monkeypatch, capsys, batch, fields, remedy, fits):
+def test_printed_figures(monkeypatch, capsys, batch, fields, remedy, fits):
     monkeypatch.setattr(plan, "Planner", Fake)
-    monkeypatch.setattr(plan, "device_bytes", lambda _: 0)  # of a batch of none
+    monkeypatch.setattr(plan, "device_bytes", lambda _: 0)  # of an empty batch
     plan.run(tiny.config(batch_size=batch, **fields), "v5e:2x2,v5e-4")
     out = capsys.readouterr().out
-    found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    assert [one["topology"] for one in found] == ["v5e:2x2", "v5e-4"]
+    records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [record["topology"] for record in records] == ["v5e:2x2", "v5e-4"]
     assert out.splitlines()[-1].startswith("{")
-    assert found[0]["train"]["fits"] == (batch == 64)
-    assert found[0].get("remedy") == remedy
-    assert found[0]["largest"]["fits"] in range(fits - fits // 16, fits + 1)
+    assert records[0]["train"]["fits"] == (batch == 64)
+    assert records[0].get("remedy") == remedy
+    assert records[0]["largest"]["fits"] in range(fits - fits // 16, fits + 1)
     if batch == 64:
-        assert found[0]["train"]["seconds"] == 2.0  # 3 * 10^9 cycles at 1.5 GHz
-        assert found[0]["train"]["images_per_sec"] == 32 and "32 images/s" in out
+        assert records[0]["train"]["seconds"] == 2.0  # 3 * 10^9 cycles at 1.5 GHz
+        assert records[0]["train"]["images_per_sec"] == 32 and "32 images/s" in out
     else:
-        assert "DOES NOT FIT" in out and "seconds" not in found[0]["train"]
-    assert found[0]["sampler"]["seconds"] == 2.0
+        assert "DOES NOT FIT" in out and "seconds" not in records[0]["train"]
+    assert records[0]["sampler"]["seconds"] == 2.0
     if remedy:
         assert " ".join(f"--config.{k}={v}" for k, v in remedy.items()) in out
 
@@ -176,13 +176,13 @@ def test_times_are_left_out_on_request(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Figures of a tiny train step, each device with its own copy and sharing one."""
+    """Return figures of a tiny train step by fsdp: replicated parameters, and sharded ones."""
     with tiny.few_layers():
-        out = {}
+        figures = {}
         for fsdp in (1, 4):
             config = tiny.config(**{"parallel.fsdp": fsdp})
-            out[fsdp] = plan.Planner(config, topology.parse("v5e:2x2")).train(whole=True)
-        return out
+            figures[fsdp] = plan.Planner(config, topology.parse("v5e:2x2")).train(complete=True)
+        return figures
 
 
 @pytest.mark.slow
@@ -190,10 +190,11 @@ def test_the_train_step_compiles_for_tpus(compiled):
     for figures in compiled.values():
         assert figures["fits"] and 0 < figures["gib"]["total"] < 0.1
         assert 1e-6 < figures["seconds"] < 0.1 and 0 < figures["mfu"] < 0.1
-    whole, shared = (compiled[fsdp]["gib"] for fsdp in (1, 4))
+    replicated, sharded = (compiled[fsdp]["gib"] for fsdp in (1, 4))
     for name in ("parameters", "average", "optimizer"):
-        assert shared[name] < 0.5 * whole[name]
-    assert whole["average"] == whole["parameters"] == pytest.approx(whole["optimizer"] / 2, 1e-3)
+        assert sharded[name] < 0.5 * replicated[name]
+    assert replicated["average"] == replicated["parameters"]
+    assert replicated["parameters"] == pytest.approx(replicated["optimizer"] / 2, 1e-3)
 
 
 @pytest.mark.slow
@@ -212,24 +213,25 @@ def test_fsdp_gathers(compiled):
 def test_the_sampler_compiles_for_tpus():
     with tiny.few_layers():
         config = tiny.config(**{"sampling.batch_size": 6})
-        figures = plan.Planner(config, topology.parse("v5e:2x2")).sample(whole=True)
+        figures = plan.Planner(config, topology.parse("v5e:2x2")).sample(complete=True)
     assert figures["batch_size"] == 8 and figures["fits"] and figures["images_per_sec"] > 0
 
 
 @pytest.mark.parametrize("fields", [{}, {"data.name": "latents", "encode.text": True}])
 def test_a_recipe_of_the_paper_lowers_for_a_slice(fields):
-    """With the autoencoder and CLIP's text tower in the step, though there are no files of them."""
+    """The step contains the autoencoder and CLIP's text tower, without their weight files."""
     values = recipes.paper("ours", "cc12m", 256)
     values.update_from_flattened_dict(fields)
     config = create_config(values)
     target = topology.parse("v5e-64")
     planner = plan.Planner(config, target)
     mesh = sharding.create_mesh(config.parallel.fsdp, planner.devices)
-    lowered, given = plan.lower_step(plan.create_system(planner.config, planner.words), mesh)
+    objective = plan.create_objective(planner.config, planner.vocabulary)
+    lowered, inputs = plan.lower_step(objective, mesh)
     assert "mhlo.num_partitions = 64" in lowered.as_text()
-    assert compiling.device_bytes(given["parameters"]) == pytest.approx(4 * 791.6e6 / 8, rel=0.01)
-    tower = 123.06e6  # of CLIP ViT-L/14, bf16
-    leaves = jax.tree.leaves(given["encoders"]["text_encoder"])
+    assert compiling.device_bytes(inputs["parameters"]) == pytest.approx(4 * 791.6e6 / 8, rel=0.01)
+    tower = 123.06e6  # parameters of CLIP ViT-L/14's text tower, bf16
+    leaves = jax.tree.leaves(inputs["encoders"]["text_encoder"])
     assert sum(a.size * a.dtype.itemsize for a in leaves) == pytest.approx(2 * tower, 0.01)
 
 
@@ -241,7 +243,7 @@ def test_a_recipe_of_the_paper_lowers_for_a_slice(fields):
         ("h100:1x8", "float32", "xla"),
     ],
 )
-def test_attention_is_what_the_target_takes(monkeypatch, name, dtype, backend):
+def test_the_attention_backend_is_that_of_the_topology(monkeypatch, name, dtype, backend):
     monkeypatch.setattr(topology.Topology, "devices", lambda _: [])
     planner = plan.Planner(tiny.config(**{"model.dtype": dtype}), topology.parse(name))
     assert planner.config.model.attention == backend
@@ -251,33 +253,33 @@ def test_data_parallel_reduces_all_gradients_once_on_any_device():
     """The same on eight devices of this machine."""
     with tiny.few_layers():
         objective = tiny.objective(tiny.config())
-        lowered, given = plan.lower_step(objective, sharding.create_mesh(1))
+        lowered, inputs = plan.lower_step(objective, sharding.create_mesh(1))
     size = sum(4 * a.size for a in jax.tree.leaves(objective.shapes))
-    sent = hlo.collectives(compiling.measure(lowered, given).runs)
+    sent = hlo.collectives(compiling.measure(lowered, inputs).runs)
     assert sent == {"all-reduce": pytest.approx(2 * 7 / 8 * size, rel=0.01)}
 
 
 def test_fsdp_sends_parameters_and_not_activations():
-    """Thrice the parameters: gathered forward and backward, and their gradients scattered.
+    """Three times the parameters: gathered forward and backward, and their gradients scattered.
 
-    `layers.constrain_batch` sees to it; one block's features of this batch are larger. In small
-    batches XLA may send features where they are smaller than the parameters they meet.
+    `layers.constrain_batch` ensures it; the features of one block are larger for this batch. With
+    small batches XLA may send features where they are smaller than the parameters.
     """
     config = tiny.config(batch_size=2048, **{"parallel.fsdp": 8})
     with tiny.few_layers():
         objective = tiny.objective(config)
-        lowered, given = plan.lower_step(objective, sharding.create_mesh(8))
-    sent = sum(hlo.collectives(compiling.measure(lowered, given).runs).values())
+        lowered, inputs = plan.lower_step(objective, sharding.create_mesh(8))
+    sent = sum(hlo.collectives(compiling.measure(lowered, inputs).runs).values())
     parameters = sum(4 * a.size for a in jax.tree.leaves(objective.shapes))
     assert parameters < sent < 3.2 * parameters
 
 
 def forward_sends(name, module, inputs):
-    """Bytes that each of eight devices sends where they share the parameters of a module."""
+    """Return the bytes that each of eight devices sends with sharded parameters of a module."""
     mesh = sharding.create_mesh(8)
-    inputs = plan.place(inputs, sharding.batch_sharding(mesh))
+    inputs = plan.with_sharding(inputs, sharding.batch_sharding(mesh))
     shapes = {name: jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]}
-    params = jax.tree.map(plan.place, shapes, sharding.tree_shardings(mesh, shapes))
+    params = jax.tree.map(plan.with_sharding, shapes, sharding.tree_shardings(mesh, shapes))
     lowered = jax.jit(
         sharding.traced_on(mesh, lambda params, inputs: module.apply({"params": params}, *inputs)),
         out_shardings=sharding.batch_sharding(mesh),
@@ -286,14 +288,14 @@ def forward_sends(name, module, inputs):
 
 
 def clip_texts(batch):
-    """Else every device would read the texts of many: 24 GB a step instead of 5 at XL/2's size."""
+    """Texts gathered from other devices: would be 24 GB a step instead of 5 at XL/2's size."""
     size = clip.Size(width=128, depth=2, heads=2, hidden=512, words=64, length=8)
     ids = jax.numpy.zeros((batch, size.length), int)
     return "text_encoder", clip.TextTower(size), (ids, ids)
 
 
 def unet_features(batch):
-    """Its upsampling convolutions would gather those of all examples."""
+    """Features that upsampling convolutions would gather from all examples."""
     size = unet.Size((32, 32), (False, False), 16, heads=1, resnets=1)
     zeros = jax.numpy.zeros(batch, int)
     inputs = jax.numpy.zeros((batch, 4, 4, 4)), zeros, Cond.of(zeros)
@@ -301,7 +303,7 @@ def unet_features(batch):
 
 
 def unet_classes(batch):
-    """Attention to one class token would gather the features of all examples that read it."""
+    """Features that attention to one class token would gather from all examples."""
     size = unet.Size((32, 96), (False, True), 64, head_size=8, resnets=1)
     zeros = jax.numpy.zeros(batch, int)
     inputs = jax.numpy.zeros((batch, 8, 8, 4)), zeros, Cond.of(zeros)
@@ -309,7 +311,7 @@ def unet_classes(batch):
 
 
 def unet2d_classes(batch):
-    """The class is added to the time, which all layers hear."""
+    """Class embeddings, which are added to the time embedding of all layers."""
     size = unet2d.Size((32, 64), (False, True), resnets=1, groups=8)
     zeros = jax.numpy.zeros(batch, int)
     inputs = jax.numpy.zeros((batch, 8, 8, 3)), zeros, Cond.of(zeros)
@@ -317,7 +319,7 @@ def unet2d_classes(batch):
 
 
 def autoencoder_images(batch):
-    """Its decoder has upsampling convolutions, too."""
+    """Features of the decoder's upsampling convolutions."""
     network = kl.AutoencoderKL(kl.Size((32, 64), resnets=1))
     return "autoencoder", network, (jax.numpy.zeros((batch, 16, 16, 3)),)
 
@@ -332,33 +334,35 @@ def autoencoder_images(batch):
         pytest.param(autoencoder_images, marks=pytest.mark.slow),
     ],
 )
-def test_nor_do_other_networks_send_activations(case):
+def test_other_networks_do_not_send_activations(case):
     sent = [forward_sends(*case(batch)) for batch in (64, 256)]
     assert 0 < sent[1] < 1.02 * sent[0], sent
 
 
 def lower_transformer(batch):
-    """The gradient of two blocks of a UNet, which hear one token, for TPUs that share them."""
+    """Lower the gradient of two UNet blocks, conditioned on one token, for TPUs that shard them."""
     mesh = sharding.create_mesh(8, topology.parse("v5e:2x4").devices())
     block = unet.TransformerBlock(12, 32, True, "flash", jax.numpy.bfloat16)
     x = jax.ShapeDtypeStruct((batch, 16, 16, 384), jax.numpy.bfloat16)
     context = jax.ShapeDtypeStruct((batch, 1, 512), jax.numpy.bfloat16)
     shapes = {"model": jax.eval_shape(block.init, jax.random.key(0), x, context)["params"]}
-    placed = sharding.tree_shardings(mesh, shapes)
+    shardings = sharding.tree_shardings(mesh, shapes)
 
     def loss(params, x, context):
         for _ in range(2):
             x = block.apply({"params": params["model"]}, layers.constrain_batch(x), context)
         return jax.numpy.square(layers.constrain_batch(x).astype(float)).mean()
 
-    params = jax.tree.map(plan.place, shapes, placed)
-    inputs = plan.place((x, context), sharding.batch_sharding(mesh))
-    step = jax.jit(sharding.traced_on(mesh, jax.grad(loss)), out_shardings=placed)
+    params = jax.tree.map(plan.with_sharding, shapes, shardings)
+    inputs = plan.with_sharding((x, context), sharding.batch_sharding(mesh))
+    step = jax.jit(sharding.traced_on(mesh, jax.grad(loss)), out_shardings=shardings)
     return step.lower(params, *inputs), {"parameters": params}
 
 
 @pytest.mark.slow
-def test_nor_does_attention_on_tpus():
-    """Their partitioner, unlike that of CPUs, would gather what cross-attention puts out."""
-    sent = [hlo.collectives(compiling.early(lower_transformer, n).runs) for n in (256, 1024)]
+def test_attention_on_tpus_does_not_send_activations():
+    """The partitioner of TPUs, unlike that of CPUs, would gather the outputs of cross-attention."""
+    sent = [
+        hlo.collectives(compiling.measure_early(lower_transformer, n).runs) for n in (256, 1024)
+    ]
     assert sent[0] == sent[1] and sum(sent[0].values()) > 0

@@ -68,7 +68,7 @@ def test_training_does_not_change_the_tower(run, folder):
 
 def test_conditions_are_the_towers_features(folder):
     objective = tiny.objective(config(folder, **{"conditioning.padding": "zero"}))
-    batch = requests.requests(objective, ["a red circle", "", "blue " * 50])
+    batch = requests.create_batch(objective, ["a red circle", "", "blue " * 50])
     frozen = objective.load_frozen()
     assert frozen.keys() == {"text_encoder"} and batch["mask"].sum(1).tolist() == [5, 2, 8]
     text = jit(objective.condition)(frozen, batch, None).semantics
@@ -165,7 +165,7 @@ def test_summary_lists_frozen_encoders(folder, capsys, monkeypatch):
 
 def test_bf16_runs_encode_in_bf16(folder):
     objective = tiny.objective(config(folder, **{"model.dtype": "bfloat16"}))
-    batch, frozen = requests.requests(objective, ["a ring"]), objective.load_frozen()
+    batch, frozen = requests.create_batch(objective, ["a ring"]), objective.load_frozen()
     text = jax.eval_shape(
         lambda f: objective.text_encoder.apply(
             {"params": f["text_encoder"]}, batch["ids"], batch["mask"]

@@ -26,7 +26,7 @@ from condiff_jax.pytorch import exporting, importing
 from condiff_jax.runs import optimizer, state
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
-from condiff_jax.sampling.requests import requests
+from condiff_jax.sampling.requests import create_batch
 from tests import clips, tiny
 
 CLASS = {"data.semantics": "class"}
@@ -95,7 +95,7 @@ def test_ten_steps_in_pytorch_are_ours(name, exported):
     objective, params, out, _ = exported(name)
     text = objective.text_encoder is not None
     asked = ["a red circle", "blue ring left"] if text else [1, 4]
-    batch, keys = requests(objective, asked), jax.random.split(jax.random.key(3), 2)
+    batch, keys = create_batch(objective, asked), jax.random.split(jax.random.key(3), 2)
     noise = jax.random.normal(keys[0], (2, 8, 16)) if text else None
     x = initial_noise(keys, objective.latent_shape)
 
@@ -313,7 +313,7 @@ def test_clip_is_named_and_its_features_are_ours(tmp_path, form):
     asked = ["a red circle", "", "blue " * 20]
     noise = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)
     params = {**params, **objective.load_frozen()}
-    ours = parity.jit(objective.condition)(params, requests(objective, asked), noise).semantics
+    ours = parity.jit(objective.condition)(params, create_batch(objective, asked), noise).semantics
     with torch.no_grad():
         theirs = pipe.embed(asked, torch.tensor(noise))
     np.testing.assert_allclose(theirs.tokens, ours.tokens, atol=1e-5)
@@ -352,7 +352,7 @@ def system_control(objective, **values):
     control = dataclasses.replace(objective.config.sampling.control, **values)
     sampling = dataclasses.replace(objective.config.sampling, control=control)
     config = dataclasses.replace(objective.config, sampling=sampling)
-    batch = requests(dataclasses.replace(objective, config=config), ["a", "b"])
+    batch = create_batch(dataclasses.replace(objective, config=config), ["a", "b"])
     told = objective.control.control(batch["control"])
     return np.asarray(told.high), np.asarray(told.low)
 

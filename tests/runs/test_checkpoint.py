@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which ones are kept, and what was torn is never a step."""
+"""Checkpoints on disk: which ones are kept, and interrupted writes are never steps."""
 
 import time
 
@@ -13,8 +13,8 @@ from condiff_jax.runtime import sharding
 from tests import tiny
 
 
-def test_only_a_run_that_goes_on_clears_what_was_torn(tmp_path):
-    """Another one that reads may meet the run while it is writing."""
+def test_only_a_resumed_run_deletes_interrupted_writes(tmp_path):
+    """A process that only reads must not delete what the run is writing."""
     path = Workdir(tmp_path).checkpoints
     with pytest.raises(ConfigError, match="no checkpoints here"):
         Checkpoints(path, tiny.config())
@@ -26,7 +26,7 @@ def test_only_a_run_that_goes_on_clears_what_was_torn(tmp_path):
         checkpoints = Checkpoints(path, tiny.config(), create=create)
         assert checkpoints.latest is None
         checkpoints.close()
-    deadline = time.time() + 10  # it is done beside what follows
+    deadline = time.time() + 10  # deleted in the background
     while torn.exists():
         assert time.time() < deadline
         time.sleep(0.01)
@@ -40,7 +40,7 @@ def test_the_newest_and_the_ones_of_lowest_loss_are_kept(tmp_path):
         checkpoints.save(step, {"a": np.zeros(1)}, loss)
         checkpoints.wait()
     checkpoints.close()
-    assert sorted(int(found.name) for found in path.iterdir()) == [2, 4, 5]
+    assert sorted(int(folder.name) for folder in path.iterdir()) == [2, 4, 5]
 
 
 def test_the_newest_checkpoint_is_the_one_of_the_largest_number(tmp_path):
@@ -52,7 +52,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_largest_number(tmp_path):
 
 
 def test_small_arrays_are_saved_without_compiling(tmp_path):
-    """Slices for each of the devices that have them would be compiled one by one."""
+    """Otherwise a program would be compiled for the slice of each device."""
     arrays = {"kernel": np.arange(520.0).reshape(8, 65), "bias": np.arange(24.0)}
     arrays = jax.device_put(arrays, sharding.replicated(sharding.create_mesh(1)))
     checkpoints = Checkpoints(Workdir(tmp_path).checkpoints, tiny.config(), create=True)

@@ -9,13 +9,14 @@ from tests import tiny
 
 def test_ema_follows_its_recursion():
     tx = optimizer.create(tiny.config(**{"optimizer.learning_rate": 0.1}))
-    now = state.create({"w": jnp.ones(3)}, tx)
-    average = np.ones(3)
+    current = state.create({"w": jnp.ones(3)}, tx)
+    ema = np.ones(3)
     for step in range(5):
-        now = state.update(now, {"w": jnp.ones(3)}, tx, ema=0.4, ema_warmup=True)
+        current = state.update(current, {"w": jnp.ones(3)}, tx, ema=0.4, ema_warmup=True)
         decay = min(0.4, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * np.asarray(now.params["w"])
-        np.testing.assert_allclose(now.ema["w"], average, rtol=1e-6)
-    assert int(now.step) == 5
-    assert state.to_sample(now, True) is now.ema and state.to_sample(now, False) is now.params
+        ema = decay * ema + (1 - decay) * np.asarray(current.params["w"])
+        np.testing.assert_allclose(current.ema["w"], ema, rtol=1e-6)
+    assert int(current.step) == 5
+    assert state.to_sample(current, True) is current.ema
+    assert state.to_sample(current, False) is current.params
     assert float(state.ema_decay(jnp.array(0), 0.9, False)) == np.float32(0.9)

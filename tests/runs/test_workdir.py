@@ -1,4 +1,4 @@
-"""Files of a work directory: replaced in one step, and in order after a run was killed."""
+"""Files of a work directory: written atomically, and consistent after a run was killed."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from condiff_jax.config.errors import ConfigError
 from condiff_jax.objectives.validate import create_config
 from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.runs.workdir import Workdir
-from condiff_jax.runtime.files import append_json, drop_lines_after, read_json_lines, write
+from condiff_jax.runtime.files import append_json, drop_lines_after, read_json_lines, write_file
 from condiff_jax.training.reporters.base import Log
 from tests import tiny
 
@@ -22,9 +22,9 @@ def test_a_file_is_replaced_whole(tmp_path, content):
     for old in (None, "a longer text than the new one"):
         if old:
             path.write_text(old)
-        write(path, content)
+        write_file(path, content)
         assert path.read_text() == "new"
-        assert [one.name for one in path.parent.iterdir()] == ["config.json"]
+        assert [file.name for file in path.parent.iterdir()] == ["config.json"]
 
 
 def test_a_failure_before_the_last_step_leaves_the_old_content(tmp_path, monkeypatch):
@@ -36,11 +36,11 @@ def test_a_failure_before_the_last_step_leaves_the_old_content(tmp_path, monkeyp
 
     monkeypatch.setattr(type(path), "replace", fail)
     with pytest.raises(OSError, match="the disk is gone"):
-        write(path, "new")
+        write_file(path, "new")
     assert path.read_text() == "old"
 
 
-def test_forgetting_keeps_the_lines_up_to_a_step(tmp_path, monkeypatch):
+def test_lines_up_to_a_step_are_kept(tmp_path):
     path = epath.Path(tmp_path) / "metrics.jsonl"
     drop_lines_after(path, 1)
     assert not path.exists()
@@ -50,8 +50,8 @@ def test_forgetting_keeps_the_lines_up_to_a_step(tmp_path, monkeypatch):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_what_is_logged_beyond_the_step_a_run_goes_on_from_is_dropped(tmp_path):
-    """An evaluation or a grid of a model that is no more must not pass for the new one's."""
+def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
+    """Evaluations and grids of the lost weights must not pass for those of the new ones."""
     folder = Workdir(tmp_path)
     folder.samples.mkdir()
     for name in ("2.png", "3.png", "3-seed0-grid.png"):
@@ -75,7 +75,7 @@ def test_a_torn_last_line_is_left_out_and_dropped(tmp_path, torn):
 
 
 @pytest.mark.parametrize("text", ["{", '{"model": 1}', '{"modle": {}}'])
-def test_a_damaged_config_is_named(tmp_path, text):
+def test_a_damaged_config_is_an_error_that_names_it(tmp_path, text):
     folder = Workdir(tmp_path)
     folder.config.write_text(text)
     with pytest.raises(ConfigError, match="config.json: damaged, or of another version"):
@@ -94,11 +94,10 @@ def test_fields_that_are_newer_than_a_run_have_their_defaults(tmp_path):
         folder.check(with_fields(config, {"data.crop": (0.5, 1.0)}))
 
 
-def test_a_run_goes_on_from_before_there_were_ways_to_tell_the_class(tmp_path):
+def test_a_run_from_before_model_conditioner_existed_resumes(tmp_path):
     fields = {"model.name": "unet2d", "model.size": "tiny", "data.semantics": "class"}
-    earlier = tiny.values(**fields)
     values = tiny.values(**fields)
-    values.init.pretrain = earlier
+    values.init.pretrain = tiny.values(**fields)
     folder, film = Workdir(tmp_path), create_config(values)
     values.model.conditioner = "adanorm"
     old = dataclasses.asdict(film)
@@ -109,11 +108,11 @@ def test_a_run_goes_on_from_before_there_were_ways_to_tell_the_class(tmp_path):
         folder.check(create_config(values))
 
 
-def test_a_run_that_begins_anew_may_have_other_encoders(tmp_path):
-    folder, words = Workdir(tmp_path), Vocabulary(("a",), ())
+def test_a_run_without_checkpoints_may_change_its_encoders(tmp_path):
+    folder, vocabulary = Workdir(tmp_path), Vocabulary(("a",), ())
     folder.encoders.write_text("{}")
-    folder.open(tiny.config(), words)
+    folder.open(tiny.config(), vocabulary)
     assert not folder.encoders.exists()
     folder.encoders.write_text("{}")
-    folder.open(tiny.config(), words, begun=True)
+    folder.open(tiny.config(), vocabulary, begun=True)
     assert folder.encoders.exists()

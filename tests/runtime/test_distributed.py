@@ -1,4 +1,4 @@
-"""Several real processes: the curve of one, stopping together, and the end when one is gone."""
+"""Training with several real processes: results of a single one, coordinated stops, lost ones."""
 
 import fnmatch
 import json
@@ -14,7 +14,7 @@ from condiff_jax.models import kl
 from condiff_jax.runs.checkpoint import Checkpoints
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import distributed, sharding
-from condiff_jax.runtime.process import STOPPED
+from condiff_jax.runtime.process import STOPPED_MESSAGE
 from condiff_jax.training.reporters import autoencoder
 from tests import tiny
 from tests.children import Children
@@ -22,9 +22,9 @@ from tests.children import Children
 DEVICES = 4  # of all processes together
 SMALL = [
     "--config=configs/quickstart.py",
-    "--config.model.name=dit_ln",  # the quickest to trace
+    "--config.model.name=dit_ln",  # the fastest to trace
     "--config.data.semantics=class",
-    "--config.optimizer.eps=1e-3",  # else Adam makes the rounding of small gradients large
+    "--config.optimizer.eps=1e-3",  # Adam amplifies rounding errors of small gradients less
     "--config.model.unroll=1",
     "--config.log.every=1",
     "--config.checkpoint.every=3",
@@ -47,12 +47,12 @@ def start(folder, *args, n=1):
 
 
 def curve(folder):
-    """{step: loss}, and that no step is there twice."""
+    """Return {step: loss}; assert that each step is logged once."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    values = [json.loads(line) for line in lines if line.endswith("\n")]
-    assert [value["step"] for value in values] == list(range(1, len(values) + 1))
-    return {value["step"]: value["loss"] for value in values}
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return {record["step"]: record["loss"] for record in records}
 
 
 def wait_for_step(folder, children, step):
@@ -64,7 +64,7 @@ def wait_for_step(folder, children, step):
 
 
 def final(folder, step):
-    """The state of the newest checkpoint, on this process's devices."""
+    """Restore the state of the newest checkpoint on this process's devices."""
     config = Workdir(str(folder)).load_config()
     checkpoints = Checkpoints(Workdir(str(folder)).checkpoints, config)
     assert checkpoints.latest == step
@@ -73,7 +73,7 @@ def final(folder, step):
 
 
 def stop_one(folder, n):
-    """The step after which n processes stop when SIGTERM reaches one of them alone."""
+    """Send SIGTERM to one of n processes and return the step after which all of them stop."""
     with start(folder, ENDLESS, n=n) as run:
         wait_for_step(folder, run, 2)
         run.processes[n // 2].terminate()
@@ -86,24 +86,27 @@ def stop_one(folder, n):
 
 
 def finish(folder, last, *more):
-    """Two processes go on to the last step; curve, state and evaluation are those of one alone."""
-    with start(folder, f"--config.steps={last}", *more, n=2) as two:
-        assert two.wait(240) == [0, 0], two.outputs()
-        assert "Finished" in two.outputs()[0] and "Finished" not in two.outputs()[1]
-    alone = folder.with_name("alone")
-    with start(alone, f"--config.steps={last}", *more) as one:
-        assert one.wait(240) == [0], one.outputs()
-    assert set(curve(folder)) == set(curve(alone)) == set(range(1, last + 1))
-    np.testing.assert_allclose(list(curve(folder).values()), list(curve(alone).values()), rtol=1e-5)
-    several, single = final(folder, last), final(alone, last)
-    for a, b in zip(jax.tree.leaves(several), jax.tree.leaves(single), strict=True):
+    """Finish a run with two processes; losses, state and evaluation equal a single process's."""
+    with start(folder, f"--config.steps={last}", *more, n=2) as run:
+        assert run.wait(240) == [0, 0], run.outputs()
+        assert "Finished" in run.outputs()[0] and "Finished" not in run.outputs()[1]
+    single = folder.with_name("alone")
+    with start(single, f"--config.steps={last}", *more) as run:
+        assert run.wait(240) == [0], run.outputs()
+    assert set(curve(folder)) == set(curve(single)) == set(range(1, last + 1))
+    losses, expected = (list(curve(path).values()) for path in (folder, single))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    state, expected = final(folder, last), final(single, last)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    found = [
-        json.loads((path / "evaluation.jsonl").read_text())["metrics"] for path in (folder, alone)
+    records = [
+        json.loads((path / "evaluation.jsonl").read_text())["metrics"] for path in (folder, single)
     ]
-    several, single = ({k: v for k, v in one.items() if v is not None} for one in found)
-    assert {"frechet_shapes", *(["size_l2"] if more else [])} <= several.keys()
-    assert several == pytest.approx(single, rel=1e-3, abs=1e-4)
+    metrics, expected = (
+        {name: value for name, value in record.items() if value is not None} for record in records
+    )
+    assert {"frechet_shapes", *(["size_l2"] if more else [])} <= metrics.keys()
+    assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_two_processes_that_stop_and_go_on_train_the_model_of_one(tmp_path):
@@ -112,24 +115,26 @@ def test_two_processes_that_stop_and_go_on_train_the_model_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_any_number_of_processes_train_the_same_model(tmp_path):
-    """Four processes, one of which is told to stop; two, one of which is killed; two to the end:
-    the losses of one undisturbed process, to f32's rounding, and its images.
+    """Four processes, one of which gets SIGTERM; two, one of which is killed; two that finish.
+
+    Losses and images equal those of one uninterrupted process, up to f32 rounding.
     """
-    run = tmp_path / "run"
-    stopped = stop_one(run, 4)
-    with start(run, ENDLESS, n=2) as two:
-        wait_for_step(run, two, stopped + 4)  # a checkpoint on the way
-        two.processes[1].kill()
+    folder = tmp_path / "run"
+    stopped = stop_one(folder, 4)
+    with start(folder, ENDLESS, n=2) as run:
+        wait_for_step(folder, run, stopped + 4)  # past the next checkpoint
+        run.processes[1].kill()
         killed = time.time()
-        codes = two.wait(60)
+        codes = run.wait(60)
         assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL
         assert time.time() - killed < 60
-        # By a broken connection, or by the heartbeat that is missing.
-        said = ("another process is gone", "another task died")
-        assert any(words in two.outputs()[0] for words in said)
-    reached = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+        # Detected by a broken connection, or by the missing heartbeat.
+        messages = ("another process is gone", "another task died")
+        assert any(message in run.outputs()[0] for message in messages)
+    checkpoints = (folder / "checkpoints").iterdir()
+    reached = max(int(path.name) for path in checkpoints if path.name.isdigit())
     assert reached > stopped
-    finish(run, reached + 3, *SIZES)
+    finish(folder, reached + 3, *SIZES)
 
 
 @pytest.mark.slow
@@ -157,18 +162,18 @@ def test_processes_share_the_shards_of_a_cache_and_stop_with_sigterm(tmp_path):
         while not list(tmp_path.glob("shared/*.array_record")):
             assert time.time() < deadline, run.outputs()
             time.sleep(0.01)
-        for process in run.processes:  # process 0 first: it must wait for those connected to it
+        for process in run.processes:  # process 0 first: it must wait for the connected ones
             process.terminate()
             time.sleep(1)
         assert run.wait(60) == [0, 0], print("\n=====\n".join(run.outputs()))
-        assert all(STOPPED in output for output in run.outputs())
+        assert all(STOPPED_MESSAGE in output for output in run.outputs())
         assert not (tmp_path / "shared" / "manifest.json").exists()
-    found = []
+    contents = []
     for n, name in ((2, "shared"), (1, "alone")):
         with start(n, tmp_path / name) as run:
             assert run.wait(240) == [0] * n, run.outputs()
-        found.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
-    assert found[0] == found[1] and len(found[0]) >= 10  # shards and the manifest
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert contents[0] == contents[1] and len(contents[0]) >= 10  # shards and the manifest
 
 
 @pytest.mark.parametrize(
@@ -185,8 +190,8 @@ def test_processes_share_the_shards_of_a_cache_and_stop_with_sigterm(tmp_path):
         ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "Cloud TPU on Kubernetes"),
     ],
 )
-def test_who_has_started_several_processes(environment, expected):
-    assert distributed.cluster(environment) == expected
+def test_launchers_are_detected_by_their_environment(environment, expected):
+    assert distributed.detect_cluster(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -194,54 +199,54 @@ def test_who_has_started_several_processes(environment, expected):
     [
         (["/dev/accel0"], ["libtpu"], {}, "Cloud TPU"),
         (["/dev/vfio/0"], ["libtpu"], {}, "Cloud TPU"),
-        (["/dev/vfio/vfio"], ["libtpu"], {}, None),  # any machine's that can lend devices
+        (["/dev/vfio/vfio"], ["libtpu"], {}, None),  # on any machine with vfio
         (["/dev/accel0"], [], {}, None),
         (["/dev/accel0"], ["libtpu"], {"JAX_PLATFORMS": "cpu"}, None),
         (["/dev/accel0"], ["libtpu"], {"TPU_SKIP_MDS_QUERY": "1"}, None),
         ([], ["libtpu"], {}, None),
     ],
 )
-def test_tpu_machines_are_known_by_their_devices(
+def test_tpu_machines_are_detected_by_their_devices(
     devices, installed, environment, expected, monkeypatch
 ):
     monkeypatch.setattr(distributed.glob, "glob", lambda form: fnmatch.filter(devices, form))
     monkeypatch.setattr(
         distributed.util, "find_spec", lambda name: name if name in installed else None
     )
-    assert distributed.cluster(environment) == expected
+    assert distributed.detect_cluster(environment) == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "code", "message"),
+    ("flags", "code", "message"),
     [
         (("localhost:1", 2, None), 2, "--process is missing; give --coordinator, --processes"),
         ((None, 2, 0), 2, "--coordinator is missing"),
         ((None, None, 0), 2, "--coordinator is missing"),
-        (("localhost:1", 2, 2), 1, "the processes did not meet (process 2 of 2, localhost:1)"),
+        (("localhost:1", 2, 2), 1, "the processes did not connect (process 2 of 2, localhost:1)"),
     ],
 )
-def test_processes_that_cannot_meet_are_one_line(given, code, message, capsys):
+def test_processes_that_cannot_connect_exit_with_one_line(flags, code, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        distributed.initialize(*given)
+        distributed.initialize(*flags)
     error = capsys.readouterr().err
     assert exit.value.code == code and error.count("\n") == 1
     assert error.startswith(f"error: {message}")
 
 
-def test_one_process_alone_joins_nobody(monkeypatch):
-    monkeypatch.setattr(distributed, "cluster", lambda environment: None)
+def test_a_single_process_is_not_initialized(monkeypatch):
+    monkeypatch.setattr(distributed, "detect_cluster", lambda environment: None)
     monkeypatch.setattr(jax.distributed, "initialize", None)  # would fail
     distributed.initialize(None, None, None)
 
 
-@pytest.mark.parametrize("given", [(None, None, None), ("a:1", 2, 0)])
-def test_what_the_cluster_knows_is_left_to_it_unless_told(monkeypatch, given):
-    called = []
-    monkeypatch.setattr(distributed, "cluster", lambda environment: "Slurm")
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: called.append((a, k)))
+@pytest.mark.parametrize("flags", [(None, None, None), ("a:1", 2, 0)])
+def test_jax_detects_the_processes_without_flags(monkeypatch, flags):
+    calls = []
+    monkeypatch.setattr(distributed, "detect_cluster", lambda environment: "Slurm")
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
     monkeypatch.setattr(distributed.faulthandler, "disable", lambda: None)
-    distributed.initialize(*given)
-    ((where, how),) = called
-    assert where == given
-    assert how["cluster_detection_method"] == (None if given[0] is None else "deactivate")
-    assert how["heartbeat_timeout_seconds"] < 60
+    distributed.initialize(*flags)
+    ((arguments, options),) = calls
+    assert arguments == flags
+    assert options["cluster_detection_method"] == (None if flags[0] is None else "deactivate")
+    assert options["heartbeat_timeout_seconds"] < 60

@@ -1,4 +1,4 @@
-"""Counting FLOPs: closed forms, transformations, and the paper's number for XL/2."""
+"""FLOP counts: closed forms, transformations, and the paper's number for XL/2."""
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def test_inside_other_calls(function):
     assert flops.count(lambda x, w: (function(x, w) + x @ w).sum(), X, W) == 2 * XW
 
 
-def test_both_branches_of_a_condition_are_seen():
+def test_both_branches_of_a_conditional_count():
     choose = lambda p, x, w: jax.lax.cond(p, lambda: x @ w, lambda: jnp.zeros((3, 5)))  # noqa: E731
     assert flops.count(choose, True, X, W) == XW
 
@@ -97,8 +97,8 @@ def test_gradients():
     both = jax.value_and_grad(square, (0, 1))
     assert flops.count(both, X, W) == 3 * XW  # forward, and one product for each argument
     assert flops.count(jax.grad(square, 1), X, W) == 2 * XW
-    rematerialised = jax.value_and_grad(jax.checkpoint(square), (0, 1))
-    assert flops.count(rematerialised, X, W) == 4 * XW  # the forward product twice
+    rematerialized = jax.value_and_grad(jax.checkpoint(square), (0, 1))
+    assert flops.count(rematerialized, X, W) == 4 * XW  # the forward product twice
     through_custom = jax.value_and_grad(lambda x, w: custom(x, w).sum(), (0, 1))
     assert flops.count(through_custom, X, W) == 3 * XW
 

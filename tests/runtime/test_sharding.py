@@ -1,4 +1,4 @@
-"""Sharding rules: complete, unambiguous, and placing each dimension as documented."""
+"""Sharding rules: complete, unambiguous, and splitting each dimension as documented."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ METHODS = [("unet2d", "auto", "class", method) for method in conditioners.names(
 
 
 def create(name="ours", streams="auto", semantics="text", **overrides):
-    """An objective of the default config, small and with every group of control scalars."""
+    """Create a small objective of the default config, with every group of control scalars."""
     values = base.get_config()
     overrides |= {
         "model.name": name,
@@ -65,16 +65,16 @@ def test_every_parameter_matches_exactly_one_rule(name, streams, semantics, meth
 
 
 @pytest.mark.parametrize("streams", ["qkv", "full"])
-def test_every_leaf_of_the_training_state_has_a_place(streams):
+def test_every_leaf_of_the_training_state_has_a_sharding(streams):
     mesh = sharding.create_mesh(4)
     state = abstract_state(create("mmdit", streams), mesh)
-    places = {name: leaf.sharding.spec for name, leaf in names(state).items()}
-    assert places["step"] == P()
-    for parameter, spec in places.items():
+    specs = {name: leaf.sharding.spec for name, leaf in names(state).items()}
+    assert specs["step"] == P()
+    for parameter, spec in specs.items():
         if parameter.startswith("params/"):
-            copies = [p for p in places if p.endswith(parameter.removeprefix("params"))]
-            assert len(copies) == 4, parameter  # itself, average, two moments
-            assert {places[p] for p in copies} == {spec}
+            copies = [p for p in specs if p.endswith(parameter.removeprefix("params"))]
+            assert len(copies) == 4, parameter  # itself, EMA, two moments
+            assert {specs[p] for p in copies} == {spec}
 
 
 L, D, H = 6, 128, 4  # the width is divisible by four devices
@@ -112,16 +112,16 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("streams", EXPECTED)
-def test_places(streams, monkeypatch):
+def test_shardings_of_known_parameters(streams, monkeypatch):
     monkeypatch.setitem(transformer.SIZES, "tiny", (L, D, H))
     mesh = sharding.create_mesh(4)
     params = jax.eval_shape(create("mmdit", streams).init, jax.random.key(0))
-    places = names(sharding.tree_shardings(mesh, params))
+    shardings = names(sharding.tree_shardings(mesh, params))
     shapes = {name: leaf.shape for name, leaf in names(params).items()}
     for name, (shape, spec) in EXPECTED[streams].items():
         assert shapes[name] == shape, name
-        assert places[name].spec == spec, name
-        assert places[name].mesh == mesh
+        assert shardings[name].spec == spec, name
+        assert shardings[name].mesh == mesh
 
 
 @pytest.mark.parametrize("name", ["model/blocks/rope/kernel", "decoder/kernel", "weights"])
@@ -145,11 +145,11 @@ def test_ambiguous_parameters_are_an_error(monkeypatch):
 def test_dimensions_that_do_not_divide_are_replicated(fsdp):
     tree = {"model": {"final": {"kernel": np.zeros((6, 8)), "bias": np.zeros(8)}, "step": 0.0}}
     tree["model"]["step"] = np.zeros(())  # scalars need no rule
-    places = sharding.tree_shardings(sharding.create_mesh(fsdp), tree)["model"]
+    shardings = sharding.tree_shardings(sharding.create_mesh(fsdp), tree)["model"]
     axis = None if fsdp == 8 else "fsdp"  # 6 rows
-    assert places["final"]["kernel"].spec == P(axis, None)
-    assert places["final"]["bias"].spec == P(None)
-    assert places["step"].spec == P()
+    assert shardings["final"]["kernel"].spec == P(axis, None)
+    assert shardings["final"]["bias"].spec == P(None)
+    assert shardings["step"].spec == P()
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
@@ -183,20 +183,20 @@ def test_batches_are_split_over_all_devices(fsdp):
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_frozen_autoencoders_are_split_like_what_is_trained(kind):
+def test_frozen_autoencoders_are_split_like_trained_networks(kind):
     network = NETWORKS[kind](kl.SIZES["tiny"])
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     assert_mostly_split({"autoencoder": shapes})
 
 
-def test_frozen_text_towers_are_split_like_what_is_trained():
+def test_frozen_text_towers_are_split_like_trained_networks():
     size = clip.Size(words=64, length=8, width=32, depth=2, heads=2, hidden=64, end=2)
     ids = jnp.zeros((1, 8), jnp.int32)
     shapes = jax.eval_shape(clip.TextTower(size).init, jax.random.key(0), ids, ids == 0)["params"]
     assert_mostly_split({"text_encoder": shapes})
 
 
-def test_frozen_lpips_is_small_and_whole():
+def test_frozen_lpips_is_replicated():
     kernel, head = np.ones((3, 3, 4, 8), np.float32), np.ones(8, np.float32)
     conv = {"conv_0": {"kernel": kernel, "bias": head}}
     for name in ("alexnet", "vgg16"):
@@ -208,5 +208,5 @@ def test_frozen_lpips_is_small_and_whole():
 def assert_mostly_split(shapes):
     tree = jax.tree.map(lambda a: np.ones(a.shape, np.float32), shapes)
     placed = jax.tree.leaves(sharding.put(sharding.create_mesh(4), tree))
-    kept = sum(array.addressable_shards[0].data.size for array in placed)
-    assert kept < 0.3 * sum(array.size for array in placed)
+    on_one_device = sum(array.addressable_shards[0].data.size for array in placed)
+    assert on_one_device < 0.3 * sum(array.size for array in placed)

@@ -1,6 +1,6 @@
-"""SIGTERM that reaches the whole process group, as job managers send it, while a loader is behind.
+"""SIGTERM to the whole process group, as job managers send it, while the data loader hangs.
 
-Its worker processes read, as from a disk that hangs, only so many images.
+Its worker processes read a limited number of images, and then hang as on a broken disk.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from etils import epath
 
 from condiff_jax.models import kl
 from condiff_jax.runtime.distributed import Interrupt
-from condiff_jax.runtime.process import FAREWELL, STOPPED, Stopped, stoppable
+from condiff_jax.runtime.process import STOPPED_MESSAGE, WORKER_TIMEOUT, Stopped, stoppable
 from condiff_jax.training.reporters import autoencoder
 from tests import tiny
 from tests.children import Children
 from tests.data.test_webdataset import samples, write_tar
 
-# Of the interpreters that a run starts, which are its workers; the run itself reads at full speed.
+# A sitecustomize.py: only interpreters that a run starts (its workers) load it.
 HANGING_DISK = """
 import os, time
 left, read = int(os.environ["READS"]), os.pread
@@ -40,7 +40,7 @@ BATCH = 4
 
 @pytest.fixture
 def start(tmp_path):
-    """start(*arguments, reads=None): a command on small images that two worker processes read."""
+    """Return a function (*arguments, reads=None) that runs a command with two loader workers."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "sitecustomize.py").write_text(HANGING_DISK)
     (tmp_path / "data").mkdir()
@@ -75,27 +75,27 @@ def wait_for(condition, run):
 
 
 def stop(run, seconds=10):
-    """The output of a run whose whole group is sent SIGTERM, and that ends as it should."""
-    begun = time.time()
+    """Send SIGTERM to the process group of a run, assert a clean end, and return the output."""
+    sent = time.time()
     os.killpg(run.processes[0].pid, signal.SIGTERM)
     assert run.wait(60) == [0], run.outputs()
-    assert time.time() - begun < seconds, run.outputs()
+    assert time.time() - sent < seconds, run.outputs()
     while run.group():
-        assert time.time() - begun < seconds + 5, run.group()
+        assert time.time() - sent < seconds + 5, run.group()
         time.sleep(0.05)
     (output,) = run.outputs()
     assert "Traceback" not in output and "rror" not in output
     return output
 
 
-def test_training_saves_what_it_has_and_the_same_command_goes_on(start, tmp_path):
+def test_training_saves_a_checkpoint_and_the_same_command_resumes(start, tmp_path):
     folder = tmp_path / "run"
     metrics = folder / "metrics.jsonl"
     arguments = f"--workdir={folder}", "--config.checkpoint.every=100000"
     steps = lambda: metrics.read_text().count("\n") if metrics.exists() else 0  # noqa: E731
     with start(*arguments, "--config.steps=100000", reads=6 * BATCH * 2) as run:  # and captions
         wait_for(lambda: steps() >= 6, run)
-        time.sleep(1)  # it waits for the next batch
+        time.sleep(1)  # until it waits for the next batch
         stopped = steps()
         assert f"Stopped at step {stopped}; the same command" in stop(run)
     assert (folder / "checkpoints" / str(stopped)).is_dir()
@@ -106,7 +106,7 @@ def test_training_saves_what_it_has_and_the_same_command_goes_on(start, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reference", "evaluate"])
-def test_reading_a_reference(start, tmp_path, mode):
+def test_stopping_while_a_reference_is_read(start, tmp_path, mode):
     out, folder = tmp_path / "statistics.npz", tmp_path / "run"
     arguments = [f"--mode={mode}", "--config.evaluation.inception=random"]
     if mode == "reference":
@@ -119,11 +119,11 @@ def test_reading_a_reference(start, tmp_path, mode):
     with start(*arguments, reads=4) as run:
         wait_for(lambda: len(run.group()) == 3, run)
         time.sleep(3)
-        assert STOPPED in stop(run)
+        assert STOPPED_MESSAGE in stop(run)
     assert not out.exists() and not (folder / "evaluation.jsonl").exists()
 
 
-def test_encoding(start, tmp_path):
+def test_stopping_while_latents_are_encoded(start, tmp_path):
     network = kl.AutoencoderKL(kl.SIZES["tiny"])
     shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
     params = tiny.random_params(shapes)
@@ -139,7 +139,7 @@ def test_encoding(start, tmp_path):
     with start(*arguments, reads=10) as run:
         wait_for(lambda: len(run.group()) == 3 and "encode" in run.outputs()[0], run)
         time.sleep(3)
-        assert STOPPED in stop(run)
+        assert STOPPED_MESSAGE in stop(run)
     with start(*arguments) as run:
         assert run.wait(120) == [0], run.outputs()
     assert (tmp_path / "out" / "manifest.json").exists()
@@ -158,7 +158,7 @@ def test_workers_end_with_a_parent_that_is_killed(start, tmp_path):
 
 @pytest.fixture
 def at_collection():
-    """SIGTERM during the next garbage collection, in whose callbacks Python drops errors."""
+    """Send SIGTERM during the next garbage collection, in whose callbacks Python drops errors."""
     sent = []
 
     def callback(phase, info):
@@ -175,27 +175,27 @@ def at_collection():
 def wait_after_collection():
     gc.collect()
     time.sleep(1)
-    pytest.fail("goes on after SIGTERM")
+    pytest.fail("continues after SIGTERM")
 
 
 def test_sigterm_during_a_garbage_collection_is_not_lost(at_collection, capsys):
     with stoppable():
         wait_after_collection()
-    assert STOPPED in capsys.readouterr().out
+    assert STOPPED_MESSAGE in capsys.readouterr().out
 
 
-def test_nor_where_training_waits_for_a_batch(at_collection):
+def test_sigterm_is_not_lost_where_training_waits_for_a_batch(at_collection):
     with Interrupt() as interrupt:
         with contextlib.suppress(Stopped), interrupt.immediate():
             wait_after_collection()
-        assert interrupt.asked
+        assert interrupt.requested
 
 
 def test_the_alarm_that_ends_workers_outlives_a_command_that_has_saved():
-    """Training returns in order after SIGTERM; its workers may still hang then."""
+    """Training ends cleanly after SIGTERM; its workers may still hang then."""
     try:
         with stoppable(), Interrupt():
             signal.raise_signal(signal.SIGTERM)
-        assert 0 < signal.alarm(0) <= FAREWELL
+        assert 0 < signal.alarm(0) <= WORKER_TIMEOUT
     finally:
         signal.alarm(0)

@@ -1,4 +1,4 @@
-"""Noisy classifiers: their training, and what they make of the sampling of denoisers."""
+"""Classifiers of noised images: their training, and classifier guidance of denoisers."""
 
 import contextlib
 import dataclasses
@@ -29,14 +29,14 @@ from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime import sharding
 from condiff_jax.sampling import classifier_guide, sample
 from condiff_jax.sampling import sampler as sampler_lib
-from condiff_jax.sampling.requests import requests
+from condiff_jax.sampling.requests import create_batch
 from condiff_jax.training import loop
 from condiff_jax.training import step as step_lib
 from condiff_jax.training.reporters import classifier
 from configs import classifier as classifier_config
 from tests import tiny
 
-SMALL = Size((8,), (False,), 12, heads=2, resnets=1)  # only the middle attends
+SMALL = Size((8,), (False,), 12, heads=2, resnets=1)  # attention in the middle block only
 CLASSES = {"data.semantics": "class", "data.classes": 10, "conditioning.control": ()}
 FIELDS = CLASSES | {
     "objective": "classification", "model.name": "unet", "model.size": "tiny", "log.every": 1,
@@ -48,20 +48,20 @@ DENOISER = CLASSES | {"model.name": "dit_ln", "sampling.control_guidance": 1.0}
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    """Tiny sizes; trainings here are of one classifier, so they have one compiled step."""
+    """Use tiny sizes, and one compiled step: all trainings here are of one classifier."""
     with tiny.few_layers(), mock.patch.dict(unet.SIZES, {"tiny": SMALL}):
-        compiled, made = loop.compile_step, []
+        compile_step, cache = loop.compile_step, []
 
-        def once(*args):
-            made[:] = made or [compiled(*args)]
-            return made[0]
+        def compile_once(*args):
+            cache[:] = cache or [compile_step(*args)]
+            return cache[0]
 
-        with mock.patch.object(loop, "compile_step", once):
+        with mock.patch.object(loop, "compile_step", compile_once):
             yield
 
 
 @pytest.fixture(autouse=True)
-def few_pictures(monkeypatch):
+def few_images(monkeypatch):
     monkeypatch.setattr(classifier, "PICTURES", 12)
 
 
@@ -71,7 +71,7 @@ def lines(path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a classifier after 4 steps, with checkpoints of 2 and 4."""
+    """Return the folder of a classifier after 4 steps, with checkpoints of steps 2 and 4."""
     path = tmp_path_factory.mktemp("classifier")
     with mock.patch.object(classifier, "PICTURES", 12):
         assert loop.run(tiny.config(steps=4, **FIELDS), str(path))
@@ -88,7 +88,7 @@ def restored(path, config):
 def test_two_steps_and_two_are_four_bit_for_bit(trained, tmp_path):
     config, parts = tiny.config(steps=4, **FIELDS), tmp_path / "parts"
     shutil.copytree(trained, parts)
-    shutil.rmtree(parts / "checkpoints/4")  # as if it had been killed after half of its steps
+    shutil.rmtree(parts / "checkpoints/4")  # as if killed after half of its steps
     for name in ("evaluation.jsonl", "samples/4.png"):
         (parts / name).unlink()
     assert loop.run(config, str(parts))
@@ -99,8 +99,8 @@ def test_two_steps_and_two_are_four_bit_for_bit(trained, tmp_path):
         assert {name: line[name] for name in first} == {name: again[name] for name in first}
     quarters = [line[f"accuracy_{i}"] for i in (1, 2, 3, 4)]
     assert np.mean(quarters) == pytest.approx(line["accuracy"])
-    (found,) = [line for line in lines(parts / "evaluation.jsonl") if line["step"] == 4]
-    assert 0 <= found["accuracy"] <= 1 and (parts / "samples/4.png").exists()
+    (record,) = [line for line in lines(parts / "evaluation.jsonl") if line["step"] == 4]
+    assert 0 <= record["accuracy"] <= 1 and (parts / "samples/4.png").exists()
     assert loop.run(config, str(parts))  # nothing to do
     assert len(lines(parts / "evaluation.jsonl")) == 1
 
@@ -111,7 +111,7 @@ def objective():
     return classification.create(config, create_vocabulary(config, create_source(config)))
 
 
-def pictures(n):
+def validation_batch(n):
     source = create_source(tiny.config(**FIELDS), "validation")
     records = [source[i] for i in range(n)]
     images = [center(record["image"], 16) for record in records]
@@ -121,31 +121,30 @@ def pictures(n):
     }
 
 
-def test_the_loss_is_the_cross_entropy_of_noised_pictures(objective):
-    batch, rng = pictures(8), np.random.default_rng(0)
+def test_the_loss_is_the_cross_entropy_of_noised_images(objective):
+    batch, rng = validation_batch(8), np.random.default_rng(0)
     params = jax.tree.map(
         lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), objective.shapes
     )
     noise = objective.draw_noise(jax.random.key(1), 8)
     assert sorted(np.asarray(noise["t"]) // 125) == list(range(8))  # one of each eighth
-    run = jax.jit(objective.loss)
-    loss, parts = run(params, batch, noise)
+    loss, metrics = jax.jit(objective.loss)(params, batch, noise)
     x0 = batch["image"] / 127.5 - 1
     x = add_noise(objective.schedule, x0, noise["t"], noise["eps"])
     logits = jax.jit(objective.model.apply)({"params": params["classifier"]}, x, noise["t"])
     logits, label = np.asarray(logits, np.float64), np.asarray(batch["label"])
     probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert loss == pytest.approx(-np.log(probability[range(8), label]).mean(), rel=1e-4)
-    right = logits.argmax(1) == label
-    assert parts["accuracy"] == pytest.approx(right.mean())
+    correct = logits.argmax(1) == label
+    assert metrics["accuracy"] == pytest.approx(correct.mean())
     for i in range(4):
-        inside = np.asarray(noise["t"]) // 250 == i
-        assert inside.sum() == 2
-        assert parts[f"accuracy_{i + 1}"] == pytest.approx(right[inside].mean())
+        quarter = np.asarray(noise["t"]) // 250 == i
+        assert quarter.sum() == 2
+        assert metrics[f"accuracy_{i + 1}"] == pytest.approx(correct[quarter].mean())
 
 
-def test_the_loss_falls_where_classes_are_seen(objective):
-    """Class 0 is dark, class 1 is bright; noise hides it from some of t alone."""
+def test_the_loss_falls_where_classes_are_visible(objective):
+    """Class 0 is dark, class 1 is bright; noise hides the difference only at some t."""
     config = tiny.config(**FIELDS | {"data.resolution": 8, "optimizer.learning_rate": 1e-2})
     objective, label = classification.create(config, objective.vocabulary), np.arange(16) % 2
     image = np.broadcast_to((40 + 175 * label).astype(np.uint8)[:, None, None, None], IMAGES)
@@ -156,15 +155,14 @@ def test_the_loss_falls_where_classes_are_seen(objective):
     for _ in range(30):
         train_state, metrics = step(train_state, batch)
         losses.append(float(metrics["loss"]))
-    assert losses[0] == pytest.approx(np.log(10), rel=1e-4)  # it begins with no opinion
-    assert np.mean(losses[-10:]) < 0.55  # log 2 is 0.69: more than how frequent they are
+    assert losses[0] == pytest.approx(np.log(10), rel=1e-4)  # uniform at initialization
+    assert np.mean(losses[-10:]) < 0.55  # class frequencies alone give log 2 = 0.69
     assert metrics["accuracy_1"] == 1
 
 
 def test_flops_are_those_of_the_network(objective):
-    found = objective.forward_flops()
     resolution = objective.config.data.resolution
-    assert found > 2 * 9 * 8 * 8 * resolution**2  # one of its convolutions
+    assert objective.forward_flops() > 2 * 9 * 8 * 8 * resolution**2  # one of its convolutions
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def test_flops_are_those_of_the_network(objective):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(folder, parameters) of a denoiser with random parameters."""
+    """Return (folder, parameters) of a denoiser with random parameters."""
     path = tmp_path_factory.mktemp("denoiser")
     return path, tiny.finished(tiny.config(steps=2, **DENOISER), path)
 
@@ -187,7 +185,7 @@ def one_device():
 
 
 def saved(objective, path, value):
-    """The folder of a classifier whose parameters are all `value`, and their averages -value."""
+    """Save a classifier whose parameters are all `value` and whose EMA is -value."""
     folder = Workdir(str(path))
     folder.open(objective.config, objective.vocabulary)
     shapes = jax.eval_shape(
@@ -202,31 +200,33 @@ def saved(objective, path, value):
 
 
 def test_the_classifier_that_is_named_guides_averaged_or_as_trained(objective, tmp_path):
-    """Also where the grid of an evaluation goes from one to another with the same sampler."""
+    """Also where the grid of an evaluation changes the classifier of one sampler."""
 
-    def guide(sampler):
+    def guide_values(sampler):
         params = jax.device_get(sampler.frozen["classifier"])
         return {value for leaf in jax.tree.leaves(params) for value in leaf.ravel().tolist()}
 
-    one, two = (saved(objective, tmp_path / str(n), n) for n in (1.0, 2.0))
-    raw, other = (guided(path, **{"sampling.ema": False}) for path in (one, two))
+    first, second = (saved(objective, tmp_path / str(n), n) for n in (1.0, 2.0))
+    raw, other = (guided(path, **{"sampling.ema": False}) for path in (first, second))
     denoiser = tiny.objective(raw)
     sampler = sampler_lib.Sampler(denoiser, one_device(), raw.sampling)
-    assert guide(sampler) == {1} and guide(sampler.at(other)) == {2}
-    assert guide(sampler_lib.Sampler(denoiser, one_device(), guided(one).sampling)) == {-1}
+    assert guide_values(sampler) == {1} and guide_values(sampler.at(other)) == {2}
+    averaged = sampler_lib.Sampler(denoiser, one_device(), guided(first).sampling)
+    assert guide_values(averaged) == {-1}
 
 
 @pytest.mark.parametrize("name", ["ddpm", pytest.param("ddim", marks=pytest.mark.slow)])
-def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
-    """What `Sampler` draws is what the samplers draw with the two forms of the guidance."""
+def test_sampling_uses_the_form_of_guidance_of_the_sampler(name, trained, run):
+    """`Sampler` equals a handwritten loop with the form of classifier guidance for the sampler."""
     fields = {"sampling.sampler": name, "sampling.guidance": 2.0, "sampling.clip": False}
     configs = {
         weight: guided(trained, **fields, **{"sampling.classifier_guidance": weight})
         for weight in (0.0, 1000.0)
     }
-    objective, (params, asked) = tiny.objective(configs[1000.0]), (run[1], [0, 3, 5, 9])
+    objective = tiny.objective(configs[1000.0])
+    params, labels = run[1], [0, 3, 5, 9]
     sampler = sampler_lib.Sampler(objective, one_device(), configs[1000.0].sampling)
-    batch = requests(objective, asked)
+    batch = create_batch(objective, labels)
     network, own = classifier_guide.load(objective, one_device(), configs[1000.0].sampling)
 
     @jax.jit
@@ -236,12 +236,13 @@ def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
 
         def log_prob(x, t):
             logits = network.apply({"params": own}, x, t)
-            return jax.nn.log_softmax(logits)[jnp.arange(4), jnp.array(asked)].sum()
+            return jax.nn.log_softmax(logits)[jnp.arange(4), jnp.array(labels)].sum()
 
-        eps, shift = sampler_lib.dual_guidance(objective.denoise(params), 2.0), {}
+        eps = sampler_lib.dual_guidance(objective.denoise(params), 2.0)
+        options = {}
         if name == "ddpm":
             denoise = eps
-            shift["gradient"] = lambda x, t, cond: weight * jax.grad(log_prob)(x, t)
+            options["gradient"] = lambda x, t, cond: weight * jax.grad(log_prob)(x, t)
         else:
 
             def denoise(x, t, cond):
@@ -249,14 +250,16 @@ def test_sampling_takes_the_form_that_the_sampler_has(name, trained, run):
                 return eps(x, t, cond) - weight * std * jax.grad(log_prob)(x, t)
 
         x = sampler_lib.initial_noise(keys, objective.latent_shape)
-        x = sampler_lib.SAMPLERS[name](denoise, objective.schedule, x, cond, keys, steps=3, **shift)
+        x = sampler_lib.SAMPLERS[name](
+            denoise, objective.schedule, x, cond, keys, steps=3, **options
+        )
         return objective.autoencoder.decode(None, x)
 
-    found = {w: sampler.at(config)(params, batch).astype(int) for w, config in configs.items()}
+    images = {w: sampler.at(config)(params, batch).astype(int) for w, config in configs.items()}
     assert sampler.program._cache_size() == 1
-    for weight, pictures in found.items():
-        assert np.abs(pictures - by_hand(weight)).max() <= 1
-    assert np.abs(found[1000.0] - found[0.0]).max() > 5
+    for weight, sampled in images.items():
+        assert np.abs(sampled - by_hand(weight)).max() <= 1
+    assert np.abs(images[1000.0] - images[0.0]).max() > 5
 
 
 def test_a_grid_of_weights_has_one_program_and_its_own_records(trained, run):
@@ -265,22 +268,22 @@ def test_a_grid_of_weights_has_one_program_and_its_own_records(trained, run):
         "evaluation.grid": "classifier_guidance=0,1,2,4", "sampling.batch_size": 8,
     }  # fmt: skip
     config = guided(trained, **fields)
-    made = []
-    created = sampler_lib.Sampler.__init__
+    samplers = []
+    init = sampler_lib.Sampler.__init__
 
-    def noting(self, *args):
-        created(self, *args)
-        made.append(self)
+    def recording_init(self, *args):
+        init(self, *args)
+        samplers.append(self)
 
-    with mock.patch.object(sampler_lib.Sampler, "__init__", noting):
+    with mock.patch.object(sampler_lib.Sampler, "__init__", recording_init):
         records = evaluate.run(config, str(run[0]))
-    (sampler,) = made
+    (sampler,) = samplers
     assert sampler.program._cache_size() == 1
-    assert [one["sampling"]["classifier_guidance"] for one in records] == [0, 1, 2, 4]
-    assert {one["sampling"]["classifier"]["step"] for one in records} == {4}
+    assert [record["sampling"]["classifier_guidance"] for record in records] == [0, 1, 2, 4]
+    assert {record["sampling"]["classifier"]["step"] for record in records} == {4}
     with mock.patch.object(sampler_lib.Sampler, "__call__", side_effect=AssertionError("sampled")):
         assert evaluate.run(config, str(run[0])) == records
-    # Records from before there were classifiers stay what they are.
+    # Without a classifier the identity equals that of older records.
     plain = tiny.evaluation(tiny.config(**DENOISER)).identity["sampling"]
     assert not {"classifier", "classifier_guidance"} & plain.keys()
 
@@ -290,29 +293,28 @@ def test_parameters_are_arguments_and_no_constants(trained, run):
     objective = tiny.objective(config)
     sampler = sampler_lib.Sampler(objective, one_device(), config.sampling)
     program, scales = sampler_lib.SamplingProgram.create(config.sampling, 16, sampler.classifier)
-    args = run[1], sampler.frozen, requests(objective, [1]), np.arange(1), scales
-    made = jax.make_jaxpr(partial(sampler_lib.generate, objective=objective, program=program))(
-        *args
-    )
-    biggest = max((np.size(constant) for constant in made.consts), default=0)
-    assert biggest < objective.schedule.timesteps + 1
+    args = run[1], sampler.frozen, create_batch(objective, [1]), np.arange(1), scales
+    generate = partial(sampler_lib.generate, objective=objective, program=program)
+    closed = jax.make_jaxpr(generate)(*args)
+    largest = max((np.size(constant) for constant in closed.consts), default=0)
+    assert largest < objective.schedule.timesteps + 1
 
 
-def test_mode_sample_writes_guided_pictures(trained, run):
-    """With a sampler that the classifier guides; what one draws is measured above."""
+def test_mode_sample_writes_guided_images(trained, run):
+    """The sampler has a classifier; its images are tested above."""
     guides = []
 
-    def draw(sampler, params, batch):
+    def sample_zeros(sampler, params, batch):
         guides.append(sampler.frozen["classifier"])
         return np.zeros((len(batch["label"]), 16, 16, 3), np.uint8)
 
-    with mock.patch.object(sampler_lib.Sampler, "__call__", draw):
+    with mock.patch.object(sampler_lib.Sampler, "__call__", sample_zeros):
         out = sample.run(guided(trained, **{"sampling.n": 2}), str(run[0]))
     assert (out / "000001.png").exists() and len(guides) == 1
 
 
 def changed(trained, tmp_path, **fields):
-    """A copy of the classifier's folder that says it has other fields."""
+    """Copy the classifier's folder with other values of config fields."""
     shutil.copytree(trained, tmp_path / "other")
     config = dataclasses.asdict(tiny.config(steps=4, **FIELDS))
     for name, value in fields.items():
@@ -333,14 +335,14 @@ def changed(trained, tmp_path, **fields):
         {"autoencoder.name": "kl"},
     ],
 )
-def test_a_classifier_of_other_noised_pictures_is_refused(trained, tmp_path, fields):
+def test_a_classifier_of_other_noised_images_is_refused(trained, tmp_path, fields):
     config = guided(changed(trained, tmp_path, **fields))
     ((field, value),) = fields.items()
     with pytest.raises(ConfigError, match=f"sampling.classifier: it has {field}={value}, this"):
         sampler_lib.Sampler(tiny.objective(config), one_device(), config.sampling)
 
 
-def test_the_same_noise_levels_by_another_name_will_do(trained, tmp_path):
+def test_a_classifier_of_equal_noise_levels_is_accepted(trained, tmp_path):
     config = guided(changed(trained, tmp_path, **{"diffusion.base_resolution": 16}))
     sampler_lib.Sampler(tiny.objective(config), one_device(), config.sampling)
 
@@ -356,16 +358,17 @@ def test_a_classifier_in_the_latents_of_another_autoencoder_is_refused(tmp_path)
     fields = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "model.size": "tiny/1"}
     objective = tiny.objective(tiny.config(**DENOISER | fields))
     config = tiny.config(**FIELDS | fields | {"model.size": "tiny"})
-    found, folder = classification.create(config, objective.vocabulary), Workdir(str(tmp_path))
-    file = tmp_path / "coder.safetensors"
+    noisy_classifier = classification.create(config, objective.vocabulary)
+    folder = Workdir(str(tmp_path))
+    file = tmp_path / "autoencoder.safetensors"
     file.write_bytes(b"weights")
-    coder = dataclasses.replace(objective.frozen["autoencoder"], path=str(file))
-    objective.__dict__["frozen"] = {"autoencoder": coder}  # as the cached property keeps it
-    for known, refused in ((weights.sha256([file]), False), ("ab", True)):
-        folder.encoders.write_text(json.dumps({"autoencoder": known}))
+    autoencoder = dataclasses.replace(objective.frozen["autoencoder"], path=str(file))
+    objective.__dict__["frozen"] = {"autoencoder": autoencoder}  # replaces the cached property
+    for digest, refused in ((weights.sha256([file]), False), ("ab", True)):
+        folder.encoders.write_text(json.dumps({"autoencoder": digest}))
         message = "latents of other files than those at autoencoder.path"
         with pytest.raises(ConfigError, match=message) if refused else contextlib.nullcontext():
-            classifier_guide._check(found, objective, folder)
+            classifier_guide._check_compatible(noisy_classifier, objective, folder)
 
 
 def test_a_folder_without_a_classifier_is_refused(run, tmp_path):
@@ -397,13 +400,13 @@ def test_an_unfinished_classifier_is_refused(trained, tmp_path):
         ({"sampling.classifier": "x"}, "sampling.classifier: must be empty"),
     ],
 )
-def test_what_classification_has_not_is_named(fields, message):
+def test_fields_that_classification_does_not_support_are_named(fields, message):
     fields |= {"autoencoder.name": "kl"} if "data.name" in fields else {}
     with pytest.raises(ConfigError, match=f"^{message}.*objective=classification"):
         tiny.config(**FIELDS | fields)
 
 
-def test_settings_of_sampling_that_make_no_sense_are_named():
+def test_contradictory_sampling_fields_are_named():
     with pytest.raises(ConfigError, match="sampling.classifier: guides to a class"):
         tiny.config(**{"sampling.classifier": "x"})
     with pytest.raises(ConfigError, match="classifier_guidance: needs sampling.classifier"):
@@ -415,7 +418,7 @@ def test_a_classifier_is_not_sampled():
         tiny.objective(tiny.config(**FIELDS))
 
 
-def test_the_config_trains_what_it_says():
+def test_the_config_has_the_classes_of_its_argument():
     for classes in (10, 30):
         config = create_config(classifier_config.get_config(f"classes={classes}"))
         assert config.objective == "classification" and config.data.classes == classes

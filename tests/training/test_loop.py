@@ -264,9 +264,9 @@ def test_bad_loss_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, mo
 def test_sigterm_is_remembered_and_the_handler_restored():
     before = signal.getsignal(signal.SIGTERM)
     with Interrupt() as interrupt:
-        assert not interrupt.asked
+        assert not interrupt.requested
         signal.raise_signal(signal.SIGTERM)
-        assert interrupt.asked
+        assert interrupt.requested
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -276,7 +276,7 @@ def test_sigterm_in_the_last_step_stops_a_run_too(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(reporters.diffusion.Reporter, "finish", lambda *_: finished.append(1))
 
     def stopped(*arguments):
-        arguments[-1].asked = True
+        arguments[-1].requested = True
         return arguments[2]
 
     config = tiny.config(steps=2)

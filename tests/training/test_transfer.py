@@ -227,7 +227,7 @@ def test_stages_run_in_one_command_and_resume_in_the_middle(tmp_path, capsys, mo
 
     def interrupted(objective, mesh, train_state, data, step, checkpoints, reporter, interrupt):
         def stepped(*inputs):
-            interrupt.asked = True  # as SIGTERM does, in the first stage's first step
+            interrupt.requested = True  # as SIGTERM does, in the first stage's first step
             return step(*inputs)
 
         return train_steps(

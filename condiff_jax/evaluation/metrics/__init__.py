@@ -1,7 +1,7 @@
-"""Measures of image and prompt quality."""
+"""Metrics of image quality and of control."""
 
-# What `evaluation.metrics` can name: the first three of `shapes` alone, see evaluate.py; the
-# distributions' in fidelity.py.
+# Choices of `evaluation.metrics`. The first two need data.name=shapes, see evaluate.py; fid to
+# clip_score are measured in image_quality.py.
 METRICS = (
     "prompt_accuracy",
     "frechet_shapes",

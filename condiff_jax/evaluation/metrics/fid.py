@@ -1,7 +1,7 @@
-"""FID (arXiv:1706.08500): the Frechet distance of two sets of pictures in a network's features.
+"""FID (arXiv:1706.08500): the Frechet distance of two sets of images in a network's features.
 
-Statistics are kept as .npz files with `mu` and `sigma`, as pytorch-fid and clean-fid read and
-write them, and what they were made of beside.
+Statistics are stored as .npz files with `mu` and `sigma`, as in pytorch-fid and clean-fid, and
+with fields that describe the images and the network.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from etils import epath
 
 from condiff_jax.evaluation.metrics.features import FeatureNetwork
 from condiff_jax.evaluation.metrics.frechet import Moments, frechet_distance
+from condiff_jax.runtime.files import write_arrays
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean (D,) and unbiased covariance (D, D), f64, of the features of pictures.
+    """Mean (D,) and unbiased covariance (D, D), f64, of the features of images.
 
-    count: pictures. network, sha256: the feature network's name and that of its weights.
-    resolution: height and width of the pictures. reference: a sha256 of what they and the network
-    are. resize: of the network. Each is None where a file does not say it.
+    count: number of images. network, sha256: the feature network's name and that of its weights.
+    resolution: height and width of the images. reference: a sha256 of images and network. resize:
+    the network's resizing method. Each is None where a file does not contain it.
     """
 
     mean: np.ndarray
@@ -37,114 +38,130 @@ class Statistics:
 
     @property
     def rank_deficient(self) -> bool | None:
-        """Whether the pictures are too few for a covariance of full rank; None if not known."""
+        """Whether the images are too few for a covariance of full rank; None if not known."""
         return None if self.count is None else self.count <= len(self.mean)
 
     def save(self, path: str) -> None:
-        """Write a .npz file, whole or not at all; other programs read its `mu` and `sigma`."""
-        about = {name: getattr(self, name) for name in ABOUT}
-        about = {name: value for name, value in about.items() if value is not None}
-        temporary = epath.Path(f"{path}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, mu=self.mean, sigma=self.covariance, **about)
-        temporary.replace(path)
+        """Write a .npz file atomically; other programs read its `mu` and `sigma`."""
+        fields = {name: getattr(self, name) for name in FIELD_SHAPES}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        arrays = {"mu": self.mean, "sigma": self.covariance, **fields}
+        write_arrays(epath.Path(path), arrays)
 
 
-# What only our files have, with its shape.
-ABOUT = {"count": (), "network": (), "sha256": (), "resolution": (2,), "reference": ()}
-ABOUT |= {"resize": ()}
+# Fields of this project's files besides mu and sigma, with the shapes of their arrays.
+FIELD_SHAPES = {
+    "count": (),
+    "network": (),
+    "sha256": (),
+    "resolution": (2,),
+    "reference": (),
+    "resize": (),
+}
 
 
 def measure(
     network: FeatureNetwork, batches: Iterable[np.ndarray], keep: list[np.ndarray] | None = None
 ) -> Statistics:
-    """Statistics of pictures uint8 (B, H, W, 3) that come in parts.
+    """Compute the statistics of batches of images uint8 (B, H, W, 3).
 
-    keep: gets the features (B, D) of each part, for KID and precision/recall. ValueError for fewer
-    than 2 pictures, for mixed sizes, and as from the network.
+    keep: the features (B, D) of each batch are appended to it, for KID and precision/recall.
+    ValueError for fewer than 2 images, for mixed sizes, and as `network` raises it.
     """
     moments, resolution = Moments(), None
     for images in batches:
         size = images.shape[1:3]
         if resolution not in (None, size):
-            raise ValueError(f"pictures of mixed sizes: {resolution} and {size} (height, width)")
+            raise ValueError(f"images of mixed sizes: {resolution} and {size} (height, width)")
         resolution = size
         features = network(images)
         moments.add(features)
         if keep is not None:
             keep.append(features)
-    about = {"network": network.name, "sha256": network.sha256, "resize": network.resize}
-    return Statistics(*moments.result(), moments.count, resolution=resolution, **about)
+    mean, covariance = moments.result()
+    return Statistics(
+        mean,
+        covariance,
+        count=moments.count,
+        network=network.name,
+        sha256=network.sha256,
+        resolution=resolution,
+        resize=network.resize,
+    )
 
 
 def load(path: str) -> Statistics:
-    """Statistics from a .npz file: ours, pytorch-fid's, clean-fid's or ADM's.
+    """Load statistics from a .npz file of this project, pytorch-fid, clean-fid or ADM.
 
-    `mu` and `sigma`, whatever else there is (ADM has `mu_s`, `sigma_s` and pictures), or `feats`
-    (N, D), which clean-fid keeps for KID. ADM resizes pictures as evaluation.resize=tf does,
-    clean-fid as `clean` and pytorch-fid as neither, unless told to; the files do not say it.
-    FileNotFoundError without the file, ValueError for others.
+    Reads `mu` and `sigma` among other arrays (ADM has `mu_s`, `sigma_s` and images), or `feats`
+    (N, D), which clean-fid stores for KID. ADM resizes images like evaluation.resize=tf, clean-fid
+    like `clean`, pytorch-fid by default like neither; their files do not contain the method.
+    FileNotFoundError without the file, ValueError for other contents.
     """
     file = epath.Path(path)
     if not file.exists():
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with file.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
-            names = ("mu", "sigma", "feats", *ABOUT)
-            found = {name: arrays[name] for name in names if name in arrays}
-            others = ", ".join(sorted(arrays)[:10])
-    except Exception as error:  # what broken files raise is not documented
+            names = ("mu", "sigma", "feats", *FIELD_SHAPES)
+            known = {name: arrays[name] for name in names if name in arrays}
+            all_names = ", ".join(sorted(arrays)[:10])
+    except Exception as error:  # which errors broken files raise is not documented
         raise ValueError(f"{path} cannot be read as .npz: {error}") from error
     try:
-        return _statistics(found)
+        return _statistics(known)
     except KeyError:
-        raise ValueError(f"{path} has neither mu and sigma nor feats, but {others}") from None
+        raise ValueError(f"{path} has neither mu and sigma nor feats, but {all_names}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _statistics(arrays: dict[str, np.ndarray]) -> Statistics:
-    about: dict[str, Any] = {}
+    """Create statistics from arrays of a file; KeyError if one is missing, ValueError if bad."""
+    fields: dict[str, Any] = {}
     if "feats" in arrays and "mu" not in arrays:
         moments = Moments()
         moments.add(arrays["feats"])
         mean, covariance = moments.result()
-        about["count"] = moments.count
+        fields["count"] = moments.count
     else:
         mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
         if mean.ndim != 1 or covariance.shape != mean.shape * 2:
             raise ValueError(f"mu {mean.shape} and sigma {covariance.shape} do not fit")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError("mu or sigma hold NaN or infinity")
-    about |= {
+            raise ValueError("mu or sigma contain NaN or infinity")
+    fields |= {
         name: arrays[name].tolist()
-        for name, shape in ABOUT.items()
+        for name, shape in FIELD_SHAPES.items()
         if name in arrays and arrays[name].shape == shape
     }
-    if "network" in about:
-        about.setdefault("resize", "")  # ours, and maybe from before there was a choice
-    if "resolution" in about:
-        about["resolution"] = tuple(about["resolution"])
-    return Statistics(mean, covariance, **about)
+    if "network" in fields:
+        fields.setdefault("resize", "")  # a file of this project, older than evaluation.resize
+    if "resolution" in fields:
+        fields["resolution"] = tuple(fields["resolution"])
+    return Statistics(mean, covariance, **fields)
 
 
 def fid(generated: Statistics, reference: Statistics) -> dict[str, float | bool | None]:
-    """The distance, and whether either side has too few pictures for a covariance of full rank.
+    """Compute fid, and fid_rank_deficient: whether a side has too few images for full rank.
 
-    Keys fid and fid_rank_deficient (None where a file does not say how many pictures it is of):
-    such a distance is too large, and compares only with those of as many pictures. ValueError for
-    statistics of different networks, ways to resize or resolutions, as far as they are known.
+    fid_rank_deficient is None where the number of images is not known. With a rank-deficient
+    covariance the distance is too large, and compares only between equal numbers of images.
+    ValueError for different networks, resizing methods or resolutions, as far as they are known.
     """
     check_alike(generated, reference)
     value = frechet_distance(
         generated.mean, generated.covariance, reference.mean, reference.covariance
     )
-    few = {generated.rank_deficient, reference.rank_deficient}
-    return {"fid": value, "fid_rank_deficient": True in few or (None if None in few else False)}
+    deficient = {generated.rank_deficient, reference.rank_deficient}
+    either: bool | None = True in deficient
+    if not either and None in deficient:
+        either = None
+    return {"fid": value, "fid_rank_deficient": either}
 
 
 def check_alike(generated: Statistics, reference: Statistics) -> None:
-    """ValueError where statistics are known not to compare."""
+    """Raise ValueError where two statistics are known not to be comparable."""
     a, b = generated, reference
     if len(a.mean) != len(b.mean):
         raise ValueError(
@@ -158,9 +175,9 @@ def check_alike(generated: Statistics, reference: Statistics) -> None:
         )
     if None not in (a.resize, b.resize) and a.resize != b.resize:
         raise ValueError(
-            f"the reference is of pictures with evaluation.resize={b.resize or 'tf'}, not "
+            f"the reference is of images with evaluation.resize={b.resize or 'tf'}, not "
             f"{a.resize or 'tf'}"
         )
     if None not in (a.resolution, b.resolution) and a.resolution != b.resolution:
         sizes = [f"{s.resolution[0]} x {s.resolution[1]}" for s in (b, a)]
-        raise ValueError(f"the reference is of pictures of {sizes[0]} pixels, not {sizes[1]}")
+        raise ValueError(f"the reference is of images of {sizes[0]} pixels, not {sizes[1]}")

@@ -1,4 +1,4 @@
-"""Names the shapes in any picture from its pixels, and so measures how prompts are followed."""
+"""Detection of shapes in images without a network, and prompt accuracy based on it."""
 
 import itertools
 import math
@@ -11,17 +11,17 @@ from scipy import ndimage
 from condiff_jax.data.shapes import COLORS, POSITIONS, SHAPES, WARM
 
 ATTRIBUTES = ("colour", "shape", "position", "relation", "left_right")
-LEAST_CHROMA = 36  # grey levels; weaker tints belong to the background
-LEAST_AREA = 0.012  # share of the picture; smaller blobs are speckle
-WORKING_SIDE = 48  # pictures with twice this short side or more are reduced first
-EDGES = (1.0, 2.5)  # pixels; sharp and blurred
-LEAST_CONFIDENCE = 0.6  # blobs less like any shape are none
-CLEAR_OFFSET = 0.15  # picture sides by which a relation has to hold
+MIN_CHROMA = 36  # gray levels; weaker tints belong to the background
+MIN_AREA = 0.012  # share of the image; smaller blobs are speckle
+WORKING_SIDE = 48  # images with twice this short side or more are reduced first
+EDGES = (1.0, 2.5)  # widths of sharp and blurred edges in pixels
+MIN_CONFIDENCE = 0.6  # blobs that fit all shapes less are not shapes
+CLEAR_OFFSET = 0.15  # least offset of a relation, as a share of the image side
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One found shape: centre (x, y) in fractions of the picture, size sqrt(area) / short side."""
+    """Detected shape: center (x, y) in fractions of the image, size sqrt(area) / short side."""
 
     colour: str
     shape: str
@@ -29,10 +29,11 @@ class Detection:
     x: float
     y: float
     size: float
-    confidence: float  # share of the blob's energy which the ideal shape explains, 0..1
+    confidence: float  # share of the blob's energy that the ideal shape explains, 0..1
 
 
 def _check_image(image: np.ndarray) -> None:
+    """Raise ValueError unless an image is uint8 (H, W, 3) with sides from 16."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
     if min(image.shape[:2]) < 16:
@@ -40,7 +41,7 @@ def _check_image(image: np.ndarray) -> None:
 
 
 def _chroma(image: np.ndarray) -> np.ndarray:
-    """Hue plane (H, W) as complex numbers: pure red is 255, angle is hue; greys are 0."""
+    """Map to the complex hue plane (H, W): pure red is 255, the angle is the hue, grays are 0."""
     factor = min(image.shape[:2]) // WORKING_SIDE
     image = image.astype(np.float32)
     if factor > 1:
@@ -52,18 +53,19 @@ def _chroma(image: np.ndarray) -> np.ndarray:
 
 
 def _blobs(chroma: np.ndarray, count: int) -> list[np.ndarray]:
-    """Soft masks (H, W) in 0..1 of the count largest coloured regions, largest first."""
-    chroma = chroma - (np.median(chroma.real) + 1j * np.median(chroma.imag))  # less background
+    """Find soft masks (H, W) in 0..1 of the `count` largest colored regions, largest first."""
+    background = np.median(chroma.real) + 1j * np.median(chroma.imag)
+    chroma = chroma - background
     strength = np.abs(chroma)
-    # Noise has random hues, so that unlike those of a shape its neighbours cancel.
+    # Neighboring pixels of noise have random hues, which cancel; those of a shape add up.
     smooth = np.abs(ndimage.uniform_filter(chroma, 3))
-    floor = max(LEAST_CHROMA, 4 * np.median(smooth))  # most of a picture is background
-    seen = smooth > max(floor, 0.4 * np.percentile(smooth, 98))
-    labels, found = ndimage.label(seen, np.ones((3, 3)))
+    floor = max(MIN_CHROMA, 4 * np.median(smooth))  # most of an image is background
+    colored = smooth > max(floor, 0.4 * np.percentile(smooth, 98))
+    labels, regions = ndimage.label(colored, np.ones((3, 3)))
     masks = []
-    for region in range(1, found + 1):
+    for region in range(1, regions + 1):
         inside = labels == region
-        if inside.sum() < LEAST_AREA * inside.size:
+        if inside.sum() < MIN_AREA * inside.size:
             continue
         level = np.percentile(strength[inside], 75)
         near = ndimage.binary_dilation(inside, iterations=2) & ((labels == 0) | inside)
@@ -72,7 +74,7 @@ def _blobs(chroma: np.ndarray, count: int) -> list[np.ndarray]:
 
 
 def _outside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to an ideal shape of half width 1 at offsets x, y; negative inside."""
+    """Compute the signed distance to an ideal shape of half width 1; negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - 1
     if shape == "ring":
@@ -87,10 +89,10 @@ def _outside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _misfits(shape: str, edge: float, patch: tuple, fits: np.ndarray) -> np.ndarray:
-    """Squared errors (N,) of ideal shapes fits (N, 3: x, y, radius in pixels) to a patch.
+    """Compute squared errors (N,) of ideal shapes `fits` (N, 3: x, y, radius in pixels) to a patch.
 
-    edge is the width of the soft edge in pixels; patch a mask (h, w) and the x and y of its
-    first pixel's centre. The strength of the ideal is left free, for blur dims thin shapes.
+    edge: width of the soft edge in pixels. patch: a mask (h, w), and the x and y of its first
+    pixel's center. The intensity of the ideal shape is fitted, because blur dims thin shapes.
     """
     mask, x0, y0 = patch
     x, y, radius = (column[:, None, None] for column in fits.T)
@@ -102,9 +104,9 @@ def _misfits(shape: str, edge: float, patch: tuple, fits: np.ndarray) -> np.ndar
 
 
 def _fit(mask: np.ndarray) -> tuple[str, float, float, float]:
-    """Best ideal shape for a soft mask (H, W): its name, centre x and y in pixels and misfit.
+    """Fit ideal shapes to a soft mask (H, W): name, center x and y in pixels, and misfit.
 
-    Only pixels of the picture count, so a shape cut by the border fits as well as a whole one.
+    Only pixels of the image count, so a shape cut by the border fits as well as a whole one.
     """
     rows, columns = (np.flatnonzero((mask > 0.5).any(axis)) for axis in (1, 0))
     top, bottom = max(rows[0] - 2, 0), min(rows[-1] + 3, mask.shape[0])
@@ -126,20 +128,20 @@ def _fit(mask: np.ndarray) -> tuple[str, float, float, float]:
 
 
 def detect(image: np.ndarray, max_objects: int = 2) -> list[Detection]:
-    """Coloured shapes in a uint8 image (H, W, 3), largest first; ValueError for other input."""
+    """Detect colored shapes in a uint8 image (H, W, 3), largest first; ValueError for bad input."""
     _check_image(image)
     chroma = _chroma(image)
     height, width = chroma.shape
-    found = []
+    detections = []
     for mask in _blobs(chroma, max_objects):
         shape, x, y, misfit = _fit(mask)
         confidence = 1 - misfit / float(np.square(mask).sum())
-        if confidence < LEAST_CONFIDENCE:
+        if confidence < MIN_CONFIDENCE:
             continue
         hue = np.angle(chroma[mask > 0.8].sum()) / (2 * math.pi)
         x, y = min(max(x / width, 0), 1), min(max(y / height, 0), 1)
         cell = 3 * min(int(3 * y), 2) + min(int(3 * x), 2)
-        found.append(
+        detections.append(
             Detection(
                 colour=COLORS[round(6 * hue) % 6],
                 shape=shape,
@@ -150,15 +152,15 @@ def detect(image: np.ndarray, max_objects: int = 2) -> list[Detection]:
                 confidence=confidence,
             )
         )
-    return found
+    return detections
 
 
 def sharpness(image: np.ndarray) -> float:
-    """Mean absolute Laplacian of a uint8 image (H, W, 3) in grey levels; less means blurred."""
+    """Compute the mean absolute Laplacian of a uint8 image (H, W, 3) in gray levels."""
     _check_image(image)
-    grey = image.astype(np.float32).mean(2)
-    inner = grey[1:-1, 1:-1]
-    around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+    gray = image.astype(np.float32).mean(2)
+    inner = gray[1:-1, 1:-1]
+    around = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:]
     return float(np.abs(around - 4 * inner).mean())
 
 
@@ -172,38 +174,41 @@ def _relation_holds(relation: str, main: Detection, other: Detection) -> bool:
     return offsets[relation] > CLEAR_OFFSET
 
 
-def _judge(image: np.ndarray, scene) -> dict[str, bool]:
-    """Whether each attribute which the caption mentions is right in the image.
+def _match_scene(image: np.ndarray, scene) -> dict[str, bool]:
+    """Compare an image with each attribute that the scene's caption mentions.
 
-    left_right, of which a mirrored picture has none: whether the main object is in the half that
-    its position names, and left of or right of the other one as its relation says.
+    left_right, which is wrong in mirrored images: whether the main object is in the half that its
+    position names, and left of or right of the other one as its relation says.
     """
-    wanted = scene.objects[0]
-    found = detect(image, max_objects=2)
+    target = scene.objects[0]
+    detections = detect(image, max_objects=2)
     if len(scene.objects) == 1:
-        found = found[:1]
-    found.sort(key=lambda item: item.colour != wanted.colour)  # stable: else the largest
-    right = {}
+        detections = detections[:1]
+    # The sort is stable: without an object of the target's color the largest one is first.
+    detections.sort(key=lambda item: item.colour != target.colour)
+    main = detections[0] if detections else None
+    matches = {}
     for name in ATTRIBUTES[:3]:
         if name in scene.mentions:
-            right[name] = bool(found) and getattr(found[0], name) == getattr(wanted, name)
+            matches[name] = main is not None and getattr(main, name) == getattr(target, name)
     if "relation" in scene.mentions:
-        right["relation"] = (
-            len(found) == 2
-            and found[0].colour == wanted.colour
-            and _relation_holds(scene.relation, *found)
+        matches["relation"] = (
+            len(detections) == 2
+            and main.colour == target.colour
+            and _relation_holds(scene.relation, *detections)
         )
     sides = []
-    if "position" in scene.mentions and (" " + wanted.position).endswith((" left", " right")):
-        sides.append(bool(found) and (found[0].x < 0.5) == wanted.position.endswith("left"))
+    if "position" in scene.mentions and (" " + target.position).endswith((" left", " right")):
+        sides.append(main is not None and (main.x < 0.5) == target.position.endswith("left"))
     if "relation" in scene.mentions and scene.relation.endswith(" of"):
-        sides.append(right["relation"])
+        sides.append(matches["relation"])
     if sides:
-        right["left_right"] = all(sides)
-    return right
+        matches["left_right"] = all(sides)
+    return matches
 
 
 def _check_images(images: np.ndarray, count: int, what: str) -> np.ndarray:
+    """Return images as an array; ValueError unless they are uint8 (count > 0, H, W, 3)."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
@@ -213,46 +218,49 @@ def _check_images(images: np.ndarray, count: int, what: str) -> np.ndarray:
 
 
 def prompt_accuracy(images: np.ndarray, scenes: Sequence) -> dict[str, float]:
-    """Share of images (N, H, W, 3) uint8 which show what the captions of N scenes say.
+    """Compute the share of images (N, H, W, 3) uint8 that match the captions of N scenes.
 
-    Keys: each of ATTRIBUTES, among the scenes which mention it (left out if none does), and
-    "all". The main object is the detection of its colour, else the largest. ValueError if empty
-    or mismatched.
+    Keys: each of ATTRIBUTES, among the scenes that mention it (left out if none does), and "all".
+    The main object is the detection of its color, else the largest. ValueError if empty or
+    mismatched.
     """
     images = _check_images(images, len(scenes), "scenes")
-    results = [_judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    results = [_match_scene(image, scene) for image, scene in zip(images, scenes, strict=True)]
     accuracy = {}
     for name in ATTRIBUTES:
-        votes = [result[name] for result in results if name in result]
-        if votes:
-            accuracy[name] = float(np.mean(votes))
+        matches = [result[name] for result in results if name in result]
+        if matches:
+            accuracy[name] = float(np.mean(matches))
     accuracy["all"] = float(np.mean([all(result.values()) for result in results]))
     return accuracy
 
 
-def _judge_class(image: np.ndarray, name: str) -> dict[str, bool]:
-    """Whether the shape which fits a class such as "warm circle" or "red circle" best fits it."""
-    wanted, shape = name.split()
-    colours = {"warm": WARM, "cool": [c for c in COLORS if c not in WARM]}.get(wanted, (wanted,))
-    if shape not in SHAPES or not set(colours) <= set(COLORS):
-        raise ValueError(f"class {name!r} does not name a colour, warm or cool and a shape")
-    verdicts = [(d.colour in colours, d.shape == shape) for d in detect(image, max_objects=2)]
-    colour, shaped = max(verdicts, key=sum, default=(False, False))
-    return {"colour": colour, "shape": shaped}
+def _match_class(image: np.ndarray, name: str) -> dict[str, bool]:
+    """Compare the best-fitting shape of an image with a class such as "warm circle"."""
+    color, shape = name.split()
+    cool = [c for c in COLORS if c not in WARM]
+    colors = {"warm": WARM, "cool": cool}.get(color, (color,))
+    if shape not in SHAPES or not set(colors) <= set(COLORS):
+        raise ValueError(f"class {name!r} does not name a color, warm or cool and a shape")
+    matches = [(d.colour in colors, d.shape == shape) for d in detect(image, max_objects=2)]
+    color_matches, shape_matches = max(matches, key=sum, default=(False, False))
+    return {"colour": color_matches, "shape": shape_matches}
 
 
 def class_accuracy(
     images: np.ndarray, labels: Sequence[int], classes: Sequence[str]
 ) -> dict[str, float]:
-    """Share of images (N, H, W, 3) uint8 which show the classes that labels (N,) index.
+    """Compute the share of images (N, H, W, 3) uint8 that match the classes of labels (N,).
 
-    Keys: "colour" (or heat, where the classes name that), "shape" and "all". Of two shapes the one
-    that fits better counts: the data's pictures may hold another one. ValueError if empty,
-    mismatched, or for classes not named as in `shapes.LABELS`.
+    Keys: "colour" (warm or cool for classes that name these), "shape" and "all". Of two shapes the
+    one that fits better counts, because images of the data may contain another one. ValueError if
+    empty, mismatched, or for classes not named as in `shapes.LABELS`.
     """
     images = _check_images(images, len(labels), "labels")
     results = [
-        _judge_class(image, classes[label]) for image, label in zip(images, labels, strict=True)
+        _match_class(image, classes[label]) for image, label in zip(images, labels, strict=True)
     ]
-    accuracy = {name: float(np.mean([r[name] for r in results])) for name in ("colour", "shape")}
-    return accuracy | {"all": float(np.mean([all(r.values()) for r in results]))}
+    accuracy = {
+        name: float(np.mean([result[name] for result in results])) for name in ("colour", "shape")
+    }
+    return accuracy | {"all": float(np.mean([all(result.values()) for result in results]))}

@@ -1,8 +1,8 @@
-"""A small classifier of `shapes` pictures, whose features the Frechet distance compares.
+"""Small classifier of `shapes` images, whose features the metric frechet_shapes compares.
 
-Its weights lie beside this file; `python -m benchmarks.shapes_classifier` trains them and records
-their accuracy. Distances on these features are no FID: they compare only with each other, and only
-between weights of the same sha256.
+The weights are beside this file; `python -m benchmarks.shapes_classifier` trains them and records
+their accuracy. Distances on these features are not FID: they compare only with each other, and only
+for weights of the same sha256.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from condiff_jax.data.shapes import COLORS, POSITIONS, SHAPES, TEXTURES, TONES
 from condiff_jax.evaluation.metrics.features import FeatureNetwork
 
 WEIGHTS = Path(__file__).with_name("shapes_features.safetensors")
-SIDE = 32  # pixels that pictures of any size are brought to
-LEAST_SIDE = 16
+SIDE = 32  # pixels to which images of any size are resized
+MIN_SIDE = 16
 WIDTH = 64  # features
 BATCH = 256
-# What it tells apart, and into how many. `count` is one or two shapes; the attributes of shapes
-# are those of single ones. `log_size` is log(original's short side in pixels), up to what shows.
+# Outputs of each head. `count` is one or two shapes; the attributes are trained on single shapes.
+# `log_size` is log(short side of the original in pixels), up to the size that is visible.
 HEADS = {
     "colour": len(COLORS),
     "shape": len(SHAPES),
@@ -40,13 +40,13 @@ HEADS = {
 
 
 class ShapesClassifier(nn.Module):
-    """Pictures in 0..255 (B, H, W, 3), sides from 16 -> features (B, WIDTH), logits by head."""
+    """Classifier of images in 0..255 (B, H, W, 3): features (B, WIDTH) and logits of each head."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         x = images.astype(jnp.float32) / 127.5 - 1
         x = jax.image.resize(x, (len(x), SIDE, SIDE, 3), "linear", antialias=True)
-        # Pooling forgets places: the coordinates keep them.
+        # Coordinate channels preserve positions, which pooling discards.
         x = _with_coordinates(x)
         x = nn.relu(nn.Conv(16, (3, 3), name="conv_0")(x))
         x = nn.relu(nn.Conv(32, (3, 3), 2, name="conv_1")(x))
@@ -58,51 +58,51 @@ class ShapesClassifier(nn.Module):
 
 
 def _with_coordinates(x: jax.Array) -> jax.Array:
-    """(B, H, W, C) -> (B, H, W, C + 2): with y and x from -1 to 1."""
+    """Append channels of y and x from -1 to 1: (B, H, W, C) -> (B, H, W, C + 2)."""
     axes = (jnp.linspace(-1, 1, n) for n in x.shape[1:3])
     grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
     return jnp.concatenate([x, jnp.broadcast_to(grid, (len(x), *grid.shape))], -1)
 
 
 def dump(params: dict) -> bytes:
-    """Parameters -> the bytes of WEIGHTS: safetensors in float16."""
+    """Serialize parameters to the bytes of WEIGHTS: safetensors in float16."""
     flat = traverse_util.flatten_dict(params, sep="/")
     return save({name: np.asarray(value, np.float16) for name, value in flat.items()})
 
 
 @functools.cache
 def parameters() -> dict:
-    """The shipped parameters, f32."""
+    """Load the shipped parameters as f32."""
     flat = {name: value.astype(np.float32) for name, value in load(WEIGHTS.read_bytes()).items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 @functools.cache
 def sha256() -> str:
-    """Of the shipped weights: what a distance on these features is bound to."""
+    """Return the sha256 of the shipped weights; distances compare only where it is equal."""
     return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
 
 
 @jax.jit
 def apply(params: dict, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`ShapesClassifier` with these parameters."""
+    """Apply `ShapesClassifier` with these parameters."""
     return ShapesClassifier().apply({"params": params}, images)
 
 
 @functools.cache
 def network() -> FeatureNetwork:
-    """The shipped classifier's features, as every metric of distributions takes them."""
+    """Return the shipped classifier as a feature network."""
     return FeatureNetwork(
         name="shapes classifier",
         sha256=sha256(),
         width=WIDTH,
         params=parameters(),
         apply=lambda params, images: apply(params, images)[0],
-        least_side=LEAST_SIDE,
+        min_side=MIN_SIDE,
         batch=BATCH,
     )
 
 
 def features(images: np.ndarray) -> np.ndarray:
-    """Features f32 (N, WIDTH) of pictures uint8 (N, H, W, 3); ValueError for other input."""
+    """Compute features f32 (N, WIDTH) of images uint8 (N, H, W, 3); ValueError for other input."""
     return network()(images)

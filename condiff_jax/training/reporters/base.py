@@ -12,10 +12,10 @@ from tqdm import tqdm
 from condiff_jax.evaluation.records import delete_measurements_after
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.runtime.files import append_json, drop_lines_after
-from condiff_jax.runtime.process import without
+from condiff_jax.runtime.process import hide_module
 from condiff_jax.sampling.sample import save_png
 
-with without("torch"):  # which it loads for annotations alone: seconds at every start
+with hide_module("torch"):  # which it loads for annotations alone: seconds at every start
     from tensorboardX import SummaryWriter
 
 

@@ -13,7 +13,7 @@ from condiff_jax.evaluation.records import summary
 from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.runs.workdir import Workdir
 from condiff_jax.sampling.image_grid import caption_grid
-from condiff_jax.sampling.requests import asked_for, guidance_scale, requests, titles
+from condiff_jax.sampling.requests import create_batch, guidance_scale, prompts_or_labels, titles
 from condiff_jax.sampling.sampler import Sampler
 from condiff_jax.training.reporters.base import Log
 
@@ -47,7 +47,7 @@ class Reporter(Log):
         self.sampler = Sampler(objective, mesh, config.sampling, frozen)
         named = config.sampling.prompts or config.sampling.prompt_file
         if named or objective.text_encoder is None:
-            self.asked = asked_for(config, objective)
+            self.asked = prompts_or_labels(config, objective)
         else:
             captions = example_captions(config, config.sampling.n)
             self.asked = [captions[i % len(captions)] for i in range(config.sampling.n)]
@@ -56,7 +56,7 @@ class Reporter(Log):
     def samples(self, step: int, params: dict, n: int | None = None) -> np.ndarray:
         """samples/STEP.png: a grid of n pictures with what was asked for under each."""
         asked = self.asked[: n or self.config.log.samples]
-        request = requests(self.objective, asked, seen=self.folder.load_control())
+        request = create_batch(self.objective, asked, seen=self.folder.load_control())
         pictures = self.sampler(params, request, label="sample grid")
         settings = self.config.sampling
         scale = guidance_scale(settings, self.config.data.resolution)

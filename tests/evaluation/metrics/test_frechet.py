@@ -1,4 +1,4 @@
-"""The Frechet distance has its closed form, and moments do not depend on how features come."""
+"""The Frechet distance has its closed form, and moments do not depend on the batches."""
 
 import numpy as np
 import pytest
@@ -26,14 +26,14 @@ def test_equals_the_matrix_square_root_and_is_symmetric(rank):
     first, second = gaussian(12, rank, 0), gaussian(12, 20, 1)
     distance = frechet_distance(*first, *second)
     assert distance == pytest.approx(frechet_distance(*second, *first), rel=1e-6)
-    # scipy's root is unreliable for singular matrices: a little on the diagonal is within 1e-4.
+    # scipy's root is unreliable for singular matrices; the added diagonal changes less than 1e-4.
     cov1 = first[1] + 1e-10 * np.eye(12)
     root = scipy.linalg.sqrtm(cov1 @ second[1]).real
     expected = np.square(first[0] - second[0]).sum() + np.trace(cov1 + second[1] - 2 * root)
     assert distance == pytest.approx(expected, rel=1e-4)
 
 
-def test_rank_deficient_covariances_that_share_nothing():
+def test_rank_deficient_covariances_of_orthogonal_subspaces():
     mean = np.zeros(2)
     assert frechet_distance(mean, np.diag([4.0, 0]), mean, np.diag([0, 9.0])) == pytest.approx(13)
 
@@ -77,7 +77,7 @@ def test_bad_input():
         frechet_distance(*good, np.zeros(3), np.full((3, 3), np.inf))
 
 
-def test_moments_of_single_precision_are_taken_in_double():
+def test_moments_of_f32_features_are_computed_in_f64():
     features = np.random.default_rng(0).normal(300, 1, (50, 4)).astype(np.float32)
     moments = Moments()
     for part in np.split(features, 5):

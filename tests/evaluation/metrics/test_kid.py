@@ -1,4 +1,4 @@
-"""KID is the unbiased discrepancy, over the subsets that torch-fidelity draws."""
+"""KID: unbiased discrepancy over the subsets of torch-fidelity."""
 
 import itertools
 
@@ -13,7 +13,7 @@ def features(n, seed, shift=0.0):
 
 
 def by_pairs(x, y):
-    """Sums over pairs, one at a time."""
+    """Compute the discrepancy with explicit sums over pairs."""
 
     def kernel(a, b):
         return (float(a @ b) / len(a) + 1) ** 3
@@ -25,19 +25,19 @@ def by_pairs(x, y):
 
 
 def test_equals_sums_over_pairs_of_the_same_subsets():
-    x, y, draw, expected = features(12, 0), features(15, 1, 0.5), np.random.RandomState(7), []
+    x, y, rng = features(12, 0), features(15, 1, 0.5), np.random.RandomState(7)
+    values = []
     for _ in range(3):
-        rows = draw.choice(12, 6, replace=False), draw.choice(15, 6, replace=False)
-        expected.append(by_pairs(x[rows[0]], y[rows[1]]))
-    found = kid(x, y, subsets=3, size=6, seed=7)
-    expected = {"kid": np.mean(expected), "kid_std": np.std(expected)}
-    assert found == pytest.approx(expected, rel=1e-11)
+        rows = rng.choice(12, 6, replace=False), rng.choice(15, 6, replace=False)
+        values.append(by_pairs(x[rows[0]], y[rows[1]]))
+    expected = {"kid": np.mean(values), "kid_std": np.std(values)}
+    assert kid(x, y, subsets=3, size=6, seed=7) == pytest.approx(expected, rel=1e-11)
 
 
 def test_numbers_of_torch_fidelity():
     # kid_features_to_metric of torch-fidelity 0.4.0 with its default seed.
-    found = kid(features(60, 0), features(50, 1, 0.5), subsets=10, size=40)
-    assert found == pytest.approx({"kid": 0.92855024, "kid_std": 0.26888662}, rel=1e-4)
+    values = kid(features(60, 0), features(50, 1, 0.5), subsets=10, size=40)
+    assert values == pytest.approx({"kid": 0.92855024, "kid_std": 0.26888662}, rel=1e-4)
     assert (SUBSETS, SIZE, SEED) == (100, 1000, 2020)
 
 

@@ -1,4 +1,4 @@
-"""Precision and recall count what lies in the balls, by definition and for known sets."""
+"""Precision and recall by their definition, and for known sets."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ def by_definition(generated, reference, k):
         a, b = (x.astype(np.float64) for x in (a, b))
         return np.linalg.norm(a[:, None] - b[None], axis=-1)
 
-    def share(points, centres):
-        radii = np.sort(distances(centres, centres), axis=1)[:, k]  # the first is itself
-        return float((distances(points, centres) <= radii).any(1).mean())
+    def share(points, centers):
+        radii = np.sort(distances(centers, centers), axis=1)[:, k]  # column 0 is the point itself
+        return float((distances(points, centers) <= radii).any(1).mean())
 
     return {"precision": share(generated, reference), "recall": share(reference, generated)}
 
@@ -34,28 +34,29 @@ def test_equals_the_definition(monkeypatch, block, k):
     assert precision_recall(generated, reference, k) == pytest.approx(expected, abs=1e-6)
 
 
-def test_what_is_as_far_as_the_neighbour_is_inside():
-    one, other = np.ones((6, 4), np.float32), np.zeros((6, 4), np.float32)  # balls without extent
-    both = np.concatenate([one, other])
-    assert precision_recall(one, both) == {"precision": 1, "recall": 0.5}
+def test_what_is_as_far_as_the_neighbor_is_inside():
+    # Equal points have balls of radius 0.
+    ones, zeros = np.ones((6, 4), np.float32), np.zeros((6, 4), np.float32)
+    both = np.concatenate([ones, zeros])
+    assert precision_recall(ones, both) == {"precision": 1, "recall": 0.5}
 
 
 def test_numbers_of_torch_fidelity():
     # prc_features_to_metric of torch-fidelity 0.4.0.
-    found = precision_recall(features(80, 0, 0.0, 8), features(90, 1, 0.5, 8))
-    assert found == pytest.approx({"precision": 0.75, "recall": 70 / 90}, abs=1e-6)
+    values = precision_recall(features(80, 0, 0.0, 8), features(90, 1, 0.5, 8))
+    assert values == pytest.approx({"precision": 0.75, "recall": 70 / 90}, abs=1e-6)
 
 
 def test_known_sets():
     x = features(20, 0)
     assert precision_recall(x, x) == {"precision": 1, "recall": 1}
     assert precision_recall(x, x + 100) == {"precision": 0, "recall": 0}
-    # One mode of two: all that is generated is real, half of what is real is generated.
+    # One mode of two is generated: all generated features are real, half of the real ones covered.
     both = np.concatenate([x, x + 100])
     assert precision_recall(x, both) == {"precision": 1, "recall": 0.5}
 
 
-def test_far_from_the_origin_distances_are_kept():
+def test_distances_are_precise_far_from_the_origin():
     generated, reference = features(50, 0), features(50, 1)
     near = precision_recall(generated, reference)
     assert precision_recall(generated + 1000, reference + 1000) == pytest.approx(near, abs=0.041)
@@ -63,7 +64,7 @@ def test_far_from_the_origin_distances_are_kept():
 
 def test_bad_input():
     for n, m in ((3, 9), (9, 3)):
-        with pytest.raises(ValueError, match=f"more than 3 pictures each, got {n} and {m}"):
+        with pytest.raises(ValueError, match=f"more than 3 images each, got {n} and {m}"):
             precision_recall(features(n, 0), features(m, 1))
     with pytest.raises(ValueError, match="features must be"):
         precision_recall(features(6, 0)[:, :3], features(6, 1))

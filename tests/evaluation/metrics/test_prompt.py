@@ -1,4 +1,4 @@
-"""The detector names rendered shapes, rejects what is not there, and accuracy can fail."""
+"""Shape detection on rendered and other images, and prompt accuracy of right and wrong ones."""
 
 from dataclasses import replace
 
@@ -24,8 +24,8 @@ def resized(image, side):
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
 
 
-def pictures(scenes, side, native=96, noise=8.0):
-    """Noisy renderings (N, side, side, 3) uint8 of scenes by way of native resolution."""
+def noisy_images(scenes, side, native=96, noise=8.0):
+    """Render scenes at the native resolution, resize and add noise: (N, side, side, 3) uint8."""
     rng = np.random.default_rng(0)
     images = np.stack([resized(render(scene, native, native), side) for scene in scenes])
     return np.clip(images + rng.normal(0, noise, images.shape), 0, 255).astype(np.uint8)
@@ -38,7 +38,7 @@ def everything_mentioned(scene):
 
 @pytest.fixture(scope="module")
 def mixed():
-    """Scenes of all shapes and colours, one or two objects, judged on all attributes."""
+    """Return scenes of all shapes and colors, with one or two objects and all attributes."""
     return [everything_mentioned(make_scene("train", index)) for index in range(80)]
 
 
@@ -51,19 +51,19 @@ def assert_accurate(accuracy, colour=0.995, position=0.99, shape=0.98):
 @pytest.mark.parametrize("side,count", [(32, 120), (64, 30)])
 def test_accurate_on_noisy_validation_prompts(side, count):
     scenes = prompts(count)
-    accuracy = prompt_accuracy(pictures(scenes, side), scenes)
+    accuracy = prompt_accuracy(noisy_images(scenes, side), scenes)
     assert_accurate(accuracy)
     assert "relation" not in accuracy
 
 
 @pytest.mark.parametrize("native,noise", [(96, 8), (24, 8), (96, 16)])
 def test_accurate_on_all_shapes_blurred_or_noisier(mixed, native, noise):
-    accuracy = prompt_accuracy(pictures(mixed, 32, native, noise), mixed)
+    accuracy = prompt_accuracy(noisy_images(mixed, 32, native, noise), mixed)
     assert_accurate(accuracy)
     assert accuracy["relation"] >= 0.95 and accuracy["all"] >= 0.97
 
 
-def test_names_shapes_drawn_by_another_renderer():
+def test_shapes_drawn_by_another_renderer_are_detected():
     draw_on = {
         "circle": lambda d, box: d.ellipse(box, fill="blue"),
         "square": lambda d, box: d.rectangle(box, fill="blue"),
@@ -80,23 +80,23 @@ def test_names_shapes_drawn_by_another_renderer():
         canvas = Image.new("RGB", (160, 160), (150, 145, 140))
         draw(ImageDraw.Draw(canvas), (10, 90, 70, 150))
         for side in (32, 64, 160):
-            (found,) = detect(resized(np.asarray(canvas), side))
-            assert (found.colour, found.shape) == ("blue", shape)
-            assert found.position == "bottom left"
-            assert abs(found.x - 0.25) < 0.04 and abs(found.y - 0.75) < 0.04
+            (detection,) = detect(resized(np.asarray(canvas), side))
+            assert (detection.colour, detection.shape) == ("blue", shape)
+            assert detection.position == "bottom left"
+            assert abs(detection.x - 0.25) < 0.04 and abs(detection.y - 0.75) < 0.04
 
 
-def test_washed_out_colours_are_still_named(mixed):
-    images = pictures(mixed[:40], 32).astype(float)
+def test_pale_colors_are_detected(mixed):
+    images = noisy_images(mixed[:40], 32).astype(float)
     pale = (0.5 * images + 0.5 * images.mean(3, keepdims=True)).astype(np.uint8)
     assert_accurate(prompt_accuracy(pale, mixed[:40]))
 
 
-def test_nothing_is_found_without_objects():
+def test_nothing_is_detected_without_objects():
     rng = np.random.default_rng(0)
     for index in range(30):
-        bare = replace(make_scene("train", index), objects=())
-        assert detect(render(bare, 48, 48)) == []
+        background = replace(make_scene("train", index), objects=())
+        assert detect(render(background, 48, 48)) == []
         assert detect(rng.normal(128, 30, (32, 32, 3)).clip(0, 255).astype(np.uint8)) == []
     assert detect(np.full((16, 16, 3), 90, np.uint8)) == []
     assert detect(np.full((32, 32, 3), (200, 30, 30), np.uint8)) == []
@@ -104,26 +104,27 @@ def test_nothing_is_found_without_objects():
 
 def test_objects_are_counted_and_ordered_by_size(mixed):
     for scene in mixed[:40]:
-        found = detect(render(scene))
-        assert len(found) == len(scene.objects)
-        assert [d.size for d in found] == sorted((d.size for d in found), reverse=True)
-        assert {d.colour for d in found} == {o.colour for o in scene.objects}
+        detections = detect(render(scene))
+        assert len(detections) == len(scene.objects)
+        sizes = [detection.size for detection in detections]
+        assert sizes == sorted(sizes, reverse=True)
+        assert {d.colour for d in detections} == {o.colour for o in scene.objects}
         assert len(detect(render(scene), max_objects=1)) == 1
 
 
 def test_wrong_images_score_near_chance(mixed):
-    images = pictures(mixed, 32)
+    images = noisy_images(mixed, 32)
     accuracy = prompt_accuracy(np.roll(images, 1, axis=0), mixed)
     assert accuracy["colour"] < 2.5 / len(COLORS)
     assert accuracy["shape"] < 2 / 5
     assert accuracy["position"] < 2.5 / len(POSITIONS)
     assert accuracy["relation"] < 0.4 and accuracy["all"] < 0.05
-    assert 0.25 < accuracy["left_right"] < 0.65  # chance is a half, less where relations count
-    nothing = prompt_accuracy(np.full_like(images[:20], 128), mixed[:20])
-    assert set(nothing.values()) == {0.0}
+    assert 0.25 < accuracy["left_right"] < 0.65  # chance is a half, less with relations
+    empty = prompt_accuracy(np.full_like(images[:20], 128), mixed[:20])
+    assert set(empty.values()) == {0.0}
 
 
-def test_each_wrong_attribute_is_told_apart():
+def test_each_wrong_attribute_is_distinguished():
     scene = next(s for s in prompts(20) if s.objects[0].position in ("top", "bottom"))
     item = scene.objects[0]
     other = {"circle": "cross"}.get(item.shape, "circle")
@@ -141,7 +142,7 @@ def test_each_wrong_attribute_is_told_apart():
 def test_mirrored_relation_is_wrong():
     scenes = [make_scene("train", index) for index in range(300)]
     scenes = [s for s in scenes if "relation" in s.mentions and s.relation.endswith("of")][:10]
-    images = pictures(scenes, 48)
+    images = noisy_images(scenes, 48)
     assert prompt_accuracy(images, scenes)["relation"] == 1
     assert prompt_accuracy(images[:, :, ::-1], scenes)["relation"] == 0
 
@@ -150,69 +151,71 @@ DRAWN = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 50, 220)}
 
 
 def drawn(*circles):
-    """A grey picture of 96 x 96 with circles (colour, x, y, radius), in fractions of a side."""
+    """Draw circles (color, x, y, radius), in fractions of a side, on gray: (96, 96, 3)."""
     canvas = Image.new("RGB", (96, 96), (128, 128, 128))
-    for colour, x, y, radius in circles:
+    for color, x, y, radius in circles:
         box = [96 * (x - radius), 96 * (y - radius), 96 * (x + radius), 96 * (y + radius)]
-        ImageDraw.Draw(canvas).ellipse(box, fill=DRAWN[colour])
+        ImageDraw.Draw(canvas).ellipse(box, fill=DRAWN[color])
     return np.asarray(canvas)
 
 
-def asked(colours, mentions, relation=None):
-    """A scene of circles of these colours; only what a judge reads is meant."""
+def circles_scene(colors, mentions, relation=None):
+    """Create a scene of circles with only the fields that prompt_accuracy reads."""
     scene = make_scene("train", 0)
-    items = [replace(scene.objects[0], colour=colour, shape="circle") for colour in colours]
+    items = [replace(scene.objects[0], colour=color, shape="circle") for color in colors]
     return replace(scene, objects=tuple(items), relation=relation, mentions=frozenset(mentions))
 
 
 @pytest.mark.parametrize("offset, holds", [(0.1, False), (0.2, True)])
 @pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])
 def test_a_relation_holds_when_it_is_clear(offset, holds, relation):
-    far, sign = 0.5, 1 if relation in ("left of", "above") else -1
-    across = relation.endswith("of")  # apart along the other axis, so that both are found
-    dx, dy = (sign * offset, far) if across else (far, sign * offset)
-    one, other = (0.5 - dx / 2, 0.5 - dy / 2), (0.5 + dx / 2, 0.5 + dy / 2)
-    image = drawn(("red", *one, 0.14), ("green", *other, 0.14))
+    far = 0.5  # along the other axis, so that both are detected
+    sign = 1 if relation in ("left of", "above") else -1
+    horizontal = relation.endswith("of")
+    dx, dy = (sign * offset, far) if horizontal else (far, sign * offset)
+    first = (0.5 - dx / 2, 0.5 - dy / 2)
+    second = (0.5 + dx / 2, 0.5 + dy / 2)
+    image = drawn(("red", *first, 0.14), ("green", *second, 0.14))
     assert {d.colour for d in detect(image)} == {"red", "green"}
-    scene = asked(("red", "green"), {"relation"}, relation)
+    scene = circles_scene(("red", "green"), {"relation"}, relation)
     assert prompt_accuracy(image[None], [scene])["relation"] == holds
 
 
 def test_a_relation_of_the_wrong_main_object_is_wrong():
     image = drawn(("red", 0.25, 0.5, 0.16), ("green", 0.75, 0.5, 0.14))
-    for colour, right in (("red", 1), ("blue", 0)):
-        scene = asked((colour, "green"), {"relation"}, "left of")
+    for color, expected in (("red", 1), ("blue", 0)):
+        scene = circles_scene((color, "green"), {"relation"}, "left of")
         accuracy = prompt_accuracy(image[None], [scene])
-        assert accuracy["relation"] == accuracy["left_right"] == accuracy["all"] == right
+        assert accuracy["relation"] == accuracy["left_right"] == accuracy["all"] == expected
 
 
-def test_a_larger_second_shape_is_the_one_that_counts_when_one_is_asked_for():
+def test_the_larger_shape_counts_for_scenes_of_one_object():
     image = drawn(("red", 0.25, 0.25, 0.12), ("green", 0.65, 0.65, 0.25))
     assert [d.colour for d in detect(image)] == ["green", "red"]
-    for colours, right in ((("red",), 0), (("green",), 1), (("red", "blue"), 1)):
-        scene = asked(colours, {"colour"})
-        assert prompt_accuracy(image[None], [scene])["colour"] == right
+    for colors, expected in ((("red",), 0), (("green",), 1), (("red", "blue"), 1)):
+        scene = circles_scene(colors, {"colour"})
+        assert prompt_accuracy(image[None], [scene])["colour"] == expected
 
 
 @pytest.mark.parametrize(
     "points", [[(8, 88), (88, 8)], [(10, 10), (48, 86), (86, 10)], [(8, 20), (80, 30), (12, 60)]]
 )
-def test_a_coloured_scribble_is_no_shape(points):
+def test_a_colored_line_is_not_a_shape(points):
     canvas = Image.new("RGB", (96, 96), (128, 128, 128))
     ImageDraw.Draw(canvas).line(points, fill=DRAWN["red"], width=7)
     assert detect(np.asarray(canvas)) == []
     assert class_accuracy(np.asarray(canvas)[None], [0], CLASSES)["colour"] == 0
 
 
-def test_mirrored_pictures_are_wrong_on_left_and_right_alone(mixed):
+def test_mirrored_images_are_wrong_in_left_right_only(mixed):
     sided = [s for s in mixed if s.objects[0].position.endswith(("left", "right"))]
     sided = [s for s in sided if s.relation is None]
-    images = pictures(sided, 48)
+    images = noisy_images(sided, 48)
     assert prompt_accuracy(images, sided)["left_right"] == 1
     mirrored = prompt_accuracy(images[:, :, ::-1], sided)
     assert mirrored["left_right"] == 0 and mirrored["colour"] == 1
     middle = [s for s in prompts(60) if s.objects[0].position in ("top", "center", "bottom")]
-    assert "left_right" not in prompt_accuracy(pictures(middle, 32), middle)
+    assert "left_right" not in prompt_accuracy(noisy_images(middle, 32), middle)
 
 
 def test_left_and_right_are_halves_and_relations():
@@ -244,23 +247,23 @@ def test_class_accuracy_of_rendered_classes(classes):
     assert wrong["colour"] < (0.75 if classes is CLASSES else 0.4)
 
 
-def test_class_accuracy_tells_colour_from_shape():
+def test_class_accuracy_distinguishes_color_and_shape():
     scene = next(s for s in prompts(60) if s.objects[0].colour == "purple")
     item, image = scene.objects[0], render(scene, 48, 48)[None]
     other = "circle" if item.shape != "circle" else "ring"
-    for colour, shape, expected in (
+    for color, shape, expected in (
         ("purple", item.shape, (1, 1, 1)),
         ("red", item.shape, (0, 1, 0)),
         ("purple", other, (1, 0, 0)),
     ):
-        asked = [label(colour, shape, len(FINE_CLASSES))]
-        accuracy = class_accuracy(image, asked, FINE_CLASSES)
+        labels = [label(color, shape, len(FINE_CLASSES))]
+        accuracy = class_accuracy(image, labels, FINE_CLASSES)
         assert (accuracy["colour"], accuracy["shape"], accuracy["all"]) == expected
-        if colour == "red":  # warm like purple
-            assert class_accuracy(image, [label(colour, shape)], CLASSES)["all"] == 1
+        if color == "red":  # warm like purple
+            assert class_accuracy(image, [label(color, shape)], CLASSES)["all"] == 1
     assert class_accuracy(image, [label("blue", item.shape)], CLASSES)["colour"] == 0
-    nothing = class_accuracy(np.full((1, 32, 32, 3), 128, np.uint8), [0], CLASSES)
-    assert set(nothing.values()) == {0.0}
+    empty = class_accuracy(np.full((1, 32, 32, 3), 128, np.uint8), [0], CLASSES)
+    assert set(empty.values()) == {0.0}
 
 
 @pytest.mark.parametrize("index", range(5))

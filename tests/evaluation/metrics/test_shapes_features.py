@@ -1,4 +1,4 @@
-"""The shipped classifier is the recorded one and names what it was trained on."""
+"""The shipped classifier of shapes: its recorded accuracy, and distances of its features."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from condiff_jax.evaluation.metrics.frechet import Moments, frechet_distance
 from condiff_jax.evaluation.metrics.prompt import detect
 from condiff_jax.evaluation.metrics.shapes_features import HEADS, WEIGHTS, WIDTH, features
 
-# Least accuracy of each head at 32 pixels on unseen combinations; of log_size the greatest error.
+# Minimum accuracy of each head at 32 pixels on unseen combinations.
 BOUNDS = {"colour": 0.95, "shape": 0.8, "position": 0.9, "tone": 0.9, "texture": 0.7, "count": 0.9}
 
 
@@ -24,12 +24,12 @@ def moments(images):
     return out.result()
 
 
-def pictures(first, count=512):
+def shapes_images(first, count=512):
     return np.stack([Shapes("train", (48, 48))[first + i]["image"][:48, :48] for i in range(count)])
 
 
 def blocks(images, side):
-    """Pictures of which each block of side x side pixels has one colour."""
+    """Replace each block of side x side pixels by its mean color."""
     n = images.shape[1] // side
     means = images.reshape(-1, n, side, n, side, 3).mean((2, 4)).astype(np.uint8)
     return means.repeat(side, 1).repeat(side, 2)
@@ -48,10 +48,10 @@ def test_accuracy_on_unseen_combinations_is_as_recorded():
     recorded = json.loads(shapes_classifier.RESULTS.read_text())["held_out"]["32"]
     rows = shapes_classifier.held_out(shapes_features.parameters(), 300, (32,))["32"]
     assert set(rows) == set(HEADS) - {"log_size"} | {"log_size_error"}
-    for name, least in BOUNDS.items():
-        assert rows[name] > least, name
+    for name, bound in BOUNDS.items():
+        assert rows[name] > bound, name
         assert abs(rows[name] - recorded[name]) < 0.06
-    assert rows["log_size_error"] < 0.3  # the targets' own deviation is 0.32
+    assert rows["log_size_error"] < 0.3  # the targets' deviation is 0.32
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (32, 32), (40, 70)])
@@ -63,27 +63,27 @@ def test_features_of_any_size_do_not_depend_on_the_batch(shape):
     np.testing.assert_allclose(parts(images), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_distance_is_small_within_the_data_and_grows_with_what_is_lost():
-    reference, images = moments(pictures(0)), pictures(5000)
+def test_distance_is_small_within_the_data_and_grows_with_degradation():
+    reference, images = moments(shapes_images(0)), shapes_images(5000)
     rng = np.random.default_rng(0)
     noisy = np.clip(images + rng.normal(0, 20, images.shape), 0, 255).astype(np.uint8)
-    grey = images.mean(3, keepdims=True).repeat(3, 3).astype(np.uint8)
-    parts = images, blocks(images, 2), blocks(images, 4), noisy, grey
-    same, halved, quartered, noisy, grey = (
-        frechet_distance(*reference, *moments(part)) for part in parts
+    gray = images.mean(3, keepdims=True).repeat(3, 3).astype(np.uint8)
+    variants = images, blocks(images, 2), blocks(images, 4), noisy, gray
+    same, halved, quartered, noisy, gray = (
+        frechet_distance(*reference, *moments(variant)) for variant in variants
     )
-    assert 0 < same < halved < quartered < grey
-    assert noisy > 2 * same and quartered > 3 * same and grey > 30 * same
+    assert 0 < same < halved < quartered < gray
+    assert noisy > 2 * same and quartered > 3 * same and gray > 30 * same
 
 
-def test_what_is_too_fine_to_be_seen_is_averaged():
-    """A smaller picture is made of means of the larger one's pixels, not of every third."""
+def test_details_below_the_input_resolution_are_averaged():
+    """Shrinking averages the pixels of a large image; it does not pick every third."""
     rows, columns = np.indices((96, 96))
     checked = np.where((rows + columns) % 2, 160, 96).astype(np.uint8)
     images = np.stack([checked, np.full((96, 96), 128, np.uint8)])[..., None].repeat(3, 3)
-    fine, grey = features(images)
-    # Along each axis a ninth of the contrast is left.
-    np.testing.assert_allclose(fine, grey, atol=0.02 * np.abs(grey).max())
+    fine, gray = features(images)
+    # Averaging leaves a ninth of the contrast along each axis.
+    np.testing.assert_allclose(fine, gray, atol=0.02 * np.abs(gray).max())
 
 
 def test_dump_is_the_inverse_of_reading():
@@ -99,12 +99,13 @@ def test_bad_input():
 
 
 def test_targets_follow_crops_and_flips():
-    """The position of the cropped, flipped picture is what the detector finds in it."""
+    """The target position of a cropped and flipped image is the position that `detect` finds."""
     positions = shapes_classifier.shapes.POSITIONS
-    agree = []
+    matches = []
     for index in range(120):
         image, target = shapes_classifier.example("train", index, 48, train=True)
-        found = detect(image, 1)
-        if found and target["position"] != shapes_classifier.UNKNOWN:
-            agree.append(found[0].position == positions[target["position"]])
-    assert len(agree) > 60 and np.mean(agree) > 0.85  # centres near a border may go either way
+        detections = detect(image, 1)
+        if detections and target["position"] != shapes_classifier.UNKNOWN:
+            matches.append(detections[0].position == positions[target["position"]])
+    # Centers near the border of two positions may be classified as either.
+    assert len(matches) > 60 and np.mean(matches) > 0.85

@@ -1,7 +1,4 @@
-"""Command line: python -m condiff_jax.main --config=configs/X.py[:key=value] --workdir=DIR.
-
-Modes sweep and report take a table of configs/, and flags of their own: studies/flags.py.
-"""
+"""Command line: python -m condiff_jax.main --mode=MODE --config=configs/X.py --workdir=DIR."""
 
 from __future__ import annotations
 

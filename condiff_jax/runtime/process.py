@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -91,14 +92,16 @@ def stoppable(*, coordinated: bool = False) -> Iterator[None]:
 
 
 def defer_past_gc(handler: Callable, frame: FrameType | None) -> bool:
-    """Return whether `frame` is in a garbage-collector callback; if so, call `handler` again soon.
+    """Return whether an exception is lost in `frame`; if so, call `handler` again soon.
 
-    Python discards exceptions raised in such callbacks, and JAX installs one: several percent of
-    the SIGTERMs that reach a busy loop arrive in it.
+    Python discards exceptions raised in callbacks of the garbage collector, in finalizers and in
+    __del__. JAX installs such a callback: several percent of the SIGTERMs that reach a busy loop
+    arrive in it.
     """
     callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    callbacks.append(weakref.finalize.__call__.__code__)
     while frame is not None:
-        if frame.f_code in callbacks:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
             signal.signal(signal.SIGALRM, handler)
             signal.setitimer(signal.ITIMER_REAL, 0.01)
             return True

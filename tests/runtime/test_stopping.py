@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -181,6 +182,29 @@ def wait_after_collection():
 def test_sigterm_during_a_garbage_collection_is_not_lost(at_collection, capsys):
     with stoppable():
         wait_after_collection()
+    assert STOPPED_MESSAGE in capsys.readouterr().out
+
+
+class Resource:
+    """An object that sends SIGTERM when it is deleted."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+class Finalized:
+    """An object whose finalizer sends SIGTERM."""
+
+    def __init__(self):
+        weakref.finalize(self, signal.raise_signal, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kind", [Resource, Finalized])
+def test_sigterm_while_an_object_is_deleted_is_not_lost(kind, capsys):
+    with stoppable():
+        kind()
+        time.sleep(1)
+        pytest.fail("continues after SIGTERM")
     assert STOPPED_MESSAGE in capsys.readouterr().out
 
 

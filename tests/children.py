@@ -1,6 +1,6 @@
-"""Command lines of ours in processes of their own, as many as wanted, without loading JAX anew.
+"""Run `python -m condiff_jax.main` in child processes without importing JAX each time.
 
-A server process has everything imported and forks; what it forks is a fresh `python -m`.
+A server process imports all modules once, and forks a child for each command line.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 def _main(arguments: Sequence[str], log: str, devices: int, environment: dict[str, str]) -> None:
-    """`python -m condiff_jax.main ARGUMENTS >LOG 2>&1` with few layers, and MB of a kB."""
-    os.setsid()  # a group of its own, as job managers give it
+    """Run `python -m condiff_jax.main ARGUMENTS >LOG 2>&1` with few layers, and MB = 1000."""
+    os.setsid()  # a process group of its own, as under a job manager
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     os.environ.update(environment)
@@ -45,24 +45,29 @@ def _main(arguments: Sequence[str], log: str, devices: int, environment: dict[st
 
 
 class Children:
-    """n processes that work as one, or one alone, with so many devices each; they log to files."""
+    """n processes of one distributed run, or a single one, that log to files.
+
+    devices: number of devices of each process.
+    """
 
     def __init__(
         self, arguments: Sequence[str], log: Path, *, n: int = 1, devices: int = 1, **environment
     ):
-        self.logs, self.processes = [Path(f"{log}.{i}") for i in range(n)], []
+        self.logs = [Path(f"{log}.{i}") for i in range(n)]
+        self.processes = []
         port = free_port()
         for i, path in enumerate(self.logs):
-            where = [f"--coordinator=localhost:{port}", f"--processes={n}", f"--process={i}"]
-            everything = [*arguments, *(where if n > 1 else [])]
+            flags = list(arguments)
+            if n > 1:
+                flags += [f"--coordinator=localhost:{port}", f"--processes={n}", f"--process={i}"]
             self.processes.append(
-                CONTEXT.Process(target=_main, args=(everything, str(path), devices, environment))
+                CONTEXT.Process(target=_main, args=(flags, str(path), devices, environment))
             )
         for process in self.processes:
             process.start()
 
     def wait(self, seconds: float) -> list[int]:
-        """Exit codes; negative ones are signals. TimeoutError names what still runs."""
+        """Wait and return the exit codes; negative ones are signals. TimeoutError has the log."""
         for process, log in zip(self.processes, self.logs, strict=True):
             process.join(seconds)
             if process.exitcode is None:
@@ -70,17 +75,18 @@ class Children:
         return [process.exitcode for process in self.processes]
 
     def group(self, i: int = 0) -> list[int]:
-        """The living processes of process i's group, itself among them."""
-        found, own = [], self.processes[i].pid
+        """Running processes of the process group of process i, including itself."""
+        pids = []
+        leader = self.processes[i].pid
         for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it has just ended
+            with contextlib.suppress(OSError):  # the process may have just ended
                 state, _, group = path.read_text().rsplit(")", 1)[1].split()[:3]
-                if int(group) == own and state != "Z":
-                    found.append(int(path.parent.name))
-        return found
+                if int(group) == leader and state != "Z":
+                    pids.append(int(path.parent.name))
+        return pids
 
     def outputs(self) -> list[str]:
-        """What each has written."""
+        """Output of each process so far."""
         return [log.read_text() for log in self.logs]
 
     def __enter__(self):
@@ -94,7 +100,7 @@ class Children:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
+    """A free TCP port."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]

@@ -49,7 +49,7 @@ def emoji(tmp_path, monkeypatch):
     """A folder `emoji` of pictures, in the one that the test runs in."""
     from tests import rows
 
-    rows.write_pictures(tmp_path / "emoji")
+    rows.write_images(tmp_path / "emoji")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 

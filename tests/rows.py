@@ -1,7 +1,7 @@
-"""The rows of all config files at scale=tiny, and the process that trains them.
+"""The rows of all config files at scale=tiny, and a process that trains them.
 
-`python -m tests.rows FOLDER` reads lines of JSON, one list of configs with the same training each;
-it trains them once, samples each, and answers with a line: empty, or the error.
+`python -m tests.rows FOLDER` reads lines of JSON, each a list of configs that share a training. It
+trains them once, samples each, and prints a line: an empty string, or the error.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ ROOT = Path(__file__).parents[1]
 
 
 def build(module: dict, name: str, row: str, *arguments: str) -> Config:
-    """The validated config of a row; emoji, where a row needs them, are in the folder `emoji`."""
+    """The validated config of a row; rows that need emoji find them in the folder `emoji`."""
     emoji = ("path=emoji",) if name == "beyond_domains" else ()
     return create_config(module["get_config"](",".join([row, *emoji, *arguments])))
 
 
 def key(config: Config) -> str:
-    """Short and the same for configs with the same training, though not as long."""
+    """A short key, equal for configs that differ in training length only."""
     fields = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
 
 def settings(fields: list[dict]) -> set[str]:
-    """What the programs of runs are made of: rows with nothing new here have no code of their own.
+    """Settings that determine which code a run executes; rows with equal settings test the same.
 
-    Numbers count as zero or not. What only chooses a curve or a size stands for itself: any other
-    setting is combined with one of them, not with each.
+    Numbers are reduced to zero or not zero. Fields that only select a curve or a size are settings
+    by themselves, so that each value is tested once instead of in all combinations.
     """
-    found = set()
+    out = set()
 
     def plain(value, field: str = ""):
         if isinstance(value, dict):
@@ -55,50 +55,53 @@ def settings(fields: list[dict]) -> set[str]:
         if isinstance(value, list):
             return [plain(part) for part in value]
         if isinstance(value, str) and field in ("weighting", "schedule", "size"):
-            found.add(f"{field}={value}")
+            out.add(f"{field}={value}")
             return field
         return value if isinstance(value, bool | str | None) else value != 0
 
     for values in fields:
-        found.add(json.dumps(plain(json.loads(json.dumps(values)))))
-    return found
+        out.add(json.dumps(plain(json.loads(json.dumps(values)))))
+    return out
 
 
 def of_step(stage: Config) -> dict:
-    """The fields of a stage that make its train step: of its data, what batches are made of."""
-    others = {"init", "sampling", "evaluation", "checkpoint", "log", "steps", "seed", "prepare"}
-    fields = {name: v for name, v in dataclasses.asdict(stage).items() if name not in others}
+    """Fields of a stage that determine its train step, including the shapes of its batches."""
+    excluded = {"init", "sampling", "evaluation", "checkpoint", "log", "steps", "seed", "prepare"}
+    fields = {name: v for name, v in dataclasses.asdict(stage).items() if name not in excluded}
     data = {name: fields["data"][name] for name in ("semantics", "classes", "resolution")}
     return fields | {"data": data | {"encoded": stage.data.name == "latents"}}
 
 
-def news(found: dict[str, list[dict]]) -> list[str]:
-    """The names of all but those with nothing new in their `settings`."""
-    seen, kept = set(), []
-    for name, fields in found.items():
-        new = settings(fields)
-        if not new <= seen:
-            kept.append(name)
-        seen |= new
-    return kept
+def with_new_settings(candidates: dict[str, list[dict]]) -> list[str]:
+    """Names of the candidates that have `settings` which no earlier one has."""
+    seen, names = set(), []
+    for name, fields in candidates.items():
+        current = settings(fields)
+        if not current <= seen:
+            names.append(name)
+        seen |= current
+    return names
 
 
 @functools.cache
 def groups() -> dict[str, list[Config]]:
-    """Rows by training, those with nothing new left out: "table2a:ROW", the first one's: all."""
-    found: dict[str, dict[str, Config]] = {}
+    """Groups of rows with the same training, by the name of the first row, such as "table2a:ROW".
+
+    Groups without new `settings` are left out.
+    """
+    by_key: dict[str, dict[str, Config]] = {}
     for name, module in tables().items():
         for row in module["ROWS"]:
             config = build(module, name, row, "scale=tiny")
-            found.setdefault(key(config), {})[f"{name}:{row}"] = config
-    named = {next(iter(rows)): list(rows.values()) for rows in found.values()}
+            by_key.setdefault(key(config), {})[f"{name}:{row}"] = config
+    named = {next(iter(rows)): list(rows.values()) for rows in by_key.values()}
     fields = {name: [dataclasses.asdict(row) for row in rows] for name, rows in named.items()}
-    return {name: named[name] for name in news(fields)}
+    return {name: named[name] for name in with_new_settings(fields)}
 
 
 @functools.cache
 def trained() -> list[str]:
-    """The first group of each architecture and objective."""
+    """Name of the first group of each objective and architecture."""
     firsts = {}
     for name, configs in groups().items():
         firsts.setdefault((configs[0].objective, configs[0].model.name), name)
@@ -107,13 +110,13 @@ def trained() -> list[str]:
 
 @functools.cache
 def steps() -> dict[str, Config]:
-    """Stages to lower: those whose train step is none of what `trained` or an earlier one has."""
+    """Stages to lower: train steps that differ from those of `trained` and of earlier stages."""
     by_number = {
         (name, number): stage
         for name in [*trained(), *groups()]
         for number, stage in enumerate(stages(groups()[name][0]), 1)
     }
-    names = news({name: [of_step(stage)] for name, stage in by_number.items()})
+    names = with_new_settings({name: [of_step(stage)] for name, stage in by_number.items()})
     return {
         f"{name}, stage {number}": by_number[name, number]
         for name, number in names
@@ -122,9 +125,9 @@ def steps() -> dict[str, Config]:
 
 
 def parameters(of_tables: bool) -> tuple[list, list]:
-    """(stages to lower, groups to train), of the paper's tables or of all else, as pytest wants.
+    """Pytest parameters (stages to lower, groups to train), of the tables or of other config files.
 
-    All groups are trained in the slow suite, `trained` in both.
+    The slow suite trains all groups, the default suite only those of `trained`.
     """
     import pytest
 
@@ -140,7 +143,7 @@ def parameters(of_tables: bool) -> tuple[list, list]:
 
 @contextlib.contextmanager
 def small_models() -> Iterator[None]:
-    """Patch the tiny sizes to few arrays: tracing and compiling take time by their number."""
+    """Patch the tiny sizes to few arrays, as tracing and compiling time grow with their number."""
     from condiff_jax.models import transformer, unet, unet2d
 
     small = unet.Size((8, 16), (False, True), 16, head_size=8, resnets=0)
@@ -154,7 +157,7 @@ def small_models() -> Iterator[None]:
 
 
 def lower(stage: Config) -> None:
-    """Trace and lower a train step; compile nothing."""
+    """Trace and lower a train step, without compiling."""
     from condiff_jax.objectives import diffusion
     from condiff_jax.objectives.vocabulary import load_vocabulary
     from condiff_jax.planning import plan
@@ -164,7 +167,7 @@ def lower(stage: Config) -> None:
 
 
 class Trainer:
-    """A process of `python -m tests.rows`: one device, and XLA set to compile fast."""
+    """A process of `python -m tests.rows` with one device and fast compilation."""
 
     def __init__(self, folder: Path):
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
@@ -176,7 +179,7 @@ class Trainer:
         )  # fmt: skip
 
     def __call__(self, configs: list[Config]) -> str:
-        """Trains and samples; what went wrong, or nothing."""
+        """Train and sample; returns the error, or an empty string."""
         line = json.dumps([dataclasses.asdict(config) for config in configs])
         print(line, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
@@ -190,16 +193,17 @@ class Trainer:
 
 
 def sampling_program(config: Config) -> str:
-    """The same for configs that only sample with other scales of guidance."""
+    """A key of the sampling program, equal for configs that differ in guidance scales only."""
     scales = ("guidance", "control_guidance")
     values = dataclasses.asdict(config.sampling)
     return json.dumps(values | {name: values[name] == 1 for name in scales})
 
 
 def run(configs: list[Config], folder: Path) -> None:
-    """Train the longest of the configs, which shares its earlier stage, and sample the others.
+    """Train the config with the most steps and sample the others.
 
-    Of those that differ in scales alone, one: `test_other_guidance_scales_need_no_other_program`.
+    Earlier stages are shared. Of configs that differ in guidance scales only, one is sampled: see
+    `test_other_guidance_scales_need_no_other_program`.
     """
     from condiff_jax.runs.workdir import Workdir
     from condiff_jax.sampling import sample
@@ -212,7 +216,7 @@ def run(configs: list[Config], folder: Path) -> None:
         init = dataclasses.replace(longest.init, path=path)
         longest = dataclasses.replace(longest, init=init)
     workdir = folder / f"{key(longest)}-{longest.steps}"
-    assert loop.run(longest, str(workdir))  # its sampling included
+    assert loop.run(longest, str(workdir))  # includes sampling
     seen = {sampling_program(longest)}
     for number, config in enumerate(configs):
         if (program := sampling_program(config)) not in seen:
@@ -225,8 +229,8 @@ def run(configs: list[Config], folder: Path) -> None:
     assert (Workdir(str(workdir)).samples / f"{longest.steps}.png").exists()
 
 
-def write_pictures(folder: Path) -> None:
-    """A webdataset of eight plain pictures with captions."""
+def write_images(folder: Path) -> None:
+    """Write a webdataset of eight plain images with captions."""
     from PIL import Image
 
     folder.mkdir()
@@ -242,14 +246,14 @@ def write_pictures(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Answer requests until the input ends, with models that are quick to compile."""
+    """Train and sample each line of stdin, with models that compile fast."""
     from absl import flags
 
     from tests import tiny
 
     flags.FLAGS.mark_as_parsed()
     collect_rarely()
-    write_pictures(folder / "emoji")
+    write_images(folder / "emoji")
     os.chdir(folder)
     answers = sys.stdout
     with (
@@ -261,7 +265,7 @@ def main(folder: Path) -> None:
             error = ""
             try:
                 run([create_config(values) for values in json.loads(line)], folder)
-            except Exception as problem:  # the row's, not this loop's
+            except Exception as problem:  # reported to the parent process
                 error = f"{type(problem).__name__}: {problem}"
             print(json.dumps(error), file=answers, flush=True)
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: modes, SIGTERM, and bad input in one line with code 2."""
+"""The command line: modes, SIGTERM, and one-line errors with exit code 2."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SMALL = [
 
 
 def run(*args, config="configs/quickstart.py"):
-    """`python -m` as users start it; what imports JAX costs seconds, see `forked`."""
+    """Run `python -m` as users do; importing JAX takes seconds, see `forked`."""
     return subprocess.run(
         [sys.executable, "-m", "condiff_jax.main", f"--config={config}", *args],
         cwd=ROOT, env={**os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"},
@@ -33,7 +33,7 @@ def run(*args, config="configs/quickstart.py"):
 
 
 def forked(folder, *args):
-    """(exit code, all that was written) of the same in a process that has imported everything."""
+    """(exit code, output) of the same in a process that has imported all modules."""
     with Children(args, folder / "log") as children:
         (code,) = children.wait(120)
         return code, children.outputs()[0]

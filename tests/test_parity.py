@@ -1,4 +1,4 @@
-"""Every architecture equals its original, and the recorded table has every comparison."""
+"""Every architecture equals its original implementation; the recorded table is complete."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import pytest
 from benchmarks import parity
 from condiff_jax.models import kl, unet, unet2d
 
-# Compiling takes all the time: of these networks one or two levels of the fewest blocks, at one
-# side, which no position depends on. Heads are by number or by size.
+# Compiling takes most of the time, so these networks have one or two levels with the fewest blocks
+# and are compared at one resolution. Heads are given by number or by size.
 SMALL = {
     "unet, text": unet.Size((8, 16), (True, False), parity.TEXT, heads=2, resnets=1),
     "unet, classes": unet.Size((16,), (True,), parity.TEXT, head_size=8, resnets=1),
@@ -26,7 +26,7 @@ def check(case, side):
 
 
 def small(case):
-    """A comparison of the networks with the fewest blocks."""
+    """The same comparison with small networks."""
     if case.name not in SMALL:
         return case
     size = SMALL[case.name]
@@ -41,7 +41,7 @@ def name(case):
     return f"{case.name}-{case.original}"
 
 
-# Without its norms SD3 differs in nothing else, and the twin is compared without them too.
+# "mmdit full" differs only in the norms; the PyTorch models are compared without them too.
 DEFAULT = [case for case in parity.CASES if case.name != "mmdit full"]
 
 
@@ -54,7 +54,7 @@ def test_equals_the_original(case):
 @pytest.mark.parametrize("side", parity.SIDES)
 @pytest.mark.parametrize("case", parity.CASES, ids=name)
 def test_equals_the_original_as_recorded(case, side):
-    """With more levels and blocks, and at two resolutions."""
+    """Full sizes, at two resolutions."""
     check(case, side)
 
 

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends with the very parameters of one that is not."""
+"""A run that is killed many times ends with the same parameters as an uninterrupted one."""
 
 import json
 import random
@@ -16,33 +16,33 @@ from tests.children import Children
 
 ARGUMENTS = [
     "--config=configs/quickstart.py",
-    "--config.model.name=dit_ln",  # the quickest to trace
+    "--config.model.name=dit_ln",  # the fastest to trace
     "--config.data.semantics=class",
     "--config.model.unroll=1",
     "--config.log.every=1",
-    "--config.checkpoint.every=1",  # so that one is nearly always being written
+    "--config.checkpoint.every=1",  # a checkpoint is being written nearly always
     "--config.log.samples_every=0",
     "--config.sampling.n=2",
     "--config.sampling.steps=2",
     "--config.evaluation.metrics=()",
 ]
-# When to kill: at any moment up to the first step of the run, most of which goes into compiling;
-# while a checkpoint is written; at any moment of some steps.
+# Number of kills before the first step (mostly compiling), while a checkpoint is written, and at a
+# random time within some steps.
 MOMENTS = {"start": 6, "write": 8, "step": 6}
 
 
 def start(folder, cache, steps=100_000):
-    # Programs are kept between the runs: what is compiled under test is in the first of them.
-    kept = {
+    # Compiled programs are cached between the runs, so that only the first one compiles.
+    cached = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     arguments = [*ARGUMENTS, f"--workdir={folder}", f"--config.steps={steps}"]
-    return Children(arguments, folder.with_suffix(".log"), **kept)
+    return Children(arguments, folder.with_suffix(".log"), **cached)
 
 
 def reached(folder):
-    """The newest whole checkpoint, 0 if there is none."""
+    """Step of the newest complete checkpoint, 0 if there is none."""
     names = [path.name for path in (folder / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
 
@@ -55,13 +55,13 @@ def until(condition, run):
 
 
 def kill(moment, folder, run, rng, seconds):
-    """Waits for the moment and kills; whether a checkpoint was torn."""
+    """Wait for the moment and kill; returns whether a checkpoint was incomplete."""
     torn = lambda: any(folder.glob("checkpoints/*tmp*"))  # noqa: E731
     if moment == "start":
         time.sleep(rng.uniform(0, seconds))
     else:
         before = reached(folder)
-        until(lambda: reached(folder) > before, run)  # the run goes on, whatever came before
+        until(lambda: reached(folder) > before, run)  # the run has resumed
         if moment == "write":
             until(torn, run)
         time.sleep(rng.uniform(0, 0.02 if moment == "write" else 1))
@@ -77,8 +77,8 @@ def kill(moment, folder, run, rng, seconds):
 )
 def test_kills_change_nothing(tmp_path, counts):
     rng, folder, cache = random.Random(0), tmp_path / "killed", tmp_path / "cache"
-    first, *others = (moment for moment, count in counts.items() for _ in range(count))
-    moments = [first, *rng.sample(others, len(others))]  # the first one compiles
+    first, *rest = (moment for moment, count in counts.items() for _ in range(count))
+    moments = [first, *rng.sample(rest, len(rest))]  # the first one compiles
     with start(tmp_path / "first", tmp_path / "no") as run:
         begun = time.time()
         until(lambda: reached(tmp_path / "first"), run)
@@ -87,7 +87,7 @@ def test_kills_change_nothing(tmp_path, counts):
     for moment in moments:
         with start(folder, cache) as run:
             torn += kill(moment, folder, run, rng, seconds)
-    # Of those at which one was seen being written just before; it may have ended since.
+    # Not all kills while writing leave an incomplete checkpoint: writing may end just before.
     assert torn >= counts["write"] // 2
     last = reached(folder) + 2
     states, curves = [], []
@@ -104,4 +104,4 @@ def test_kills_change_nothing(tmp_path, counts):
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(a, b)
     assert curves[0] == curves[1] and [step for step, *_ in curves[0]] == list(range(1, last + 1))
-    assert not list(folder.glob("checkpoints/*tmp*"))  # what was torn is gone
+    assert not list(folder.glob("checkpoints/*tmp*"))  # incomplete checkpoints are deleted

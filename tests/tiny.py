@@ -1,4 +1,4 @@
-"""A configuration small enough for tests: 4 x 4 image tokens, with `few_layers` a tiny model."""
+"""A small configuration for tests: 4 x 4 image tokens, and a tiny model with `few_layers`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import create_source
 from condiff_jax.evaluation.evaluate import Evaluation
 from condiff_jax.models import transformer
-from condiff_jax.objectives import diffusion as system_lib
+from condiff_jax.objectives import diffusion
 from condiff_jax.objectives.validate import create_config
 from condiff_jax.objectives.vocabulary import create_vocabulary
 from condiff_jax.runs import optimizer, state
@@ -26,7 +26,7 @@ from configs import base
 
 
 def values(**overrides):
-    """The ConfigDict, with overrides by dotted name."""
+    """The ConfigDict with overrides by dotted name."""
     config = base.get_config()
     config.steps = 4
     config.batch_size = 16
@@ -47,36 +47,36 @@ def values(**overrides):
 
 
 def config(**overrides) -> Config:
-    """The validated configuration."""
+    """The validated configuration, see `values`."""
     return create_config(values(**overrides))
 
 
-def objective(config: Config) -> system_lib.DiffusionObjective:
-    """Its modules, on the vocabulary of its data."""
-    return system_lib.create(config, create_vocabulary(config, create_source(config)))
+def objective(config: Config) -> diffusion.DiffusionObjective:
+    """The objective of a config, with the vocabulary of its data."""
+    return diffusion.create(config, create_vocabulary(config, create_source(config)))
 
 
 def evaluation(config: Config, path: Path | str = "no such folder") -> Evaluation:
-    """What it evaluates, of the run in a folder."""
+    """The evaluation of a config for the run in a folder."""
     return Evaluation.create(config, Workdir(str(path)), sharding.create_mesh())
 
 
 @contextlib.contextmanager
 def few_layers() -> Iterator[None]:
-    """Patch the tiny size to two layers of width 32, and `random_start`: tests of the machinery."""
+    """Patch the tiny size to two layers of width 32, and apply `random_start`."""
     with mock.patch.dict(transformer.SIZES, {"tiny": (2, 32, 2)}), random_start():
         yield
 
 
 @contextlib.contextmanager
 def random_start() -> Iterator[None]:
-    """Patch what a training starts with: random parameters by numpy, and 16 of the real controls.
+    """Patch the start of training: random parameters by numpy, and only 16 control values.
 
-    To compile `init` takes longer than a run of a few steps.
+    Compiling `init` takes longer than a run of a few steps.
     """
 
     def compile_step(objective, mesh):
-        return partial(start, objective, mesh), compiled(objective, mesh)[1]
+        return partial(start, objective, mesh), original(objective, mesh)[1]
 
     def start(objective, mesh, key):
         shapes = abstract_state(objective, mesh)
@@ -85,7 +85,7 @@ def random_start() -> Iterator[None]:
         values = zeros.replace(params=params, ema=params)
         return jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), values, shapes)
 
-    compiled = loop.compile_step
+    original = loop.compile_step
     few = partial(loop.first_controls, n=16)
     with (
         mock.patch.object(loop, "compile_step", compile_step),
@@ -95,16 +95,17 @@ def random_start() -> Iterator[None]:
 
 
 def random_params(shapes, seed: int = 0):
-    """Normal values with standard deviation .2 for every array, zero nowhere."""
+    """Random arrays with standard deviation 0.2; none is zero."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(a.dtype), shapes)
 
 
 def finished(config: Config, path: Path) -> dict:
-    """Makes `path` the folder of a finished training with random parameters; these."""
-    own, folder = objective(config), Workdir(str(path))
-    folder.open(config, own.vocabulary)
-    params = random_params(own.shapes)
+    """Write a finished run with random parameters to `path`, and return the parameters."""
+    created = objective(config)
+    folder = Workdir(str(path))
+    folder.open(config, created.vocabulary)
+    params = random_params(created.shapes)
     train_state = state.create(params, optimizer.create(config))
     train_state = train_state.replace(step=jnp.array(config.steps))
     checkpoints = Checkpoints(folder.checkpoints, config, create=True)

@@ -66,7 +66,7 @@ FAULTS = [
         ("alpha fixed", "test_the_power_of_the_cosine_is_alpha", "alpha=settings.alpha",
          "alpha=8.0"),
         ("k among the noise levels before Eq. 3",
-         "test_low_level_control_steps_in_at_noise_level_k_of_what_is_trained",
+         "test_step_weighting_uses_the_noise_levels_of_training",
          "sigma=schedule.sigma",
          "sigma=schedule.sigma * config.diffusion.base_resolution / config.data.resolution"),
     ),

@@ -1,1 +1,1 @@
-"""What can be trained, and what a configuration of it must satisfy."""
+"""Training objectives, and validation of configurations."""

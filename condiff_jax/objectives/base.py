@@ -1,4 +1,4 @@
-"""The contract of objectives, and what those on noised images share."""
+"""Base classes of training objectives."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from condiff_jax.pretrained.encoders import Autoencoder, Clip
 
 
 class Objective(abc.ABC):
-    """What is trained: a frozen dataclass of modules, whose methods take parameters by network.
+    """A training objective: a frozen dataclass of modules; methods take parameters by network.
 
-    config: the configuration. frozen: where parameters that are not trained come from, by network.
+    config: the configuration. frozen: loaders of the parameters that are not trained, by network.
     """
 
     config: Config
@@ -31,35 +31,35 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> dict:
-        """Fresh parameters of what is trained, f32, by network."""
+        """Initialize the trained parameters, f32, by network."""
 
     @abc.abstractmethod
     def draw_noise(self, key: jax.Array, batch: int, step: jax.Array | int = 0) -> dict:
-        """All randomness of a step: arrays with leading dimension B, each from its own key."""
+        """Draw all random inputs of a step: arrays (B, ...), each from its own key."""
 
     @abc.abstractmethod
     def loss(
         self, params: dict, batch: dict, noise: dict, frozen: dict | None = None
     ) -> tuple[jax.Array, dict]:
-        """(mean loss of a batch (), its terms by name); frozen: parameters that are not trained."""
+        """Return (mean loss of a batch (), its terms by name); frozen: parameters not trained."""
 
     @abc.abstractmethod
     def forward_flops(self) -> int:
-        """FLOPs of the trained network for one image, multiply-add = 2."""
+        """Count the FLOPs of the trained network for one image, multiply-add = 2."""
 
     def load_frozen(self) -> dict:
-        """The parameters that are not trained, by network; ConfigError where there are none."""
+        """Load the parameters that are not trained, by network; ConfigError if they are missing."""
         return {name: encoder.load() for name, encoder in self.frozen.items()}
 
     @cached_property
     def shapes(self) -> dict:
-        """The parameters' shapes and types; tracing `init` for them takes seconds."""
+        """Shapes and dtypes of the trained parameters; cached, as tracing `init` takes seconds."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class NoisedObjective(Objective):
-    """An objective on noised images: a model, the space of the diffusion and its noise levels."""
+    """An objective on noised images: a model, a latent or pixel space, and noise levels."""
 
     config: Config
     vocabulary: Vocabulary
@@ -70,12 +70,12 @@ class NoisedObjective(Objective):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of what the denoiser sees."""
+        """Shape (H, W, C) of the model's input."""
         side = self.config.data.resolution // self.autoencoder.factor
         return side, side, self.autoencoder.channels
 
     def example(self, batch: int) -> dict[str, Any]:
-        """A batch of zeros with the shapes and types that pictures and requests have."""
+        """A batch of zeros with the shapes and dtypes of training batches."""
         side, length = self.config.data.resolution, self.config.text_encoder.length
         names = scalar_names(bool(self.config.data.color))
         out = {
@@ -91,7 +91,7 @@ class NoisedObjective(Objective):
 
     @cached_property
     def frozen(self) -> dict[str, Autoencoder | Clip]:
-        """Where the parameters that are not trained come from, by network; {} if all are."""
+        """Loaders of the parameters that are not trained, by network; {} if all are trained."""
         out = {}
         if isinstance(self.autoencoder, Latents):
             out["autoencoder"] = Autoencoder(self.config.autoencoder.path, self.autoencoder.network)
@@ -100,14 +100,14 @@ class NoisedObjective(Objective):
         return out
 
     def clean(self, params: dict, batch: dict, noise: jax.Array | None) -> jax.Array:
-        """x_0 (B, H, W, C) of a batch; noise of that shape is for latents, which are drawn."""
-        if "moments" in batch:  # coded once and for all by mode encode
+        """x_0 (B, H, W, C) of a batch; noise of that shape samples latents, None for pixels."""
+        if "moments" in batch:  # cached by mode encode
             return self.autoencoder.sample(batch["moments"], noise)
         return self.autoencoder.encode(params.get("autoencoder"), batch["image"], noise)
 
 
 def create_space_and_schedule(config: Config) -> tuple[Pixels | Latents, Schedule]:
-    """The space that diffusion runs in, and its noise levels (Eq. 3)."""
+    """Create the space that diffusion runs in and its noise levels (Eq. 3)."""
     diffusion = config.diffusion
     betas = (diffusion.beta_start, diffusion.beta_end)
     schedule = SCHEDULES[diffusion.schedule](diffusion.timesteps, *betas)

@@ -1,6 +1,6 @@
-"""The objective of classifiers that guide sampling (arXiv:2105.05233, App. H).
+"""The objective of classifiers for guidance (arXiv:2105.05233, App. H).
 
-Cross-entropy on images noised as a denoiser's are, at uniform t.
+The loss is cross-entropy on images noised as for a denoiser, at uniform t.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from condiff_jax.objectives.base import NoisedObjective, create_space_and_schedu
 from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.runtime import flops
 
-QUARTERS = 4  # parts of 0..T-1 that accuracy is reported for
+QUARTERS = 4  # intervals of 0..T-1 for which accuracy is reported
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationObjective(NoisedObjective):
-    """Modules of a classifier; its parameters are {"classifier": ...}."""
+    """The objective of a classifier; its parameters are {"classifier": ...}."""
 
     def init(self, key: jax.Array) -> dict:
         """See `Objective.init`."""
@@ -32,7 +32,7 @@ class ClassificationObjective(NoisedObjective):
         return {"classifier": self.model.init(key, x, t)["params"]}
 
     def draw_noise(self, key: jax.Array, batch: int, step: jax.Array | int = 0) -> dict:
-        """See `Objective.draw_noise`; the distribution is the same at every step."""
+        """See `Objective.draw_noise`; step is not used."""
         key_t, key_eps, key_latent = jax.random.split(key, 3)
         shape = (batch, *self.latent_shape)
         noise = {
@@ -44,7 +44,7 @@ class ClassificationObjective(NoisedObjective):
         return noise
 
     def predict(self, params: dict, batch: dict, noise: dict) -> tuple[jax.Array, jax.Array]:
-        """(logits (B, classes), x_t (B, H, W, C)) of noised images; params: with frozen ones."""
+        """Return (logits (B, classes), x_t (B, H, W, C)); params: trained and frozen ones."""
         x = self.clean(params, batch, noise.get("latent"))
         x = add_noise(self.schedule, x, noise["t"], noise["eps"])
         return self.model.apply({"params": params["classifier"]}, x, noise["t"]), x
@@ -52,32 +52,32 @@ class ClassificationObjective(NoisedObjective):
     def loss(
         self, params: dict, batch: dict, noise: dict, frozen: dict | None = None
     ) -> tuple[jax.Array, dict]:
-        """Mean cross-entropy (), nats, and the share of right classes, also by quarter of t.
+        """Mean cross-entropy (), nats, and accuracy, overall and by quarter of the timesteps.
 
-        A quarter's share counts a quarter of the batch, as t are drawn; exact if 4 divides B.
+        Each quarter is counted as B / 4 images: exact if 4 divides B, see `draw_timesteps`.
         """
         logits, _ = self.predict({**params, **(frozen or {})}, batch, noise)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        right = logits.argmax(-1) == batch["label"]
+        correct = logits.argmax(-1) == batch["label"]
         quarter = QUARTERS * noise["t"] // self.schedule.timesteps
-        parts = {"accuracy": right.mean()} | {
-            f"accuracy_{i + 1}": QUARTERS * (right & (quarter == i)).mean() for i in range(QUARTERS)
-        }
+        parts = {"accuracy": correct.mean()}
+        for i in range(QUARTERS):
+            parts[f"accuracy_{i + 1}"] = QUARTERS * (correct & (quarter == i)).mean()
         return losses.mean(), parts
 
     def forward_flops(self) -> int:
-        """FLOPs of classifying one image, multiply-add = 2; without an autoencoder."""
+        """Count the FLOPs of the classifier for one image, multiply-add = 2."""
         network = self.model.clone(backend="xla")
         x = jax.ShapeDtypeStruct((1, *self.latent_shape), jnp.float32)
         t = jax.ShapeDtypeStruct((1,), jnp.int32)
         return flops.count(
-            lambda params, *x: network.apply({"params": params}, *x),
+            lambda params, *inputs: network.apply({"params": params}, *inputs),
             self.shapes["classifier"], x, t,
         )  # fmt: skip
 
 
 def create(config: Config, vocabulary: Vocabulary) -> ClassificationObjective:
-    """Build the modules; nothing is allocated."""
+    """Create the objective; nothing is allocated."""
     network = models.create_classifier(config, classes=len(vocabulary.classes))
     return ClassificationObjective(
         config, vocabulary, network, None, *create_space_and_schedule(config)

@@ -1,4 +1,4 @@
-"""The trainable whole: denoiser, text encoder, autoencoder and schedule of one configuration."""
+"""The diffusion objective: denoiser, text encoder, autoencoder and schedule of a config."""
 
 from __future__ import annotations
 
@@ -29,24 +29,26 @@ from condiff_jax.runtime import flops
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionObjective(NoisedObjective):
-    """Networks of one configuration, and the parameters by network that they have.
+    """The objective of a denoiser.
 
-    Trained: "model" and, unless it is frozen, "text_encoder" (`init`); frozen: that and
-    "autoencoder", as far as they are used (`load_frozen`). Methods take both in one dictionary.
+    Trained parameters (`init`): "model" and, for words, "text_encoder". Frozen ones
+    (`load_frozen`): "text_encoder" for CLIP, and "autoencoder" for latents. Methods take trained
+    and frozen parameters in one dictionary.
     """
 
     control: ControlSpec
 
     def encode_text(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (T,) int32 and mask (T,) bool of a caption."""
+        """Tokenize a caption: ids (T,) int32 and mask (T,) bool."""
         if isinstance(self.text_encoder, Clip):
             return self.text_encoder.tokenize(caption)
         return tokenize(self.vocabulary.tokenizer, caption, self.config.text_encoder.length)
 
     def init(self, key: jax.Array) -> dict:
-        """Fresh parameters of what is trained, f32."""
+        """See `Objective.init`."""
         keys = jax.random.split(key)
-        batch, params = self.example(1), {}
+        batch = self.example(1)
+        params = {}
         if isinstance(self.text_encoder, WordEmbedding):
             variables = self.text_encoder.init(keys[0], batch["ids"], batch["mask"])
             params["text_encoder"] = variables["params"]
@@ -55,7 +57,7 @@ class DiffusionObjective(NoisedObjective):
         return params
 
     def example_cond(self) -> Cond:
-        """What `condition` makes of `example(1)`, but with all features zero."""
+        """The condition of `example(1)` with all features zero."""
         batch, text = self.example(1), self.config.text_encoder
         semantics = jnp.asarray(batch["label"])
         if self.text_encoder is not None:
@@ -65,10 +67,10 @@ class DiffusionObjective(NoisedObjective):
         return Cond.of(semantics, self.control.control(batch["control"]))
 
     def condition(self, params: dict, batch: dict, text_noise: jax.Array | None) -> Cond:
-        """The full condition of a batch; text_noise (B, T, C) is eps of Eq. 7, None for classes."""
+        """Conditioning inputs of a batch; text_noise (B, T, C): eps of Eq. 7, None for classes."""
         semantics = batch["label"]
         if self.text_encoder is not None:
-            if "tokens" in batch:  # coded once and for all by mode encode
+            if "tokens" in batch:  # cached by mode encode
                 dtype = jnp.dtype(self.config.model.dtype)
                 tokens, pooled = (batch[name].astype(dtype) for name in ("tokens", "pooled"))
                 text = Text(tokens, batch["mask"], pooled)
@@ -80,7 +82,7 @@ class DiffusionObjective(NoisedObjective):
         return Cond.of(semantics, self.control.control(batch["control"]))
 
     def denoise(self, params: dict, **inputs):
-        """Bind the parameters: a function of x, t, cond to eps; inputs: others of the model."""
+        """Return the function (x, t, cond) -> eps; inputs: further inputs of the model."""
 
         def network(x, t, cond):
             return self.model.apply({"params": params["model"]}, x, t, cond, **inputs)
@@ -88,7 +90,7 @@ class DiffusionObjective(NoisedObjective):
         return predict_epsilon(network, self.schedule, self.config.diffusion.prediction)
 
     def draw_noise(self, key: jax.Array, batch: int, step: jax.Array | int = 0) -> dict:
-        """See `Objective.draw_noise`; the distribution is the same at every step."""
+        """See `Objective.draw_noise`; step is not used."""
         settings = self.config.conditioning
         key_t, key_eps, key_drop, key_text, key_hide, key_latent = jax.random.split(key, 6)
         drop_semantics, drop_control = drop_flags(
@@ -113,7 +115,7 @@ class DiffusionObjective(NoisedObjective):
     def loss(
         self, params: dict, batch: dict, noise: dict, frozen: dict | None = None
     ) -> tuple[jax.Array, dict]:
-        """Mean square error of the prediction, weighted; MDTv2 adds that of its masked pass."""
+        """Weighted mean square error of the prediction; MDTv2 adds that of its masked pass."""
         params = {**params, **(frozen or {})}
         cond: Cond = self.condition(params, batch, noise.get("text"))
         cond = cond.replace(
@@ -128,8 +130,8 @@ class DiffusionObjective(NoisedObjective):
         return (weight * loss).mean(), {}
 
     def forward_flops(self) -> int:
-        """FLOPs of the denoiser for one image, multiply-add = 2; without encoders."""
-        # Other attention backends are kernels, whose products are not counted.
+        """Count the FLOPs of the denoiser for one image, multiply-add = 2, without encoders."""
+        # FLOPs inside the kernels of other attention backends are not counted.
         objective = dataclasses.replace(self, model=self.model.clone(backend="xla"))
         x = jax.ShapeDtypeStruct((1, *self.latent_shape), jnp.float32)
         t = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -150,9 +152,9 @@ def _text_encoder(config: Config, vocabulary: Vocabulary) -> WordEmbedding | Cli
 
 
 def create(config: Config, vocabulary: Vocabulary) -> DiffusionObjective:
-    """Build the modules; nothing is allocated, and nothing of frozen encoders read.
+    """Create the objective; nothing is allocated, and no files of frozen encoders are read.
 
-    ConfigError where `config.objective` asks for something else than diffusion.
+    Raises ConfigError if `config.objective` is not diffusion.
     """
     if config.objective != "diffusion":
         raise ConfigError(

@@ -1,8 +1,8 @@
 """The objective of autoencoders (arXiv:2112.10752, App. G).
 
-Images are encoded and decoded; the loss is their L1 distance and LPIPS, a patch discriminator's
-generator loss, and what regularizes the latents: their divergence from a standard normal
-distribution (KL) or their distance to a codebook (VQ).
+The loss of a decoded image is L1 and LPIPS to the original, the generator loss of a patch
+discriminator, and a regularizer of the latents: divergence from a standard normal distribution (KL)
+or distance to a codebook (VQ).
 """
 
 from __future__ import annotations
@@ -28,48 +28,51 @@ from condiff_jax.runtime import flops
 
 @dataclasses.dataclass(frozen=True)
 class Lpips:
-    """The parameters of LPIPS at `evaluation.lpips`."""
+    """Loader of the LPIPS parameters in `evaluation.lpips`."""
 
     path: str
     field: str = "evaluation.lpips"
 
     def files(self) -> list[epath.Path]:
-        """What the distance depends on."""
+        """Files with the parameters."""
         return [epath.Path(self.path)]
 
     def load(self) -> dict:
-        """The parameters; ConfigError where there are none."""
+        """Load the parameters; ConfigError if they are missing."""
         with config_errors(self.field):
             return lpips.load_weights(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionObjective(Objective):
-    """Modules of an autoencoder's training; parameters are {"autoencoder": ..., "critic": ...}."""
+    """The objective of an autoencoder; parameters are {"autoencoder": ..., "critic": ...}.
+
+    "critic" are those of the discriminator.
+    """
 
     config: Config
     space: Latents
-    critic: PatchDiscriminator
+    discriminator: PatchDiscriminator
     text_encoder: None = None
 
     @property
     def frozen(self) -> dict[str, Lpips]:
-        """LPIPS, where it has weights and a weight."""
+        """Loader of LPIPS, if its file is set and its loss weight is not zero."""
         path = self.config.evaluation.lpips
         return {"lpips": Lpips(path)} if path and self.config.reconstruction.lpips else {}
 
     def init(self, key: jax.Array) -> dict:
-        """Fresh parameters, f32."""
+        """See `Objective.init`."""
         keys = jax.random.split(key)
         side = self.config.data.resolution
         images = jnp.zeros((1, side, side, 3))
         return {
             "autoencoder": self.space.network.init(keys[0], images)["params"],
-            "critic": self.critic.init(keys[1], images)["params"],
+            "critic": self.discriminator.init(keys[1], images)["params"],
         }
 
     def draw_noise(self, key: jax.Array, batch: int, step: jax.Array | int = 0) -> dict:
-        """The latents' noise, and the weight of the generator loss, which is zero at first."""
+        """Draw the latents' noise; also the generator loss weight, 0 before critic_start."""
         settings = self.config.reconstruction
         side = self.config.data.resolution // self.space.factor
         weight = jnp.where(step < settings.critic_start, 0.0, settings.critic)
@@ -81,9 +84,10 @@ class ReconstructionObjective(Objective):
     def loss(
         self, params: dict, batch: dict, noise: dict, frozen: dict | None = None
     ) -> tuple[jax.Array, dict]:
-        """Losses of autoencoder and discriminator in a sum, each a function of its own parameters.
+        """Sum of the losses of autoencoder and discriminator.
 
-        frozen: {"lpips": parameters}, or nothing to leave that term out.
+        Each has gradients for its own parameters only. frozen: {"lpips": parameters}, or empty to
+        leave that term out.
         """
         settings, network = self.config.reconstruction, self.space.network
         variables = {"params": params["autoencoder"]}
@@ -98,7 +102,7 @@ class ReconstructionObjective(Objective):
             parts["lpips"] = lpips.distance(frozen["lpips"], *scaled).mean()
             loss += settings.lpips * parts["lpips"]
         if isinstance(network, AutoencoderKL):
-            # per value of the images, as the L1 distance is
+            # Divided by the number of image values, as the L1 distance is.
             parts["kl"] = kl_divergence(moments).sum() / images.size
             loss += settings.kl * parts["kl"]
         else:
@@ -113,15 +117,15 @@ class ReconstructionObjective(Objective):
                 + settings.anchor * parts["anchor"]
                 + settings.commitment * commitment
             )
-        generator_loss, critic_loss = adversarial_losses(
-            self.critic, params["critic"], images, decoded
+        generator_loss, discriminator_loss = adversarial_losses(
+            self.discriminator, params["critic"], images, decoded
         )
         loss += (noise["critic"] * generator_loss).mean()
-        parts["critic"] = critic_loss
-        return loss + critic_loss, parts
+        parts["critic"] = discriminator_loss
+        return loss + discriminator_loss, parts
 
     def forward_flops(self) -> int:
-        """FLOPs of encoding and decoding an image, multiply-add = 2; no discriminator or LPIPS."""
+        """Count the FLOPs of encoding and decoding one image, multiply-add = 2."""
         side, network = self.config.data.resolution, self.space.network
         image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
         params = self.shapes["autoencoder"]
@@ -129,31 +133,32 @@ class ReconstructionObjective(Objective):
 
 
 def create(config: Config, vocabulary: Vocabulary) -> ReconstructionObjective:
-    """Build the modules; nothing is allocated. An autoencoder has no vocabulary."""
+    """Create the objective; nothing is allocated, and the vocabulary is not used."""
     dtype = jnp.dtype(config.model.dtype)
     space = Latents.create(config)
-    # 64, 128, 256 for Stable Diffusion's; as many as leave several patches in an image
+    # Widths are 64, 128, 256 for Stable Diffusion; small images have fewer levels to leave several
+    # patches.
     first = max(16, space.network.size.channels[0] // 2)
     levels = max(1, min(3, config.data.resolution.bit_length() - 4))
-    critic = PatchDiscriminator(tuple(first * 2**i for i in range(levels)), dtype)
-    return ReconstructionObjective(config, space, critic)
+    discriminator = PatchDiscriminator(tuple(first * 2**i for i in range(levels)), dtype)
+    return ReconstructionObjective(config, space, discriminator)
 
 
 def kl_divergence(moments: jax.Array) -> jax.Array:
-    """KL of the latents' distribution from the standard normal one, nats a picture: (B,)."""
+    """KL divergence of the latents' distribution from the standard normal, nats an image: (B,)."""
     mean, std = mean_and_std(moments)
     return (0.5 * (mean**2 + std**2 - 1) - jnp.log(std)).sum((1, 2, 3))
 
 
 def adversarial_losses(
-    critic: nn.Module, params: Any, images: jax.Array, decoded: jax.Array
+    discriminator: nn.Module, params: Any, images: jax.Array, decoded: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(generator loss (B,), low where decoded images look real; discriminator's hinge loss ()).
+    """Return (generator loss (B,), hinge loss of the discriminator ()).
 
     The former has no gradient for the discriminator, the latter none for the images.
     """
     frozen = jax.lax.stop_gradient(params)
-    generator_loss = -critic.apply({"params": frozen}, decoded).mean((1, 2))
-    real = critic.apply({"params": params}, images)
-    false = critic.apply({"params": params}, jax.lax.stop_gradient(decoded))
-    return generator_loss, (nn.relu(1 - real).mean() + nn.relu(1 + false).mean()) / 2
+    generator_loss = -discriminator.apply({"params": frozen}, decoded).mean((1, 2))
+    real = discriminator.apply({"params": params}, images)
+    fake = discriminator.apply({"params": params}, jax.lax.stop_gradient(decoded))
+    return generator_loss, (nn.relu(1 - real).mean() + nn.relu(1 + fake).mean()) / 2

@@ -1,4 +1,4 @@
-"""Objectives by the name in `config.objective`."""
+"""Registry of objectives, by `config.objective`."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ OBJECTIVES = {
 
 
 def create_objective(config: Config, vocabulary: Vocabulary) -> Objective:
-    """What `config.objective` names; nothing is allocated."""
+    """Create the objective of a config; nothing is allocated."""
     return OBJECTIVES[config.objective](config, vocabulary)

@@ -1,7 +1,7 @@
-"""Mode `summary`: the parameter table, the parameter count and the forward FLOP of a config.
+"""Mode `summary`: the parameter table, the parameter count and the forward FLOPs of a config.
 
-With --workdir, of a run that would be trained there: a field that it needs and that is empty is an
-error, as it would be for mode train. What the fields name may be on another machine.
+With --workdir, an empty field that mode train would need is an error. The files that fields name
+are not read, as they may be on another machine.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from condiff_jax.objectives.vocabulary import Vocabulary, is_absent, load_vocabu
 
 
 def count_parameters(params) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
+    """Count the scalars in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def summarize(objective: Objective) -> dict[str, float]:
-    """{"parameters": of the denoiser, "gflop_forward": one image, multiply-add = 2}.
+    """Return {"parameters": count, "gflop_forward": GFLOPs for one image, multiply-add = 2}.
 
-    Of other objectives than diffusion, the parameters of all that is trained.
+    parameters counts the denoiser; for objectives other than diffusion, all trained networks.
     """
     params = objective.shapes
     return {
@@ -39,7 +39,7 @@ def summarize(objective: Objective) -> dict[str, float]:
 
 
 def check(config: Config) -> None:
-    """ConfigError for a field that a training needs and that is empty; no file is read."""
+    """Raise ConfigError for an empty field that training needs; no file is read."""
     for prefix, stage in stage_prefixes(config):
         try:
             if not stage.data.path:
@@ -55,7 +55,7 @@ def check(config: Config) -> None:
 
 
 def run(config: Config, workdir: str | None = None) -> None:
-    """Print the table, and as the last line one JSON object; nothing is allocated."""
+    """Print the parameter table and, as the last line, one JSON object; nothing is allocated."""
     if workdir:
         check(config)
     if config.data.path and is_absent(config.data.path):
@@ -66,6 +66,6 @@ def run(config: Config, workdir: str | None = None) -> None:
     for name, encoder in objective.frozen.items():
         try:
             print(f"Frozen besides: {name}, {count_parameters(encoder.shapes()):,} parameters")
-        except (ConfigError, ImportError) as error:  # such as a bucket without the extra gcs
+        except (ConfigError, ImportError) as error:  # such as a bucket without the gcs extra
             print(f"Frozen besides: {name}, of unknown size ({error})")
     print(json.dumps(summarize(objective)))

@@ -1,4 +1,4 @@
-"""What the fields of a configuration must agree on. `create_config` is how all modes read one."""
+"""Validation across fields of a configuration; all modes create theirs by `create_config`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from condiff_jax.models import MODELS, conditioners, kl
 
 
 def create_config(values: Mapping[str, Any]) -> Config:
-    """The validated `Config` of a ConfigDict or of the mapping in config.json."""
+    """Create the validated `Config` of a ConfigDict or of the mapping in config.json."""
     config = build(values)
     validate(config)
     return config
 
 
 def validate(config: Config) -> None:
-    """ConfigError where the fields of a config, or of an earlier stage of it, do not agree."""
+    """Raise ConfigError if fields of a config or of one of its earlier stages conflict."""
     for prefix, stage in stage_prefixes(config):
         try:
             _validate_registered(stage)
@@ -36,7 +36,7 @@ def validate(config: Config) -> None:
 
 
 def _validate_registered(config: Config) -> None:
-    """Fields that can have any key of a registry."""
+    """Check the fields whose values are keys of a registry."""
     registries = {
         "model.conditioner": conditioners.names(),
         "conditioning.control": groups(),
@@ -57,10 +57,10 @@ def _validate_model(config: Config) -> None:
     names = ", ".join(architecture.sizes)
     size, slash, patch = model.size.partition("/")
     if size not in architecture.sizes or bool(slash) != architecture.patched:
-        form = (
-            "be NAME/PATCH, such as XL/2, with a name of" if architecture.patched else "be one of"
-        )
-        raise ConfigError("model.size", f"must {form} {names}; got {model.size!r}")
+        expected = "be one of"
+        if architecture.patched:
+            expected = "be NAME/PATCH, such as XL/2, with a name of"
+        raise ConfigError("model.size", f"must {expected} {names}; got {model.size!r}")
     if slash and not re.fullmatch("[1-9][0-9]*", patch):
         raise ConfigError("model.size", f"the patch must be a number, as in XL/2; got {patch!r}")
     if not architecture.patched and (model.unroll != 1 or model.remat == "dots"):
@@ -82,10 +82,10 @@ def _validate_model(config: Config) -> None:
     multiple = architecture.multiple(model.size)
     for field in ("data.resolution", "model.base_resolution"):
         if get(config, field) % (multiple * factor):
-            what = "patch" if architecture.patched else "downsampling"
+            kind = "patch" if architecture.patched else "downsampling"
             raise ConfigError(
                 field,
-                f"must be a multiple of {multiple * factor} ({what} {multiple} x latent factor "
+                f"must be a multiple of {multiple * factor} ({kind} {multiple} x latent factor "
                 f"{factor}), got {get(config, field)}",
             )
     if model.attention == "cudnn" and model.dtype != "bfloat16":
@@ -99,12 +99,12 @@ def _validate_data(config: Config) -> None:
     if len(data.sizes) != 2 or not 8 <= data.sizes[0] <= data.sizes[1]:
         raise ConfigError("data.sizes", f"must be two sizes from 8 pixels, got {data.sizes}")
     control = config.conditioning.control
-    jittered = {scalar.group for scalar in SCALARS.values() if scalar.jitter}
-    if not data.color and jittered & set(control):
+    jittered = {scalar.group for scalar in SCALARS.values() if scalar.jitter} & set(control)
+    if not data.color and jittered:
         raise ConfigError(
             "data.color",
-            f"0, but conditioning.control has {', '.join(jittered & set(control))}; set the "
-            "strength of the color jitter",
+            f"0, but conditioning.control has {', '.join(jittered)}; set the strength of the color "
+            "jitter",
         )
     if data.name == "shapes" and data.semantics == "class" and data.classes not in LABELS:
         choices = " or ".join(str(number) for number in LABELS if number)
@@ -113,12 +113,12 @@ def _validate_data(config: Config) -> None:
         raise ConfigError("evaluation.path", "evaluation.reference=coco needs a prepared data set")
     if data.name == "latents" and config.autoencoder.name == "pixels":
         raise ConfigError("autoencoder.name", "data.name=latents needs kl or vq")
-    low_high = config.sampling.size_range
-    if len(low_high) != 2 or not 1 <= low_high[0] <= low_high[1]:
-        raise ConfigError("sampling.size_range", f"must be two sizes, got {low_high}")
+    size_range = config.sampling.size_range
+    if len(size_range) != 2 or not 1 <= size_range[0] <= size_range[1]:
+        raise ConfigError("sampling.size_range", f"must be two sizes, got {size_range}")
     sizes = config.evaluation.sizes
     if len(sizes) < 2 or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise ConfigError("evaluation.sizes", f"must be two different sizes or more, got {sizes}")
+        raise ConfigError("evaluation.sizes", f"must be at least two different sizes, got {sizes}")
 
 
 def _validate_training(config: Config) -> None:
@@ -141,7 +141,8 @@ def _validate_training(config: Config) -> None:
                 raise ConfigError(field, f"must be empty for objective={config.objective}")
     if config.sampling.classifier and config.data.semantics == "text":
         raise ConfigError(
-            "sampling.classifier", "guides to a class; data.semantics=text has none, leave it empty"
+            "sampling.classifier",
+            "guides to a class, but data.semantics=text has none; leave it empty",
         )
     if not config.sampling.classifier and config.sampling.classifier_guidance != 1:
         raise ConfigError(
@@ -154,9 +155,9 @@ def _validate_training(config: Config) -> None:
             f"must be a multiple of optimizer.accumulate={config.optimizer.accumulate}, "
             f"got {config.batch_size}",
         )
-    traced = config.profile
-    if traced and not (len(traced) == 2 and 0 < traced[0] <= traced[1]):
-        raise ConfigError("profile", f"must be a first and a last step, got {traced}")
+    steps = config.profile
+    if steps and not (len(steps) == 2 and 0 < steps[0] <= steps[1]):
+        raise ConfigError("profile", f"must be a first and a last step, got {steps}")
     if config.diffusion.beta_start > config.diffusion.beta_end:
         raise ConfigError("diffusion.beta_start", "must not be above diffusion.beta_end")
     if config.sampling.steps > config.diffusion.timesteps:

@@ -1,4 +1,4 @@
-"""The words and classes of a data set."""
+"""Vocabulary of a data set: words and classes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from condiff_jax.models.text_encoder import word_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a data set talks about; kept in the work directory as vocabulary.json."""
+    """Words and classes of a data set, stored in the work directory as vocabulary.json."""
 
     words: tuple[str, ...]
     classes: tuple[str, ...]
 
     def to_json(self) -> str:
-        """The text of vocabulary.json."""
+        """Serialize to the text of vocabulary.json."""
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
-        """Inverse of `to_json`."""
+        """Parse vocabulary.json; the inverse of `to_json`."""
         return cls(**{key: tuple(value) for key, value in json.loads(text).items()})
 
     @cached_property
@@ -36,13 +36,14 @@ class Vocabulary:
 
 
 def create_vocabulary(config: Config, source) -> Vocabulary:
-    """The words and classes of a data source, as far as the config uses them."""
+    """Collect the words and classes of a data source that the config uses."""
     if config.objective == "reconstruction":
         return Vocabulary((), ())
     if config.data.semantics == "class":
-        found, expected = len(source.classes), config.data.classes
-        if expected and found != expected:
-            raise ConfigError("data.classes", f"is {expected}, but the data has {found} classes")
+        count = len(source.classes)
+        expected = config.data.classes
+        if expected and count != expected:
+            raise ConfigError("data.classes", f"is {expected}, but the data has {count} classes")
         return Vocabulary((), tuple(source.classes))
     words = () if config.text_encoder.name == "clip" else source.vocabulary()
     return Vocabulary(tuple(words), ())
@@ -54,7 +55,7 @@ def is_absent(path: str) -> bool:
 
 
 def load_vocabulary(config: Config) -> Vocabulary:
-    """That of the data; without data here, as many classes as `data.classes` says."""
+    """Load the vocabulary of the data; if the data is absent, `data.classes` numbered classes."""
     path = config.data.path
     if (path and not is_absent(path)) or config.data.name == "shapes":
         return create_vocabulary(config, open_source(config))

@@ -20,8 +20,8 @@ from condiff_jax.config.build import with_fields
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
 from condiff_jax.models.attention import fastest
+from condiff_jax.objectives import diffusion
 from condiff_jax.objectives.diffusion import DiffusionObjective
-from condiff_jax.objectives.diffusion import create as create_objective
 from condiff_jax.objectives.vocabulary import Vocabulary, load_vocabulary
 from condiff_jax.planning import hlo
 from condiff_jax.planning.compiling import (
@@ -127,7 +127,7 @@ def lower(
 ) -> tuple[Any, dict[str, Any]]:
     """Apply `lower_step` or `lower_sampler` to a config, for the devices of a topology."""
     mesh = sharding.create_mesh(config.parallel.fsdp, topology.devices())
-    return lower_program(create_objective(config, vocabulary), mesh)
+    return lower_program(diffusion.create(config, vocabulary), mesh)
 
 
 def largest(
@@ -201,7 +201,7 @@ class Planner:
     def train(self, *, complete: bool = False) -> dict[str, Any]:
         """Return figures of the train step, see `figures`; with its time also the MFU."""
         config = self.config
-        flop = 3 * create_objective(config, self.vocabulary).forward_flops() * config.batch_size
+        flop = 3 * diffusion.create(config, self.vocabulary).forward_flops() * config.batch_size
         out = {
             "batch_size": config.batch_size,
             **self.figures(self.estimate(lower_step, config, complete=complete)),
@@ -261,7 +261,7 @@ class Planner:
             return self.estimate(lower_step, config).total
 
         mesh = sharding.create_mesh(self.config.parallel.fsdp, self.devices)
-        state = abstract_state(create_objective(self.config, self.vocabulary), mesh)
+        state = abstract_state(diffusion.create(self.config, self.vocabulary), mesh)
         first = self.config.batch_size // unit
         fits, fails = largest(total, self.capacity, first, device_bytes(state))
         return {"fits": fits * parts, "fails": fails and fails * parts}

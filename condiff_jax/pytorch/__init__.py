@@ -1,1 +1,1 @@
-"""PyTorch out and in: models in plain PyTorch, a diffusers pipeline, exports and imports."""
+"""PyTorch models, a diffusers pipeline, and export to and import from PyTorch."""

@@ -1,10 +1,10 @@
-"""Mode `export`: a trained work directory as a folder for PyTorch, and where it fits for diffusers.
+"""Mode `export`: write a trained run as a folder for PyTorch and, where possible, for diffusers.
 
 export/STEP/                  a diffusers pipeline: DiffusionPipeline.from_pretrained(...)
   pipeline.py  model_index.json  scheduler/
-  network/                    needs torch and safetensors only: `models.load`
+  network/                    for `models.load`, which needs torch and safetensors only
     models.py  config.json  model.safetensors
-  diffusers/                  the denoiser as a diffusers model, if it has the architecture
+  diffusers/                  the denoiser as a diffusers model, if diffusers has the architecture
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HERE = epath.Path(__file__).parent
 
 
 def denoiser_config(objective: DiffusionObjective) -> dict[str, Any]:
-    """What `models.create` needs to build the denoiser."""
+    """Arguments of `models.create` for the denoiser."""
     config, model = objective.config, objective.model
     out = {
         "architecture": config.model.name,
@@ -66,7 +66,7 @@ def denoiser_config(objective: DiffusionObjective) -> dict[str, Any]:
 
 
 def network_config(objective: DiffusionObjective, frozen: dict) -> dict[str, Any]:
-    """network/config.json: every module for `models.create`, and what sampling needs to know."""
+    """Contents of network/config.json: arguments of each module, and settings for sampling."""
     config, space = objective.config, objective.autoencoder
     height, width, channels = objective.latent_shape
     out = {"model": denoiser_config(objective)}
@@ -109,7 +109,7 @@ def network_config(objective: DiffusionObjective, frozen: dict) -> dict[str, Any
 
 
 def scheduler_config(objective: DiffusionObjective) -> dict[str, Any]:
-    """scheduler_config.json of diffusers' DDIMScheduler; the betas are those of Eq. 3."""
+    """Contents of scheduler_config.json for diffusers' DDIMScheduler, with the betas of Eq. 3."""
     alpha_bar = np.asarray(objective.schedule.alpha_bar, np.float64)
     betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
     settings, bound = objective.config.sampling, objective.autoencoder.bound
@@ -130,7 +130,10 @@ def scheduler_config(objective: DiffusionObjective) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Diffusers:
-    """A denoiser as a diffusers model: its class, config.json, and the rules of its layout."""
+    """A denoiser as a diffusers model: class name, config.json, and key rules of its layout.
+
+    extra: tensors that are no parameters of ours, by name.
+    """
 
     name: str
     config: dict[str, Any]
@@ -139,20 +142,20 @@ class Diffusers:
 
 
 def for_diffusers(objective: DiffusionObjective) -> Diffusers:
-    """The denoiser for diffusers; ValueError says why there is none."""
+    """Describe the denoiser as a diffusers model; ValueError if diffusers has no such model."""
     config, model = objective.config, objective.model
     if config.conditioning.control:
-        raise ValueError("diffusers' models know no control metadata")
-    make: dict[str, Callable] = {"pixart": _pixart, "mmdit": _sd3, "unet": _unet}
+        raise ValueError("diffusers' models have no control metadata")
+    builders: dict[str, Callable] = {"pixart": _pixart, "mmdit": _sd3, "unet": _unet}
     if config.model.name == "dit_ln":
         raise ValueError(
-            "diffusers' DiT spaces the frequencies of the timestep as i/127, DiT and ours as i/128"
+            "the timestep frequencies of diffusers' DiT are i/127, those of DiT and ours i/128"
         )
-    if config.model.name not in make:
+    if config.model.name not in builders:
         raise ValueError(f"diffusers has no {config.model.name}")
     if model.classes is not None:
-        raise ValueError(f"diffusers' {config.model.name} knows no classes")
-    return make[config.model.name](objective)
+        raise ValueError(f"diffusers' {config.model.name} has no classes")
+    return builders[config.model.name](objective)
 
 
 def _transformer(objective: DiffusionObjective) -> dict[str, Any]:
@@ -172,9 +175,10 @@ def _transformer(objective: DiffusionObjective) -> dict[str, Any]:
 def _pixart(objective: DiffusionObjective) -> Diffusers:
     model: Transformer = objective.model
     if model.qk_norm:
-        raise ValueError("diffusers' PixArt does not normalise queries and keys (model.qk_norm)")
+        raise ValueError("diffusers' PixArt does not normalize queries and keys (model.qk_norm)")
     grid = objective.latent_shape[0] // model.patch
-    resample = model.position == "resample"  # linspace(0, base, grid) as a multiple of arange
+    # diffusers divides arange(grid) by a scale; resample is linspace(0, base, grid).
+    resample = model.position == "resample"
     config = {
         **_transformer(objective),
         "cross_attention_dim": model.width,
@@ -208,7 +212,7 @@ def _sd3(objective: DiffusionObjective) -> Diffusers:
 def _unet(objective: DiffusionObjective) -> Diffusers:
     model: UNet = objective.model
     if model.qk_norm:
-        raise ValueError("diffusers' UNet does not normalise queries and keys (model.qk_norm)")
+        raise ValueError("diffusers' UNet does not normalize queries and keys (model.qk_norm)")
     size = model.size
     side, _, channels = objective.latent_shape
     down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in size.attention]
@@ -221,7 +225,9 @@ def _unet(objective: DiffusionObjective) -> Diffusers:
         "layers_per_block": size.resnets,
         "norm_num_groups": size.groups,
         "cross_attention_dim": objective.config.text_encoder.width,
-        "attention_head_dim": [size.heads_at(width) for width in size.channels],  # their number
+        "attention_head_dim": [
+            size.heads_at(width) for width in size.channels
+        ],  # heads, despite the name
         "down_block_types": down,
         "up_block_types": up,
     }
@@ -229,10 +235,10 @@ def _unet(objective: DiffusionObjective) -> Diffusers:
 
 
 def export(objective: DiffusionObjective, params: dict, frozen: dict, out: epath.Path) -> list[str]:
-    """Write the folder; returns what to tell.
+    """Write the folder; returns messages for the user.
 
-    params: all that is trained. frozen: {"autoencoder": its parameters}, {} for pixels or to leave
-    it out. CLIP's tower is not written but named: the pipeline loads it by transformers.
+    params: the trained parameters. frozen: {"autoencoder": its parameters}, or {} for pixels or to
+    leave it out. CLIP is not written: the pipeline loads it by name with transformers.
     """
     tree = {**params, **frozen}
     network = out / "network"
@@ -249,47 +255,47 @@ def export(objective: DiffusionObjective, params: dict, frozen: dict, out: epath
     }
     write_json(out / "model_index.json", index)
     try:
-        theirs = for_diffusers(objective)
+        model = for_diffusers(objective)
     except ValueError as error:
         return [f"no folder of a diffusers model: {error}"]
     folder = out / "diffusers"
-    tensors = key_maps.to_published(to_torch(params["model"]), theirs.rules) | theirs.extra
-    write_json(folder / "config.json", {"_class_name": theirs.name, **theirs.config})
+    tensors = key_maps.to_published(to_torch(params["model"]), model.rules) | model.extra
+    write_json(folder / "config.json", {"_class_name": model.name, **model.config})
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    return [f"diffusers: {theirs.name} in {folder}"]
+    return [f"diffusers: {model.name} in {folder}"]
 
 
 def run(config: Config, workdir: str) -> epath.Path:
-    """Mode `export`: the newest checkpoint as export/STEP (export/STEP-raw); returns the folder."""
-    if config.model.name == "unet2d":  # whose methods of conditioning are anyone's
+    """Export the newest checkpoint to export/STEP or export/STEP-raw; returns that folder."""
+    if config.model.name == "unet2d":  # its conditioners are defined by users
         raise ConfigError("model.name", "unet2d has no PyTorch model to export to")
     padding = config.conditioning.padding
     if config.data.semantics == "text" and not PADDINGS[padding].pytorch:
         raise ConfigError(
             "conditioning.padding",
-            f"{padding} is not in condiff_jax/pytorch/models.py; add it to PADDINGS there, and set "
-            "pytorch=True here",
+            f"{padding} is missing in PyTorch; add it to PADDINGS in condiff_jax/pytorch/models.py "
+            "and set its pytorch=True in condiff_jax/conditioning/text.py",
         )
     if jax.process_count() > 1:
         raise ConfigError("--processes", "mode export runs in one process")
     trained = runs.load(workdir, config, ema=not config.convert.raw, mesh=sharding.create_mesh())
     objective = trained.objective
-    out = trained.folder.path / "export" / f"{trained.step}{'-raw' if config.convert.raw else ''}"
-    left_out = ""
+    suffix = "-raw" if config.convert.raw else ""
+    out = trained.folder.path / "export" / f"{trained.step}{suffix}"
+    left_out = ""  # why the autoencoder is not exported
     if isinstance(objective.autoencoder, Latents):
         if not config.autoencoder.path:
             left_out = "autoencoder.path is empty"
         elif config.autoencoder.name == "vq":
             left_out = "network/ has no VQModel; diffusers reads the one in autoencoder.path"
-    frozen = trained.folder.load_frozen(
-        objective, {"text_encoder", *(("autoencoder",) if left_out else ())}
-    )
+    skipped = {"text_encoder", "autoencoder"} if left_out else {"text_encoder"}
+    frozen = trained.folder.load_frozen(objective, skipped)
     messages = export(objective, jax.device_get(trained.params), frozen, out)
     if left_out:
-        messages.append(f"no autoencoder, as {left_out}: samples end as latents")
+        messages.append(f"no autoencoder, as {left_out}; samples are latents")
     if "text_encoder" in objective.frozen:
-        messages.append(f"CLIP is not in it: the pipeline loads {objective.text_encoder.name}")
+        messages.append(f"CLIP is not included; the pipeline loads {objective.text_encoder.name}")
     print(
         f"Step {trained.step} for PyTorch in {out}\n" + "\n".join(f"  {line}" for line in messages)
     )

@@ -1,4 +1,4 @@
-"""Mode `import`: published denoisers, or our own exports, into a work directory as step 0."""
+"""Mode `import`: write a published denoiser or an export as step 0 of a new work directory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from etils import epath
 from condiff_jax.config.build import with_fields
 from condiff_jax.config.errors import ConfigError, one_line
 from condiff_jax.config.schema import Config, Diffusion
-from condiff_jax.objectives import summary
+from condiff_jax.objectives import diffusion, summary
 from condiff_jax.objectives.diffusion import DiffusionObjective
-from condiff_jax.objectives.diffusion import create as create_system
 from condiff_jax.objectives.vocabulary import load_vocabulary
 from condiff_jax.pretrained import key_maps, weights
 from condiff_jax.pretrained.layout import from_torch
@@ -30,23 +29,24 @@ from condiff_jax.runs.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A published layout: which model it holds, a tensor only it has, and its rules.
+    """A published layout of tensors.
 
-    ignore: tensors without learned content, such as tables of positions. note: what else to tell.
-    diffusion: the fields of config.diffusion that all its weights were trained with.
+    model: the architecture. key: a tensor that only this layout has. rules: from its names to ours.
+    ignore: pattern of tensors that were not learned, such as position tables. note: message for the
+    user. diffusion: the fields of config.diffusion that all its weights were trained with.
     """
 
     model: str
-    sign: str
+    key: str
     rules: Callable[[DiffusionObjective], tuple[key_maps.Rule, ...]]
     ignore: str = r"pos_embed(\.pos_embed)?"
     note: str = ""
     diffusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-UNSET = dataclasses.asdict(Diffusion())  # what a config has where nobody chose
-# arXiv:2006.11239, Sec. 4, which DiT, MDT and PixArt took over.
-DDPM = UNSET | {"schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+DEFAULTS = dataclasses.asdict(Diffusion())
+# arXiv:2006.11239, Sec. 4; DiT, MDT and PixArt use the same noise levels.
+DDPM = DEFAULTS | {"schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
 def _patch(rules: Callable) -> Callable:
@@ -57,7 +57,7 @@ def _patch_and_depth(rules: Callable) -> Callable:
     return lambda objective: rules(objective.model.patch, objective.model.depth)
 
 
-# The first layout whose sign is among the tensors is taken.
+# The first layout whose key is among the tensors is used.
 LAYOUTS = {
     "sail-sg/MDT": Layout(
         "mdtv2",
@@ -76,7 +76,7 @@ LAYOUTS = {
         "dit_ln",
         "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
         _patch_and_depth(key_maps.diffusers_dit),
-        note="timesteps at DiT's frequencies i/128, of which diffusers makes i/127",
+        note="timestep frequencies are DiT's, i/128; those of diffusers are i/127",
         diffusion=DDPM,
     ),
     "PixArtTransformer2DModel": Layout(
@@ -92,24 +92,24 @@ LAYOUTS = {
         "unet",
         "down_blocks.0.resnets.0.conv1.weight",
         lambda _: key_maps.UNET,
-        note="noise levels and prediction are the config's; compare them with the original's",
+        note="noise levels and prediction are the config's; check that they are the original's",
     ),
 }
 
 
-def recognise(tensors: Mapping[str, np.ndarray], model: str) -> str:
-    """Name of the layout; ValueError when there is none, or when it holds another model."""
+def recognize(tensors: Mapping[str, np.ndarray], model: str) -> str:
+    """Name of the tensors' layout; ValueError if it is unknown or of another model."""
     for name, layout in LAYOUTS.items():
-        if layout.sign in tensors:
+        if layout.key in tensors:
             if layout.model != model:
                 raise ValueError(f"the weights are {name}'s; set model.name={layout.model}")
             return name
     known = ", ".join(LAYOUTS)
-    raise ValueError(f"the layout of {next(iter(tensors), 'no tensors')}... is none of {known}")
+    raise ValueError(f"the layout of tensor {next(iter(tensors), '(none)')} is none of {known}")
 
 
 def drop_sigma(tensors: dict[str, np.ndarray], channels: int, outputs: int) -> bool:
-    """Halve a final layer with twice the outputs, which also predicts variances; True if it did.
+    """Remove the outputs of variances from the final layer in place; returns whether it had them.
 
     Its outputs are (patch, patch, 2 C) per token, epsilon first.
     """
@@ -123,58 +123,61 @@ def drop_sigma(tensors: dict[str, np.ndarray], channels: int, outputs: int) -> b
 
 
 def is_export(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether the tensors are an export of ours."""
+    """Whether the tensors were written by mode export."""
     return "model.patch_embed.weight" in tensors or "model.conv_in.weight" in tensors
 
 
 def with_schedule(
     config: Config, tensors: Mapping[str, np.ndarray], chosen: Container[str] = ()
 ) -> tuple[Config, list[str]]:
-    """(config with the noise levels that published tensors were trained with, messages).
+    """Return (config with the noise levels that published tensors were trained with, messages).
 
-    ValueError where the config says otherwise: by a value that is not the default, or by any in a
-    field that was `chosen`, such as "diffusion.schedule".
+    ValueError if the config has another value that is not the default, or another value in a field
+    that was `chosen` on the command line, such as "diffusion.schedule".
     """
-    name = None if is_export(tensors) else recognise(tensors, config.model.name)
+    name = None if is_export(tensors) else recognize(tensors, config.model.name)
     trained = LAYOUTS[name].diffusion if name else {}
     if not trained:
         return config, []
     flags = " ".join(
         f"--config.diffusion.{field}={value}"
         for field, value in trained.items()
-        if value != UNSET[field]
+        if value != DEFAULTS[field]
     )
     for field, value in trained.items():
-        found = getattr(config.diffusion, field)
-        if found != value and (found != UNSET[field] or f"diffusion.{field}" in chosen):
+        current = getattr(config.diffusion, field)
+        is_set = current != DEFAULTS[field] or f"diffusion.{field}" in chosen
+        if current != value and is_set:
             raise ValueError(
-                f"{name} was trained with diffusion.{field}={value}, not {found}; leave "
+                f"{name} was trained with diffusion.{field}={value}, not {current}; leave "
                 f"diffusion.* at its defaults, or set {flags}"
             )
-    config = with_fields(config, {f"diffusion.{name}": value for name, value in trained.items()})
-    diffusion = config.diffusion
+    config = with_fields(config, {f"diffusion.{field}": value for field, value in trained.items()})
+    levels = config.diffusion
     message = (
-        f"noise levels as it was trained with: {diffusion.schedule}, beta {diffusion.beta_start} "
-        f"to {diffusion.beta_end}, in config.json; commands with --config then need {flags}"
+        f"config.json has the noise levels of its training: {levels.schedule}, beta "
+        f"{levels.beta_start} to {levels.beta_end}; commands with --config then need {flags}"
     )
     return config, [message]
 
 
 def check_schedule(objective: DiffusionObjective, source: str) -> None:
-    """ValueError where an export of ours, a folder, was trained with other noise levels."""
+    """Raise ValueError if an exported folder was trained with other noise levels."""
     path = epath.Path(source) / "scheduler" / "scheduler_config.json"
     if not path.exists():
         return
-    theirs, expected = json.loads(path.read_text()), scheduler_config(objective)
-    same = np.shape(theirs["trained_betas"]) == np.shape(expected["trained_betas"])
-    if not same or not np.allclose(theirs["trained_betas"], expected["trained_betas"], rtol=1e-6):
+    exported = json.loads(path.read_text())
+    expected = scheduler_config(objective)
+    betas, expected_betas = exported["trained_betas"], expected["trained_betas"]
+    same = np.shape(betas) == np.shape(expected_betas)
+    if not same or not np.allclose(betas, expected_betas, rtol=1e-6):
         raise ValueError(
             "the exported model was trained with other noise levels; set --config.diffusion.* "
             "(schedule, beta_start, beta_end, timesteps, base_resolution) as its run had them"
         )
-    if theirs["prediction_type"] != expected["prediction_type"]:
+    if exported["prediction_type"] != expected["prediction_type"]:
         raise ValueError(
-            f"the exported model predicts {theirs['prediction_type']}; set "
+            f"the exported model predicts {exported['prediction_type']}; set "
             "--config.diffusion.prediction as its run had it"
         )
 
@@ -182,17 +185,16 @@ def check_schedule(objective: DiffusionObjective, source: str) -> None:
 def convert(
     objective: DiffusionObjective, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict, list[str]]:
-    """(parameters, messages) from an export of ours or published tensors; ValueError on misfit."""
+    """Return (parameters, messages) for exported or published tensors; ValueError on a mismatch."""
     if is_export(tensors):
-        kept = {key: a for key, a in tensors.items() if not key.startswith("autoencoder.")}
-        return from_torch(kept, objective.shapes), ["our own export"]
+        trained = {key: a for key, a in tensors.items() if not key.startswith("autoencoder.")}
+        return from_torch(trained, objective.shapes), ["written by mode export"]
     model, messages = convert_published(objective, tensors)
     params = {"model": model}
     if "text_encoder" in objective.shapes:
-        fresh = jax.jit(
-            lambda key: objective.init(key)["text_encoder"]
-        )  # compiles no more than this
-        params["text_encoder"] = fresh(jax.random.key(objective.config.seed))
+        # Under jit, the other parameters are neither compiled nor computed.
+        init = jax.jit(lambda key: objective.init(key)["text_encoder"])
+        params["text_encoder"] = init(jax.random.key(objective.config.seed))
         messages.append("the text encoder is new: train it before you sample")
     return params, messages
 
@@ -200,16 +202,16 @@ def convert(
 def convert_published(
     objective: DiffusionObjective, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict, list[str]]:
-    """(parameters of the denoiser, messages) from published tensors; ValueError on misfit."""
-    name = recognise(tensors, objective.config.model.name)
+    """Return (denoiser parameters, messages) for published tensors; ValueError on a mismatch."""
+    name = recognize(tensors, objective.config.model.name)
     layout, messages = LAYOUTS[name], [f"layout of {name}"]
     shapes = objective.shapes["model"]
     if "control" in shapes:
         raise ValueError(
-            "published models know no control metadata; set --config.conditioning.control='()'"
+            "published models have no control metadata; set --config.conditioning.control='()'"
         )
-    kept = {key: a for key, a in tensors.items() if not re.fullmatch(layout.ignore, key)}
-    renamed = key_maps.from_published(kept, layout.rules(objective))
+    learned = {key: a for key, a in tensors.items() if not re.fullmatch(layout.ignore, key)}
+    renamed = key_maps.from_published(learned, layout.rules(objective))
     if layout.note:
         messages.append(layout.note)
     if layout.model != "unet":
@@ -220,7 +222,7 @@ def convert_published(
 
 
 def check_positions(objective: DiffusionObjective, tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """A message on the fixed positions; ValueError where ours would differ from published ones."""
+    """Return a message on fixed positions; ValueError if ours differ from the published ones."""
     if "positions" in objective.shapes["model"]:
         return []
     if objective.config.model.position != "extrapolate":
@@ -230,14 +232,14 @@ def check_positions(objective: DiffusionObjective, tensors: Mapping[str, np.ndar
     table = tensors.get("pos_embed")
     if table is None:
         return ["positions not stored; counted 0, 1, 2, ..."]
-    ours = objective.model.positions(np.zeros((1, *objective.latent_shape)))
-    if table[0].shape != ours.shape or np.abs(table[0] - ours).max() > 1e-3:
-        raise ValueError(f"pos_embed {table.shape} is not the table of {ours.shape[0]} tokens")
+    expected = objective.model.positions(np.zeros((1, *objective.latent_shape)))
+    if table[0].shape != expected.shape or np.abs(table[0] - expected).max() > 1e-3:
+        raise ValueError(f"pos_embed {table.shape} is not the table of {expected.shape[0]} tokens")
     return ["positions as stored"]
 
 
 def run(config: Config, workdir: str, chosen: Container[str] = ()) -> None:
-    """Mode `import`: `convert.source` becomes step 0 of a new work directory.
+    """Write the weights in `convert.source` as step 0 of a new work directory.
 
     chosen: the fields given on the command line.
     """
@@ -251,7 +253,7 @@ def run(config: Config, workdir: str, chosen: Container[str] = ()) -> None:
     try:
         tensors = weights.read(source)
         config, notes = with_schedule(config, tensors, chosen)
-        objective = create_system(config, vocabulary)
+        objective = diffusion.create(config, vocabulary)
         if is_export(tensors):
             check_schedule(objective, source)
         params, messages = convert(objective, tensors)

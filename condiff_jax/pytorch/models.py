@@ -1,8 +1,8 @@
-"""The models of condiff_jax in plain PyTorch: this file needs torch, and `load` safetensors.
+"""The models of condiff_jax in plain PyTorch; needs only torch, and safetensors for `load`.
 
 It follows "On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion Models"
-(NeurIPS 2024). A denoiser hears semantics (a class or a text) and control metadata (crop, flip,
-original size), and what sets the architectures apart is by which way:
+(NeurIPS 2024). Denoisers are conditioned on semantics (a class or a text) and on control metadata
+(crop, flip, original size). The architectures differ in how these inputs enter the network:
 
     architecture  class               semantics                        control (Eq. 1)
     ours          MMDiT               joint attention                  AdaLN
@@ -14,8 +14,8 @@ original size), and what sets the architectures apart is by which way:
     unet          UNet                cross-attention                  time embedding
 
 Shapes: B batch, C channels, N image tokens, T condition tokens, D width of the model. Computation
-is in the type of the weights, norms of queries and keys in f32. Modules start with PyTorch's own
-initialisation: they are meant to get trained weights.
+is in the dtype of the weights, norms of queries and keys in f32. Modules keep PyTorch's default
+initialization, because trained weights are to be loaded into them.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # ---------------------------------------------------------------------------------------------
-# What a denoiser is told
+# Conditioning inputs of a denoiser
 
 
 class Text(NamedTuple):
-    """Text features: tokens (B, T, C), padded with `pad`, and one vector for each text (B, C)."""
+    """Text features: tokens (B, T, C), padded with `pad`, and one vector (B, C) for each text."""
 
     tokens: Tensor
-    pooled: Tensor | None = None  # heard by `mmdit` only
+    pooled: Tensor | None = None  # used by `mmdit` only
 
 
 class Control(NamedTuple):
     """Control metadata: scalars phi_h (B, high) and phi_l (B, low) of Eq. 1.
 
-    Fractions, flags and ratios are multiplied by 1000, sizes are in pixels: sinusoids resolve
-    differences of about one.
+    Sizes are in pixels. Fractions, flags and ratios are multiplied by 1000, because sinusoidal
+    features resolve differences of about one.
     """
 
     high: Tensor  # such as crop_top, crop_left, crop_height, crop_width, flip
-    low: Tensor  # such as height and width of the original
+    low: Tensor  # such as height and width of the original image
 
 
 class Weighting(NamedTuple):
-    """gamma_c(t) of Eq. 1: its value at each timestep, and linear between timesteps."""
+    """gamma_c(t) of Eq. 1 as a table by timestep, interpolated linearly between timesteps."""
 
     table: list[float]
 
@@ -68,7 +68,7 @@ class Weighting(NamedTuple):
 
 
 def dropped(x: Tensor | None, drop: Tensor | None, null: int = 0) -> Tensor | None:
-    """x (B, ...) with `null` instead where drop (B,) is true."""
+    """Replace x (B, ...) by `null` where drop (B,) is true."""
     if x is None or drop is None:
         return x
     return torch.where(drop.view(-1, *[1] * (x.ndim - 1)), null, x)
@@ -79,7 +79,7 @@ def dropped(x: Tensor | None, drop: Tensor | None, null: int = 0) -> Tensor | No
 
 
 def sinusoid(x: Tensor, size: int) -> Tensor:
-    """Sinusoidal features of x (...) as (..., size): cosines, then sines; periods to 10000."""
+    """Sinusoidal features of x (...): (..., size), cosines, then sines; periods up to 10000."""
     frequencies = torch.exp(-math.log(10000) / (size // 2) * torch.arange(size // 2))
     angles = x.float()[..., None] * frequencies.to(x.device)
     return torch.cat([angles.cos(), angles.sin()], -1)
@@ -98,7 +98,7 @@ class VectorEmbed(nn.Module):
 
 
 class ScalarEmbed(VectorEmbed):
-    """Scalars (B,) or (B, count) as sinusoids, side by side, then `VectorEmbed`: (B, width)."""
+    """`VectorEmbed` of the concatenated sinusoids of scalars (B,) or (B, count): (B, width)."""
 
     def __init__(self, count: int, width: int, sinusoids: int = 256):
         super().__init__(count * sinusoids, width)
@@ -109,7 +109,7 @@ class ScalarEmbed(VectorEmbed):
 
 
 class TimestepEmbed(nn.Module):
-    """Timesteps (B,) -> (B, width)."""
+    """Embedding of timesteps, (B,) -> (B, width)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -122,8 +122,8 @@ class TimestepEmbed(nn.Module):
 class ControlEmbed(nn.Module):
     """Eq. 1: c_emb = E_h(phi_h) + gamma_c(t) E_l(phi_l), (B, width).
 
-    What shapes the composition is heard at every noise level; what shapes details, the original
-    size, fades in as the noise fades out.
+    High-level control (composition, such as the crop) is used at every noise level. The weight of
+    low-level control (details, such as the original size) grows as the noise decreases.
     """
 
     def __init__(self, width: int, weighting: list[float] | None, high: int, low: int):
@@ -136,7 +136,7 @@ class ControlEmbed(nn.Module):
     def forward(self, control: Control, t: Tensor) -> Tensor:
         counts = control.high.shape[-1], control.low.shape[-1]
         if counts != self.counts:
-            raise ValueError(f"the model hears {self.counts} scalars of control, not {counts}")
+            raise ValueError(f"the model takes {self.counts} control scalars, got {counts}")
         c_emb = self.high(control.high) if self.high else 0
         if self.low:
             low = self.low(control.low)
@@ -145,7 +145,7 @@ class ControlEmbed(nn.Module):
 
 
 class Modulation(nn.Linear):
-    """AdaLN: `count` vectors (B, 1, D) from the conditioning vector (B, D)."""
+    """AdaLN projection: `count` vectors (B, 1, D) from the conditioning vector (B, D)."""
 
     def __init__(self, width: int, count: int):
         super().__init__(width, count * width)
@@ -161,7 +161,7 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN: tokens (B, N, D) normalised, then scaled and shifted by vectors (B, 1, D)."""
+    """AdaLN: normalize tokens (B, N, D), then scale and shift them by vectors (B, 1, D)."""
     return layer_norm(x) * (1 + scale) + shift
 
 
@@ -178,7 +178,10 @@ class Mlp(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the size of a head, in f32 (Sec. 3.1: without it training diverges)."""
+    """RMSNorm of queries or keys over the head size, in f32.
+
+    Training diverges without it (Sec. 3.1).
+    """
 
     def __init__(self, size: int):
         super().__init__()
@@ -189,9 +192,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of x (B, N, D) to itself or to a context (B, T, context); qk_norm: see `RMSNorm`.
+    """Attention of x (B, N, D) to itself or to a context (B, T, context).
 
-    Blocks with two kinds of tokens derive from this, and `add` a second set of projections.
+    qk_norm: apply `RMSNorm` to queries and keys. Blocks with image and condition tokens derive from
+    this class and `add` a second set of projections.
     """
 
     def __init__(self, width, heads, qk_norm=False, context=None, bias=True):
@@ -201,7 +205,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def add(self, prefix: str, width: int, qk_norm: bool, context: int, bias: bool = True) -> None:
-        """Projections to queries, keys and values, whose names start with `prefix`."""
+        """Add projections to queries, keys and values, with names that start with `prefix`."""
         for name, size in (("query", width), ("key", context), ("value", context)):
             self.add_module(prefix + name, nn.Linear(size, width, bias=bias))
         for name in ("query_norm", "key_norm"):
@@ -209,7 +213,7 @@ class Attention(nn.Module):
             self.add_module(prefix + name, norm)
 
     def project(self, x: Tensor, context: Tensor, prefix: str = "") -> tuple[Tensor, ...]:
-        """Queries, keys and values, each (B, heads, N or T, head size)."""
+        """Return queries, keys and values, each (B, heads, N or T, head size)."""
 
         def heads(name, x):
             return getattr(self, prefix + name)(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -219,12 +223,12 @@ class Attention(nn.Module):
         return q, k, heads("value", context)
 
     def project_streams(self, streams: dict[str, Tensor]) -> list[Tensor]:
-        """`project` for several kinds of tokens {prefix: (B, n, D)}, one after the other."""
+        """Project token streams {prefix: (B, n, D)} and concatenate them along the tokens."""
         parts = [self.project(x, x, prefix) for prefix, x in streams.items()]
         return [torch.cat(part, 2) for part in zip(*parts, strict=True)]
 
     def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None):
-        """bias (1, heads, N, T) is added to the logits."""
+        """Attend; bias (1, heads, N, T) is added to the logits."""
         q, k, v = self.project(x, x if context is None else context)
         return self.out(attend(q, k, v, bias))
 
@@ -237,7 +241,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, p * p * C), patches in row order, channels last in a patch."""
+    """(B, C, H, W) -> (B, N, p * p * C); patches in row-major order, channels last in a patch."""
     b, c, h, w = x.shape
     x = x.reshape(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, h * w // patch**2, patch**2 * c)
@@ -250,10 +254,10 @@ def unpatchify(x: Tensor, patch: int, height: int, width: int) -> Tensor:
 
 
 def position_grid(grid: int, base: int, mode: str) -> Tensor:
-    """Coordinates (grid,) of the tokens along one axis, for a model whose base grid is `base`.
+    """Coordinates (grid,) of the tokens along one axis, for a model with base grid `base`.
 
-    resample: the same limits 0 to base at every resolution (pseudocode 1), so that weights
-    transfer between resolutions. extrapolate: 0, 1, 2, ..., the baseline of Fig. 8a.
+    resample: from 0 to base at every resolution (pseudocode 1), so that weights transfer between
+    resolutions. extrapolate: 0, 1, 2, ..., the baseline of Fig. 8a.
     """
     if mode == "resample":
         return torch.linspace(0, base, grid, dtype=torch.float64)
@@ -275,22 +279,23 @@ def position_embedding(width: int, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Denoiser(nn.Module):
-    """The contract of all denoisers: model(x (B, C, H, W), t (B,), semantics) -> eps like x.
+    """Base class of denoisers: model(x (B, C, H, W), t (B,), semantics) -> eps, shaped like x.
 
     t: timestep index, 0 for the least noise. semantics: class labels (B,) or a `Text`. control: a
-    `Control`, or None. drop_semantics, drop_control (B,) bool: true where the model is to hear
-    nothing instead (the empty sets of Eq. 2). Weights that were trained to predict v return v.
+    `Control`, or None. drop_semantics, drop_control (B,) bool: where true, the input is replaced by
+    the null condition (the empty sets of Eq. 2). Weights trained to predict v return v.
 
-    Arguments of all denoisers: channels: C. classes: their number, or None for text, whose features
-    have text_width channels. weighting: the table of `Weighting`. high, low: sizes of `Control`.
+    Arguments of all denoisers: channels: C. classes: number of classes, or None for text, whose
+    features have text_width channels. weighting: the table of `Weighting`. high, low: number of
+    scalars in each part of `Control`.
     """
 
     def __init__(self, timestep, width, context, classes, weighting, high, low):
-        """The timestep's embedding and control make a vector (B, width)."""
+        """Create the modules; timestep embeds t as (B, width), context: class embedding width."""
         super().__init__()
         self.classes, self.timestep = classes, timestep
         self.control = ControlEmbed(width, weighting, high, low)
-        if classes is not None:  # the last row stands for no class
+        if classes is not None:  # the last row is the null class
             self.class_embed = nn.Embedding(classes + 1, context)
 
     def forward(self, x, t, semantics, control=None, drop_semantics=None, drop_control=None):
@@ -305,10 +310,10 @@ class Denoiser(nn.Module):
 
 
 class Transformer(Denoiser):
-    """What the diffusion transformers share: patches to tokens and back, timestep, control.
+    """Base class of diffusion transformers: patch embedding, positions and final layer.
 
     patch: side of a patch. base_grid: tokens per side at the base resolution, see `position_grid`.
-    qk_norm: normalise queries and keys where attention sees semantics.
+    qk_norm: normalize queries and keys of attention over condition tokens.
     """
 
     def __init__(
@@ -335,27 +340,27 @@ class Transformer(Denoiser):
         return unpatchify(self.final(tokens), self.patch, height, width)
 
     def embed_positions(self, rows: int, columns: int) -> Tensor:
-        """Embedding (N, D) of the tokens' positions."""
+        """Position embedding (N, D) of the tokens."""
         axes = (position_grid(n, self.base_grid, self.position) for n in (rows, columns))
         return position_embedding(self.width, *axes)
 
     def condition_tokens(self, semantics: Tensor | Text) -> Tensor:
-        """The class as one token, or the tokens of the text, (B, T, D)."""
+        """The class as one token, or the text tokens: (B, T, D)."""
         if self.classes is None:
             return self.caption(semantics.tokens)
         return self.class_embed(semantics)[:, None]
 
     def stack(self, block: type[nn.Module], *args, depth: int | None = None, **settings):
-        """Blocks in a row; depth: how many, if not the model's."""
+        """A list of `depth` blocks, by default as many as the model is deep."""
         count = self.depth if depth is None else depth
         return nn.ModuleList(block(self.width, self.heads, *args, **settings) for _ in range(count))
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, perhaps cross-attention to a context (B, T, D), and an MLP, on x (B, N, D).
+    """Self-attention, optional cross-attention to a context (B, T, D), and an MLP; x is (B, N, D).
 
-    AdaLN: a vector emb (B, D) shifts and scales what self-attention and MLP see, and gates what
-    they add. bias: see `Attention`.
+    AdaLN: the vector emb (B, D) shifts and scales the inputs of self-attention and MLP, and gates
+    their outputs. bias: see `Attention`.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False, cross: bool = False):
@@ -373,12 +378,12 @@ class DiTBlock(nn.Module):
         return x + gate2 * self.mlp(modulated_norm(x, shift2, scale2))
 
     def cross_norm(self, x: Tensor) -> Tensor:
-        """x as cross-attention sees it."""
+        """Normalize the input of cross-attention."""
         return layer_norm(x)
 
 
 class DiT(Transformer):
-    """DiT (arXiv:2212.09748). cross: hear semantics by cross-attention instead of through AdaLN."""
+    """DiT (arXiv:2212.09748); cross: semantics enter by cross-attention instead of AdaLN."""
 
     def __init__(self, *, cross: bool = False, **common):
         super().__init__(**common)
@@ -386,7 +391,7 @@ class DiT(Transformer):
         self.blocks = self.stack(DiTBlock, self.qk_norm, cross)
 
     def transform(self, x, emb, semantics):
-        """Tokens x (B, N, D) after all blocks, and what modulates them once more."""
+        """Tokens (B, N, D) after all blocks, and the input of the final modulation."""
         context = None
         if self.cross:
             context = self.condition_tokens(semantics)
@@ -398,7 +403,7 @@ class DiT(Transformer):
 
 
 class Table(nn.Module):
-    """AdaLN-single: learned vectors (count, D) added to shared ones, which makes (B, 1, D) each."""
+    """AdaLN-single: the sums of learned vectors (count, D) and shared ones, (B, 1, D) each."""
 
     def __init__(self, width: int, count: int):
         super().__init__()
@@ -409,14 +414,14 @@ class Table(nn.Module):
 
 
 class PixArtBlock(DiTBlock):
-    """emb (B, 6, D) is the modulation that all blocks share."""
+    """A PixArt block; emb (B, 6, D) is the modulation that all blocks share."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__(width, heads, qk_norm, cross=True)
         self.modulation = Table(width, 6)
 
     def cross_norm(self, x: Tensor) -> Tensor:
-        return x  # without a norm, as published
+        return x  # the published model has no norm here
 
 
 class PixArt(Transformer):
@@ -437,7 +442,7 @@ class PixArt(Transformer):
 
 
 class MDTBlock(DiTBlock):
-    """A DiT block with a bias for the relative position of tokens, and maybe a skip to merge."""
+    """A DiT block with a relative position bias and, for merge, a skip input."""
 
     def __init__(self, width: int, heads: int, entries: int, merge: bool = False):
         super().__init__(width, heads)
@@ -445,25 +450,25 @@ class MDTBlock(DiTBlock):
         self.relative_bias = nn.Parameter(torch.zeros(entries, heads))
 
     def forward(self, x, emb, index, skip=None):
-        """index (N, N): the row of the bias for each pair of tokens; skip (B, N, D)."""
+        """Apply the block; index (N, N): bias row of each pair of tokens; skip (B, N, D)."""
         if skip is not None:
             x = self.skip(torch.cat([x, skip], -1))
         return super().forward(x, emb, bias=self.relative_bias[index].permute(2, 0, 1)[None])
 
 
 class MDT(Transformer):
-    """MDTv2 (arXiv:2303.14389) as it samples; depth counts encoder and decoder blocks.
+    """MDTv2 (arXiv:2303.14389) for sampling; depth counts encoder and decoder blocks.
 
-    The encoder's halves are joined by long skips, and every block of the decoder sees the
-    encoder's input again. The mask token and the side block fill in tokens that training hides.
-    grid: tokens per side of the only resolution that the learned positions fit.
+    Long skips join the encoder's halves, and every decoder block takes the encoder's input as a
+    skip. The mask token and the side block are for masked training only. grid: tokens per side; the
+    learned positions fix the resolution.
     """
 
     def __init__(self, *, grid: int, **common):
         super().__init__(**common)
         decoder = min(4, self.depth // 2)
         half = max(1, (self.depth - decoder) // 2)
-        entries = (2 * grid - 1) ** 2 + 3  # three are unused, as published
+        entries = (2 * grid - 1) ** 2 + 3  # the last three are unused, as in the published model
         self.grid = grid
         self.positions = nn.Parameter(torch.zeros(grid**2, self.width))
         self.decoder_positions = nn.Parameter(torch.zeros(grid**2, self.width))
@@ -475,11 +480,11 @@ class MDT(Transformer):
 
     def embed_positions(self, rows: int, columns: int) -> Tensor:
         if (rows, columns) != (self.grid, self.grid):
-            raise ValueError(f"the model is for {self.grid} tokens a side, not {rows} x {columns}")
+            raise ValueError(f"the model takes {self.grid} tokens a side, got {rows} x {columns}")
         return self.positions
 
     def relative_index(self) -> Tensor:
-        """(N, N): the row of the bias table for each pair of tokens."""
+        """Row of the bias table for each pair of tokens, (N, N)."""
         side = torch.arange(self.grid, device=self.positions.device)
         row, column = side.repeat_interleave(self.grid), side.repeat(self.grid)
         down = row[:, None] - row + self.grid - 1
@@ -503,23 +508,23 @@ class MDT(Transformer):
 class JointBlock(Attention):
     """A DiT block over z (B, N + T, D): N image tokens, then T condition tokens.
 
-    Both kinds of tokens share all weights, except that with own=True condition tokens have queries,
-    keys and values of their own.
+    Both kinds of tokens share all weights; with separate_qkv, condition tokens have their own
+    projections to queries, keys and values.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, own: bool):
+    def __init__(self, width: int, heads: int, qk_norm: bool, separate_qkv: bool):
         super().__init__(width, heads, qk_norm)
-        self.own = own
-        if own:
+        self.separate_qkv = separate_qkv
+        if separate_qkv:
             self.add("context_", width, qk_norm, width, bias=False)
         self.modulation = Modulation(width, 6)
         self.mlp = Mlp(width, 4 * width, width)
 
     def forward(self, z, emb, n):
-        """n: number of image tokens."""
+        """Apply the block; n: number of image tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)
         y = modulated_norm(z, shift1, scale1)
-        streams = {"": y[:, :n], "context_": y[:, n:]} if self.own else {"": y}
+        streams = {"": y[:, :n], "context_": y[:, n:]} if self.separate_qkv else {"": y}
         z = z + gate1 * self.out(attend(*self.project_streams(streams)))
         return z + gate2 * self.mlp(modulated_norm(z, shift2, scale2))
 
@@ -527,7 +532,7 @@ class JointBlock(Attention):
 class TwoStreamBlock(Attention):
     """An SD3 block: image x (B, N, D) and context c (B, T, D) share attention and nothing else.
 
-    last: nothing reads the context afterwards, so that it only provides keys and values.
+    last: the context is not used afterwards, so that only x is updated.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool, last: bool = False):
@@ -556,7 +561,7 @@ class TwoStreamBlock(Attention):
         return x, c
 
     def update(self, x, attended, out, mlp, gate1, shift, scale, gate2):
-        """What attention and MLP add to one stream, each behind its gate."""
+        """Add the gated outputs of attention and MLP to one stream."""
         x = x + gate1 * out(attended)
         return x + gate2 * mlp(modulated_norm(x, shift, scale))
 
@@ -564,9 +569,10 @@ class TwoStreamBlock(Attention):
 class MMDiT(Transformer):
     """Joint attention over image and condition tokens: SD3's mmDiT, and the paper's model.
 
-    streams: what condition tokens have of their own, nothing (shared), queries, keys and values
-    (qkv), or everything (full, as in SD3). pooled: AdaLN hears the pooled text (of pooled_width)
-    or the class too; not in the paper's model, whose AdaLN is for timestep and control.
+    streams: the weights that condition tokens do not share with image tokens: none (shared),
+    projections to queries, keys and values (qkv), or all (full, as in SD3). pooled: the pooled text
+    (of pooled_width) or the class is an input of AdaLN too. In the paper's model, AdaLN takes
+    timestep and control only.
     """
 
     def __init__(
@@ -576,7 +582,9 @@ class MMDiT(Transformer):
         super().__init__(**common)
         if streams not in ("shared", "qkv", "full"):
             raise ValueError(f"unknown streams {streams!r}, choose shared, qkv or full")
-        self.full, self.hears_pooled, self.pooled = streams == "full", pooled, None
+        self.full = streams == "full"
+        self.uses_pooled = pooled
+        self.pooled = None
         if not self.full:
             self.blocks = self.stack(JointBlock, self.qk_norm, streams == "qkv")
             return
@@ -588,7 +596,7 @@ class MMDiT(Transformer):
 
     def transform(self, x, emb, semantics):
         context = self.condition_tokens(semantics)  # (B, T, D)
-        if self.hears_pooled:
+        if self.uses_pooled:
             emb = emb + self.embed_pooled(semantics)
         if self.full:
             for block in [*self.blocks, self.last_block]:
@@ -614,8 +622,9 @@ class MMDiT(Transformer):
 class Size(NamedTuple):
     """Width of each level, and ResNet blocks a level, of a UNet or an autoencoder.
 
-    UNet: which levels attend, with how many heads or heads of which size; context: width of the
-    class embedding. Autoencoder: latent: channels of the latents; codes: not of AutoencoderKL.
+    UNet: attention: whether each level has attention; heads or head_size: the number or the size of
+    its heads; context: width of the class embedding. Autoencoder: latent: channels of the latents;
+    codes: codebook size, unused by AutoencoderKL.
     """
 
     channels: tuple[int, ...]
@@ -629,7 +638,7 @@ class Size(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Groups of each GroupNorm: 32 as published, fewer where that leaves under 4 channels."""
+        """Groups of each GroupNorm: 32, or fewer so that each has at least 4 channels."""
         return min(32, self.channels[0] // 4)
 
 
@@ -639,7 +648,7 @@ def conv3(size: int, width: int) -> nn.Conv2d:
 
 
 class Downsample(nn.Conv2d):
-    """Halves height and width; before: pixels of padding at the top and left."""
+    """Convolution that halves height and width; before: padding at top and left, in pixels."""
 
     def __init__(self, width: int, before: int):
         super().__init__(width, width, 3, stride=2)
@@ -650,7 +659,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles height and width: nearest neighbours, then a convolution."""
+    """Double height and width by nearest-neighbor interpolation, then convolve."""
 
     def __init__(self, width: int):
         super().__init__(width, width, 3, padding=1)
@@ -660,7 +669,7 @@ class Upsample(nn.Conv2d):
 
 
 class ResNetBlock(nn.Module):
-    """x (B, size, H, W) -> (B, width, H, W); time: width of the vector emb (B, time), or None."""
+    """ResNet block, (B, size, H, W) -> (B, width, H, W); time: width of emb (B, time), or None."""
 
     def __init__(self, size: int, width: int, groups: int, time: int | None = None, eps=1e-5):
         super().__init__()
@@ -692,7 +701,7 @@ class GatedMlp(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to a context (B, T, C) and MLP over pixels (B, D, H, W)."""
+    """Self-attention, cross-attention to a context (B, T, C) and MLP on pixels (B, D, H, W)."""
 
     def __init__(self, width: int, heads: int, groups: int, qk_norm: bool, context: int):
         super().__init__()
@@ -713,10 +722,11 @@ class TransformerBlock(nn.Module):
 
 
 class UNet(Denoiser):
-    """The UNet of LDM and Stable Diffusion: semantics by cross-attention, the rest in each ResNet.
+    """The UNet of LDM and Stable Diffusion.
 
-    Levels are down_0, down_1, ... on the way to the deepest, and up_0, which is the deepest, up_1,
-    ... on the way back. classes and their width size.context, or text of text_width.
+    Semantics enter by cross-attention; timestep and control enter in each ResNet block. Levels are
+    down_0, down_1, ... to the deepest, and up_0 (the deepest), up_1, ... back. The context is
+    a class embedding of width size.context, or text of text_width.
     """
 
     def __init__(
@@ -730,27 +740,30 @@ class UNet(Denoiser):
         self.size, self.qk_norm = size, qk_norm
         self.context = text_width if classes is None else size.context
         self.conv_in = conv3(channels, first)
-        levels, now, skips = list(zip(size.channels, size.attention, strict=True)), first, [first]
+        levels = list(zip(size.channels, size.attention, strict=True))
+        width_in = first
+        skips = [first]
         for level, (width, attend) in enumerate(levels):
             for index in range(size.resnets):
-                self.add_stage(f"down_{level}", index, now, width, attend)
-                skips.append(now := width)
+                self.add_stage(f"down_{level}", index, width_in, width, attend)
+                width_in = width
+                skips.append(width)
             if level < len(levels) - 1:
-                self.add_module(f"down_{level}_downsample", Downsample(now, before=1))
-                skips.append(now)
+                self.add_module(f"down_{level}_downsample", Downsample(width_in, before=1))
+                skips.append(width_in)
         self.add_stage("mid", 0, deepest, deepest, True)
         self.add_stage("mid", 1, deepest, deepest, False)
         for level, (width, attend) in enumerate(levels[::-1]):
             for index in range(size.resnets + 1):
-                self.add_stage(f"up_{level}", index, now + skips.pop(), width, attend)
-                now = width
+                self.add_stage(f"up_{level}", index, width_in + skips.pop(), width, attend)
+                width_in = width
             if level < len(levels) - 1:
-                self.add_module(f"up_{level}_upsample", Upsample(now))
+                self.add_module(f"up_{level}_upsample", Upsample(width_in))
         self.norm_out = nn.GroupNorm(size.groups, first)
         self.conv_out = conv3(first, channels)
 
     def add_stage(self, part: str, index: int, size_in: int, width: int, attend: bool) -> None:
-        """A ResNet block and, to attend, a transformer block."""
+        """Add a ResNet block and, for attend, a transformer block."""
         groups, heads = self.size.groups, self.size.heads or width // self.size.head_size
         resnet = ResNetBlock(size_in, width, groups, 4 * self.size.channels[0])
         self.add_module(f"{part}_resnet_{index}", resnet)
@@ -759,7 +772,7 @@ class UNet(Denoiser):
             self.add_module(f"{part}_attention_{index}", block)
 
     def stage(self, part: str, index: int, y: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        """y (B, C, H, W) through what `add_stage` has made."""
+        """Apply the blocks of `add_stage` to y (B, C, H, W)."""
         y = getattr(self, f"{part}_resnet_{index}")(y, emb)
         attention = getattr(self, f"{part}_attention_{index}", None)
         return y if attention is None else attention(y, context)
@@ -767,7 +780,8 @@ class UNet(Denoiser):
     def denoise(self, x: Tensor, emb: Tensor, semantics: Tensor | Text) -> Tensor:
         text = self.classes is None
         context = semantics.tokens if text else self.class_embed(semantics)[:, None]  # (B, T, C)
-        levels, y = len(self.size.channels), self.conv_in(x)
+        levels = len(self.size.channels)
+        y = self.conv_in(x)
         skips = [y]
         for level in range(levels):
             for index in range(self.size.resnets):
@@ -799,9 +813,9 @@ class PixelAttention(Attention):
 
 
 class AutoencoderKL(nn.Module):
-    """Stable Diffusion's autoencoder: pictures (B, 3, H, W) in [-1, 1] and latents (B, C, h, w).
+    """Stable Diffusion's autoencoder: images (B, 3, H, W) in [-1, 1], latents (B, C, h, w).
 
-    Diffusion works on (latents - shift) * scale; scale and shift are not part of this module.
+    Diffusion runs on (latents - shift) * scale; scale and shift are not part of this module.
     """
 
     def __init__(self, *, size: Size):
@@ -811,15 +825,15 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(size.latent, size.latent, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images decoded from their mean latents."""
+        """Decode the mean latents of images."""
         return self.decode(mean_and_std(self.encode(images))[0])
 
     def encode(self, images: Tensor) -> Tensor:
-        """Moments (B, 2 C, h, w) of the latents, see `mean_and_std`."""
+        """Return moments (B, 2 C, h, w) of the latents, see `mean_and_std`."""
         return self.quant_conv(self.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images, near [-1, 1] but not clipped."""
+        """Return images, near [-1, 1] but not clipped."""
         return self.decoder(self.post_quant_conv(latents))
 
 
@@ -830,33 +844,33 @@ def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encoder(size: Size) -> nn.Sequential:
-    """Images (B, 3, H, W) -> (B, 2 * latent, h, w)."""
-    now = size.channels[0]
-    layers = {"conv_in": conv3(3, now)}
+    """The encoder, images (B, 3, H, W) -> (B, 2 * latent, h, w)."""
+    width_in = size.channels[0]
+    layers = {"conv_in": conv3(3, width_in)}
     for level, width in enumerate(size.channels):
         for index in range(size.resnets):
-            layers[f"down_{level}_resnet_{index}"] = plain_resnet(size, now, width)
-            now = width
+            layers[f"down_{level}_resnet_{index}"] = plain_resnet(size, width_in, width)
+            width_in = width
         if level < len(size.channels) - 1:
-            layers[f"down_{level}_downsample"] = Downsample(now, before=0)
-    return nn.Sequential(OrderedDict(layers | mid(size) | head(size, now, 2 * size.latent)))
+            layers[f"down_{level}_downsample"] = Downsample(width_in, before=0)
+    return nn.Sequential(OrderedDict(layers | mid(size) | head(size, width_in, 2 * size.latent)))
 
 
 def decoder(size: Size) -> nn.Sequential:
-    """(B, latent, h, w) -> images (B, 3, H, W); up_0 is the deepest level."""
-    now = size.channels[-1]
-    layers = {"conv_in": conv3(size.latent, now)} | mid(size)
+    """The decoder, (B, latent, h, w) -> images (B, 3, H, W); up_0 is the deepest level."""
+    width_in = size.channels[-1]
+    layers = {"conv_in": conv3(size.latent, width_in)} | mid(size)
     for level, width in enumerate(size.channels[::-1]):
         for index in range(size.resnets + 1):
-            layers[f"up_{level}_resnet_{index}"] = plain_resnet(size, now, width)
-            now = width
+            layers[f"up_{level}_resnet_{index}"] = plain_resnet(size, width_in, width)
+            width_in = width
         if level < len(size.channels) - 1:
-            layers[f"up_{level}_upsample"] = Upsample(now)
-    return nn.Sequential(OrderedDict(layers | head(size, now, 3)))
+            layers[f"up_{level}_upsample"] = Upsample(width_in)
+    return nn.Sequential(OrderedDict(layers | head(size, width_in, 3)))
 
 
 def plain_resnet(size: Size, size_in: int, width: int) -> ResNetBlock:
-    """A ResNet block that hears nothing."""
+    """A ResNet block without conditioning."""
     return ResNetBlock(size_in, width, size.groups, eps=1e-6)
 
 
@@ -883,18 +897,19 @@ def head(size: Size, width: int, channels: int) -> dict[str, nn.Module]:
 def tokenize(words: list[str], captions: list[str], length: int) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, length): the words of each caption, cut to length - 1, and an end token.
 
-    words: the vocabulary in the order of its ids; the first two are the end and the unknown word.
+    words: the vocabulary in order of ids; the first two are the end token and the unknown word.
     """
-    vocabulary, rows = {word: i for i, word in enumerate(words)}, []
+    vocabulary = {word: i for i, word in enumerate(words)}
+    rows = []
     for caption in captions:
-        found = re.findall(r"[a-z0-9']+", caption.lower())[: length - 1]
-        rows.append([*(vocabulary.get(word, 1) for word in found), 0])
+        caption_words = re.findall(r"[a-z0-9']+", caption.lower())[: length - 1]
+        rows.append([*(vocabulary.get(word, 1) for word in caption_words), 0])
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     return ids, torch.arange(length) < torch.tensor([[len(row)] for row in rows])
 
 
 class WordEmbedding(nn.Module):
-    """Ids and mask (B, length) -> `Text`: word plus position embeddings; pooled is the mean."""
+    """Sum of word and position embeddings: ids, mask (B, length) -> `Text`, pooled by the mean."""
 
     def __init__(self, *, vocabulary: int, width: int, length: int):
         super().__init__()
@@ -910,34 +925,34 @@ class WordEmbedding(nn.Module):
 def pad(
     tokens: Tensor, mask: Tensor, method: str, beta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
-    """Tokens (B, T, C) with the positions outside the mask (B, T) filled (Sec. 2.1, Table 3)."""
+    """Fill the positions of tokens (B, T, C) outside the mask (B, T) (Sec. 2.1, Table 3)."""
     if method not in PADDINGS:
         raise ValueError(f"unknown padding {method!r}, choose from {', '.join(PADDINGS)}")
     return PADDINGS[method](tokens, mask, beta, noise)
 
 
 def zero(tokens: Tensor, mask: Tensor, beta: float, noise: Tensor | None) -> Tensor:
-    """Zeros."""
+    """Pad with zeros."""
     return torch.where(mask[..., None], tokens, 0)
 
 
 def replicate(tokens: Tensor, mask: Tensor, beta: float, noise: Tensor | None) -> Tensor:
-    """The n tokens of the prompt, repeated cyclically to T."""
+    """Repeat the n tokens of the prompt cyclically to T."""
     n = mask.sum(1, keepdim=True).clip(1)  # (B, 1)
     source = torch.arange(mask.shape[1], device=mask.device) % n  # (B, T)
     return zero(tokens, mask, beta, noise).gather(1, source[..., None].expand_as(tokens))
 
 
 def noisy_replicate(tokens: Tensor, mask: Tensor, beta: float, noise: Tensor) -> Tensor:
-    """Eq. 7: `replicate` plus scaled standard normal noise (B, T, C).
+    """Add scaled standard normal noise (B, T, C) to `replicate` (Eq. 7).
 
     The scale is sqrt(beta (m - 1)) times the standard deviation of each channel over the prompt's
     n tokens; m = ceil(T / n).
     """
     inside, n = mask[..., None], mask.sum(1, keepdim=True).clip(1)[..., None]  # (B, 1, 1)
-    exact = torch.where(inside, tokens, 0).float()  # squares in half precision would overflow
-    mean = exact.sum(1, keepdim=True) / n  # (B, 1, C)
-    variance = torch.where(inside, (exact - mean) ** 2, 0).sum(1, keepdim=True) / n
+    values = torch.where(inside, tokens, 0).float()  # squares in half precision would overflow
+    mean = values.sum(1, keepdim=True) / n  # (B, 1, C)
+    variance = torch.where(inside, (values - mean) ** 2, 0).sum(1, keepdim=True) / n
     scale = (beta * (-(-mask.shape[1] // n) - 1) * variance).sqrt()
     return replicate(tokens, mask, beta, noise) + scale.to(tokens) * noise.to(tokens)
 
@@ -959,11 +974,11 @@ ARCHITECTURES = {
     "words": WordEmbedding,
     "kl": AutoencoderKL,
 }
-RECORDS = {"size": Size}  # arguments that are more than a value
+RECORDS = {"size": Size}  # arguments that JSON stores as an object
 
 
 def create(config: dict) -> nn.Module:
-    """A module from JSON: {"architecture": one of ARCHITECTURES, ... its arguments}."""
+    """Create a module from {"architecture": a key of ARCHITECTURES, ... its arguments}."""
     settings = dict(config)
     name = settings.pop("architecture")
     if name not in ARCHITECTURES:
@@ -974,10 +989,10 @@ def create(config: dict) -> nn.Module:
 
 
 class Network(nn.ModuleDict):
-    """All modules of an exported folder, and its settings: what a sampler needs besides.
+    """All modules of an exported folder, and the settings for sampling.
 
-    Modules: "model", the denoiser; "text_encoder" if it hears text, unless that is CLIP, from where
-    settings["clip"] says; "autoencoder" for latents.
+    Modules: "model", the denoiser; "text_encoder" for text models, unless it is CLIP, which is
+    loaded from settings["clip"]; "autoencoder" for latent diffusion.
     """
 
     def __init__(self, config: dict):
@@ -989,31 +1004,31 @@ class Network(nn.ModuleDict):
     def from_pretrained(
         cls, folder: str | Path, torch_dtype: torch.dtype | None = None, **_
     ) -> Network:
-        """`load`, under the names by which diffusers calls it; None: the type of the weights."""
+        """Call `load` by the interface of diffusers; torch_dtype None: the dtype of the weights."""
         return load(folder).to(dtype=torch_dtype)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; diffusers asks every component of a pipeline."""
+        """Device of the weights; diffusers needs it of each component of a pipeline."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights, and of the computation."""
+        """Dtype of the weights and of the computation."""
         return next(self.parameters()).dtype
 
     @property
-    def hears_text(self) -> bool:
-        """Whether semantics are texts; else they are class labels."""
+    def is_text_conditioned(self) -> bool:
+        """Whether semantics are text; otherwise they are class labels."""
         return "text_shape" in self.settings
 
     @property
     def text_shape(self) -> tuple[int, int]:
-        """(T, C) of the text features, and of the noise of Eq. 7."""
+        """Shape (T, C) of the text features and of the noise of Eq. 7."""
         return tuple(self.settings["text_shape"])
 
     def embed(self, prompts: list[str], noise: Tensor | None = None) -> Text:
-        """Features of prompts; noise (B, T, C) is that of Eq. 7, None draws it."""
+        """Encode prompts; noise (B, T, C) is that of Eq. 7, drawn if None."""
         ids, mask = tokenize(self.settings["words"], prompts, self.text_shape[0])
         ids, mask = ids.to(self.device), mask.to(self.device)
         return self.pad(*self["text_encoder"](ids, mask), mask, noise)
@@ -1021,41 +1036,48 @@ class Network(nn.ModuleDict):
     def pad(
         self, tokens: Tensor, pooled: Tensor, mask: Tensor, noise: Tensor | None = None
     ) -> Text:
-        """Features with tokens padded as in training; mask (B, T), noise (B, T, C) of Eq. 7."""
+        """Pad the tokens as in training; mask (B, T), noise (B, T, C) of Eq. 7, drawn if None."""
         noise = torch.randn_like(tokens) if noise is None else noise
         settings = self.settings
         return Text(pad(tokens, mask, settings["padding"], settings["beta_txt"], noise), pooled)
 
     def control(self, values: dict[str, float], batch: int = 1, device=None) -> Control | None:
-        """Control metadata for `batch` pictures; values left out ask for an uncropped square."""
+        """Control metadata for `batch` images, from control values by name.
+
+        Values that are left out take their defaults from settings["control"].
+        """
         settings = self.settings
-        known = settings["control"]
-        if unknown := set(values) - set(known):
+        defaults = settings["control"]
+        if unknown := set(values) - set(defaults):
             raise ValueError(
-                f"unknown control value {min(unknown)!r}, choose from {', '.join(known)}"
+                f"unknown control value {min(unknown)!r}, choose from {', '.join(defaults)}"
             )
         if not settings["high"] + settings["low"]:
             return None
-        told = {name: settings["control_scale"][name] * v for name, v in (known | values).items()}
-        parts = (torch.tensor([[told[n] for n in settings[part]]]) for part in ("high", "low"))
+        scale = settings["control_scale"]
+        scaled = {name: scale[name] * value for name, value in (defaults | values).items()}
+        parts = (torch.tensor([[scaled[n] for n in settings[part]]]) for part in ("high", "low"))
         return Control(*(part.float().expand(batch, -1).to(device) for part in parts))
 
     def decode(self, x: Tensor) -> Tensor:
-        """What diffusion ends with, (B, C, H, W), as pictures (B, 3, H, W) near [-1, 1]."""
+        """Decode samples x (B, C, H, W) to images (B, 3, H, W), near [-1, 1]."""
         x = x / self.settings["scale"] + self.settings["shift"]
         if "autoencoder" in self:
             return self["autoencoder"].decode(x)
         if x.shape[1] != 3:
-            raise ValueError("these are latents, and the export came without an autoencoder")
+            raise ValueError(
+                "cannot decode latents: the folder was exported without an autoencoder; pass "
+                'output_type="latent" and decode them yourself'
+            )
         return x
 
 
 def load(folder: str | Path) -> Network:
-    """The modules of an exported folder: config.json says which, model.safetensors has weights."""
+    """Load an exported folder: modules by config.json, weights from model.safetensors."""
     from safetensors.torch import load_file
 
     config = json.loads((Path(folder) / "config.json").read_text())
-    with torch.device("meta"):  # nothing to initialise
+    with torch.device("meta"):  # skips initialization, as all weights are loaded
         network = Network(config)
     network.load_state_dict(load_file(Path(folder) / "model.safetensors"), assign=True)
     return network.eval()

@@ -1,12 +1,12 @@
-"""A diffusers pipeline for exported models: prompt or class, control values and guidance in.
+"""A diffusers pipeline for exported models, with control values and guidance of Eq. 2.
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
     pipe("a red circle", guidance_scale=4.0, control={"height": 96, "width": 96}).images[0]
 
-Guidance is Eq. 2 of "On Improved Conditioning Mechanisms and Pre-training Strategies for Diffusion
-Models": guidance_scale is lambda, control_guidance_scale is beta. Noise that is not given comes
-from `generator`.
+Equations are those of "On Improved Conditioning Mechanisms and Pre-training Strategies for
+Diffusion Models" (NeurIPS 2024). In Eq. 2, guidance_scale is lambda and control_guidance_scale is
+beta. Noise that is not passed is drawn from `generator`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class ConditionedPipeline(DiffusionPipeline):
-    """network: the `Network` of models.py; scheduler: DDIM as trained, or another of diffusers."""
+    """Pipeline from prompts or class labels to images.
+
+    network: the `Network` of models.py. scheduler: the exported DDIM scheduler, with the noise
+    levels of training, or another scheduler of diffusers.
+    """
 
     def __init__(self, network, scheduler):
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler)
-        self.clip = None  # (tokenizer, text tower) for models that hear CLIP, loaded when needed
+        self.clip = None  # (tokenizer, text encoder) of CLIP, loaded at first use
 
     @torch.no_grad()
     def __call__(
@@ -43,11 +47,12 @@ class ConditionedPipeline(DiffusionPipeline):
         text_noise: torch.Tensor | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Pictures for prompts (text models) or class labels; what is left out is as in training.
+        """Sample images for prompts (text models) or for class labels.
 
-        control: any of the names in the network's settings, for all pictures; sizes in pixels,
-        crops as fractions of the original. latents (B, C, H, W): x_T, standard normal. text_noise
-        (B, T, C): the noise of Eq. 7. output_type: pil, np, pt, or latent for x_0.
+        control: values by name for all images, sizes in pixels and crops as fractions of the
+        original; the names are those in settings["control"] of the network. latents (B, C, H, W):
+        x_T, standard normal. text_noise (B, T, C): the noise of Eq. 7. output_type: pil, np, pt, or
+        latent for x_0. Arguments that are left out take the values in the network's settings.
         """
         settings = self.network.settings
         steps = num_inference_steps or settings["steps"]
@@ -55,22 +60,23 @@ class ConditionedPipeline(DiffusionPipeline):
         beta = settings["control_guidance"]
         beta = beta if control_guidance_scale is None else control_guidance_scale
         device, dtype = self.network.device, self.network.dtype
-        asked = prompt if self.network.hears_text else class_labels
-        if asked is None:
-            raise ValueError(f"pass {'prompt' if self.network.hears_text else 'class_labels'}")
-        asked = asked if isinstance(asked, (list, tuple)) else [asked]
-        batch, shape = len(asked), settings["shape"]
+        text = self.network.is_text_conditioned
+        inputs = prompt if text else class_labels
+        if inputs is None:
+            raise ValueError(f"pass {'prompt' if text else 'class_labels'}")
+        inputs = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+        batch = len(inputs)
         x = latents
         if x is None:
-            x = randn_tensor((batch, *shape), generator, device, dtype)
-        if self.network.hears_text:
+            x = randn_tensor((batch, *settings["shape"]), generator, device, dtype)
+        if text:
             noise_shape = (batch, *self.network.text_shape)
             if text_noise is None:
                 text_noise = randn_tensor(noise_shape, generator, device, dtype)
-            semantics = self.embed(asked, text_noise.to(device, dtype))
+            semantics = self.embed(inputs, text_noise.to(device, dtype))
         else:
-            semantics = torch.tensor(asked, device=device)
-        told = self.network.control(control or {}, batch, device)
+            semantics = torch.tensor(inputs, device=device)
+        control = self.network.control(control or {}, batch, device)
         self.scheduler.set_timesteps(steps, device=device)
         x = x.to(device, dtype) * self.scheduler.init_noise_sigma
         extra = {}
@@ -79,40 +85,42 @@ class ConditionedPipeline(DiffusionPipeline):
             extra["use_clipped_model_output"] = self.scheduler.config.clip_sample
         for t in self.progress_bar(self.scheduler.timesteps):
             out = self.guided(
-                self.scheduler.scale_model_input(x, t), t, semantics, told, scale, beta
+                self.scheduler.scale_model_input(x, t), t, semantics, control, scale, beta
             )
             x = self.scheduler.step(out, t, x, **extra).prev_sample
         if output_type == "latent":
             return ImagePipelineOutput(images=x)
-        pictures = self.network.decode(x)
+        images = self.network.decode(x)
         processor = VaeImageProcessor(do_normalize=True)
-        return ImagePipelineOutput(images=processor.postprocess(pictures, output_type=output_type))
+        return ImagePipelineOutput(images=processor.postprocess(images, output_type=output_type))
 
     def embed(self, prompts: list[str], noise: torch.Tensor):
-        """Features of prompts, by the network's own encoder or by CLIP; noise: that of Eq. 7."""
+        """Encode prompts by the network's text encoder or by CLIP; noise: that of Eq. 7."""
         source = self.network.settings.get("clip")
         if source is None:
             return self.network.embed(prompts, noise)
         if self.clip is None:
             from transformers import CLIPTextModel, CLIPTokenizer
 
-            split = (Path(source) / "text_encoder").is_dir()  # a folder of Stable Diffusion
+            # Stable Diffusion's folders have encoder and tokenizer in folders of their own.
+            split = (Path(source) / "text_encoder").is_dir()
             parts = ("text_encoder", "tokenizer") if split else ("", "")
-            tower = CLIPTextModel.from_pretrained(source, subfolder=parts[0])
+            encoder = CLIPTextModel.from_pretrained(source, subfolder=parts[0])
             tokenizer = CLIPTokenizer.from_pretrained(source, subfolder=parts[1])
-            self.clip = tokenizer, tower.eval()
-        tokenizer, tower = self.clip
+            self.clip = tokenizer, encoder.eval()
+        tokenizer, encoder = self.clip
         length = self.network.text_shape[0]
-        found = tokenizer(
+        batch = tokenizer(
             prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(noise.device)
-        out = tower.to(noise.device, noise.dtype)(found.input_ids)  # the mask would change nothing
-        mask = found.attention_mask.bool()
+        # Attention is causal, so that padding needs no mask.
+        out = encoder.to(noise.device, noise.dtype)(batch.input_ids)
+        mask = batch.attention_mask.bool()
         return self.network.pad(out.last_hidden_state, out.pooler_output, mask, noise)
 
     def guided(self, x, t, semantics, control, scale: float, beta: float) -> torch.Tensor:
-        """Eq. 2 in one call: eps (or v) of the branches whose weight is not zero, added up."""
-        branches = [  # weight, semantics dropped, control dropped
+        """Eq. 2 as one batch: weighted sum of eps (or v) over the branches of nonzero weight."""
+        branches = [  # (weight, drop_semantics, drop_control)
             (scale * beta, False, False),
             (scale * (1 - beta), False, True),
             (1 - scale, True, True),

@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
-from condiff_jax.objectives import summary
-from condiff_jax.objectives.diffusion import create as create_system
+from condiff_jax.objectives import diffusion, summary
 from condiff_jax.objectives.validate import create_config
 from condiff_jax.objectives.vocabulary import load_vocabulary
 from condiff_jax.studies import html_report, results
@@ -38,7 +37,7 @@ MEAN = "mean over seeds ± half of their range."
 
 def size_and_flop(config: Config) -> tuple[float, float]:
     """(parameters in millions, forward GFLOP) of a config's denoiser; nothing is allocated."""
-    measures = summary.summarize(create_system(config, load_vocabulary(config)))
+    measures = summary.summarize(diffusion.create(config, load_vocabulary(config)))
     return measures["parameters"] / 1e6, measures["gflop_forward"]
 
 

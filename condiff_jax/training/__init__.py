@@ -1,1 +1,1 @@
-"""The train step, the loop around it, and what it reports."""
+"""The train step, the training loop, and its reporters."""

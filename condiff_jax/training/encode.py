@@ -1,8 +1,8 @@
-"""Mode `encode`: a cache of autoencoder moments, and of text features, to train from.
+"""Mode `encode`: write a cache of autoencoder moments, and of text features, for training.
 
-Pictures go into shards by their number, so what a shard holds is known before it is made. Until all
-are there, the folder .encode says of what they are made (begun.json), and NUMBER.json (a ledger)
-that a shard is whole; manifest.json comes last. Host p of P makes every P-th shard.
+Images are assigned to shards by number, so that the contents of a shard are known beforehand. Until
+the cache is complete, the folder .encode has the settings (begun.json) and a ledger NUMBER.json for
+each finished shard. manifest.json is written last. Host p of P writes every P-th shard.
 """
 
 from __future__ import annotations
@@ -46,40 +46,41 @@ from condiff_jax.data.latent_cache import (
 )
 from condiff_jax.data.pipeline import open_source, read_ahead
 from condiff_jax.data.records import fingerprint, read_record
+from condiff_jax.objectives import diffusion
 from condiff_jax.objectives.diffusion import DiffusionObjective
-from condiff_jax.objectives.diffusion import create as create_system
 from condiff_jax.objectives.vocabulary import create_vocabulary
 from condiff_jax.pretrained import weights
 from condiff_jax.runtime import sharding
 from condiff_jax.runtime.distributed import barrier
 
 DEFAULTS = Config()
-HEAD = 400  # bytes of a picture's label, caption and control metadata, about
+RECORD_BYTES = 400  # approximate size of an image's label, caption and control metadata
 PACKAGES = ("jax", "flax", "array_record", "pillow", "simplejpeg", "opencv-python-headless")
-# What training must have in common with its cache; the others belong to the cache alone.
+# Training must agree with its cache on IMAGE_FIELDS and TEXT_FIELDS.
 IMAGE_FIELDS = ("data.resolution", "data.crop", "data.flip", "data.color")
 IMAGE_FIELDS += ("autoencoder.name", "autoencoder.size", "autoencoder.path")
 TEXT_FIELDS = ("text_encoder.length", "text_encoder.path")
+# A cache is only resumed with the same values of these, too.
 SOURCE_FIELDS = ("data.name", "data.sizes", "data.classes", "data.entangled", "model.dtype", "seed")
 SOURCE_FIELDS += ("encode.views", "encode.text", "encode.records", "encode.shard_mb")
 
 
 def settings(objective: DiffusionObjective, fields: tuple[str, ...]) -> dict[str, Any]:
-    """The values of config fields as JSON has them; of an encoder's path, its files' sha256."""
+    """Values of config fields as in JSON; for the path of an encoder, the sha256 of its files."""
     encoders = {part.field: part for part in objective.frozen.values()}
-    values = {
-        field: weights.sha256(encoders[field].files())
-        if field in encoders
-        else get(objective.config, field)
-        for field in fields
-    }
-    return json.loads(json.dumps(values))
+    values = {}
+    for field in fields:
+        if field in encoders:
+            values[field] = weights.sha256(encoders[field].files())
+        else:
+            values[field] = get(objective.config, field)
+    return json.loads(json.dumps(values))  # tuples become lists
 
 
 def check(objective: DiffusionObjective, source: Cache) -> None:
-    """ConfigError that names the field in which a cache is not what a config trains on."""
-    asked = settings(objective, IMAGE_FIELDS + (TEXT_FIELDS if source.features else ()))
-    for field, before, now in differing(source.manifest["settings"], asked):
+    """Raise ConfigError if a cache was encoded with other settings than the config has."""
+    current = settings(objective, IMAGE_FIELDS + (TEXT_FIELDS if source.features else ()))
+    for field, before, now in differences(source.manifest["settings"], current):
         raise ConfigError(
             field,
             f"is {now}, but data.path={source.path} was encoded with {before}; restore it, or "
@@ -87,19 +88,19 @@ def check(objective: DiffusionObjective, source: Cache) -> None:
         )
 
 
-def differing(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(field, old value, new value) for people, where `settings` differ."""
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield (field, old value, new value), formatted, for each of `settings` that differs."""
     for field, value in now.items():
         # A config field that is newer than the cache had its default.
         old = before[field] if field in before or "." not in field else get(DEFAULTS, field)
         if old != value:
-            kind = "sha256 {:.12}" if field.endswith(".path") else "{}"
-            yield field, *(kind.format(one) for one in (str(old), str(value)))
+            form = "sha256 {:.12}" if field.endswith(".path") else "{}"
+            yield field, form.format(str(old)), form.format(str(value))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Pictures start to stop of the source, in file `number` of `count`."""
+    """A shard: images start to stop of the source, in file `number` of `count`."""
 
     number: int
     count: int
@@ -108,39 +109,39 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of the shard's file."""
         return f"{self.number:05d}-of-{self.count:05d}.array_record"
 
     def ledger(self, out: Path) -> Path:
-        """The file that says that the shard is whole, and what became of its pictures."""
+        """Path of the ledger: it exists if the shard is complete, and has its image counts."""
         return out / BEGUN / f"{self.number:05d}.json"
 
 
-def shards_of(pictures: int, size: int, shard_mb: int) -> list[Shard]:
-    """Shards of about equally many pictures of `size` bytes."""
-    count = max(1, math.ceil(pictures * size / (shard_mb * MB)))
-    ends = [pictures * number // count for number in range(count + 1)]
+def plan_shards(images: int, size: int, shard_mb: int) -> list[Shard]:
+    """Split images of `size` bytes into shards with about equal numbers of images."""
+    count = max(1, math.ceil(images * size / (shard_mb * MB)))
+    ends = [images * number // count for number in range(count + 1)]
     spans = (span for span in itertools.pairwise(ends) if span[0] < span[1])
-    return [Shard(n, min(count, pictures), *span) for n, span in enumerate(spans)]
+    return [Shard(n, min(count, images), *span) for n, span in enumerate(spans)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadRecord:
-    """Number of a picture -> all that is to be encoded of it, in fixed shapes."""
+    """Function from an image's number to the arrays to encode, in fixed shapes."""
 
     source: Any
-    settings: dict[str, Any]  # of `views`
+    settings: dict[str, Any]  # keyword arguments of `views`
     seed: int
     encode_text: Any = None  # caption -> (ids, mask)
 
     def __call__(self, i: int) -> dict:
-        """The record of image i."""
+        """Read image i and crop its views."""
 
-        def code(record: dict) -> dict:
+        def add_views(record: dict) -> dict:
             images, controls = views(record, seed=(self.seed, i), **self.settings)
             return record | {"images": images, "controls": controls}
 
-        record = read_record(self.source, i, code)
+        record = read_record(self.source, i, add_views)
         out = {name: record[name] for name in ("label", "caption", "images", "controls")}
         out["broken"] = int(record.get("broken", 0))
         if self.encode_text is not None:
@@ -149,31 +150,32 @@ class ReadRecord:
 
 
 class Encoder:
-    """The encoders of an objective on all devices of this host, for batches of one shape."""
+    """Encoder of batches of one shape on all devices of this host."""
 
     def __init__(self, objective: DiffusionObjective):
-        self.objective, config = objective, objective.config
+        self.objective = objective
+        config = objective.config
         mesh = sharding.local_mesh()
         self.views = config.encode.views * (1 + config.data.flip)
         self.batch = mesh.size * math.ceil(config.encode.batch_size / self.views / mesh.size)
-        self.place = sharding.batch_sharding(mesh)
+        self.sharding = sharding.batch_sharding(mesh)
         parts = ("autoencoder", *(("text_encoder",) if config.encode.text else ()))
         params = {name: objective.frozen[name].load() for name in parts}
         self.params = jax.device_put(params, sharding.replicated(mesh))
-        self.code = jax.jit(self._code, out_shardings=self.place)
+        self.encode = jax.jit(self._encode, out_shardings=self.sharding)
         image = jax.ShapeDtypeStruct((1, *2 * (config.data.resolution,), 3), np.uint8)
         shapes = jax.eval_shape(objective.autoencoder.moments, params["autoencoder"], image)
-        self.shape = shapes.shape[1:]  # of a view's moments, (h, w, C)
+        self.shape = shapes.shape[1:]  # (h, w, C) of the moments of a view
 
     @property
     def size(self) -> int:
-        """Bytes that a picture takes with all views, about; captions fill a quarter of T."""
+        """Approximate bytes of an image with all views; captions fill about T / 4 tokens."""
         config = self.objective.config
         length, width = config.text_encoder.length // 4 + 1, config.text_encoder.width
         features = length * width * FEATURES.itemsize * config.encode.text
-        return HEAD + features + self.views * math.prod(self.shape) * MOMENTS.itemsize
+        return RECORD_BYTES + features + self.views * math.prod(self.shape) * MOMENTS.itemsize
 
-    def _code(self, params: dict, batch: dict) -> dict:
+    def _encode(self, params: dict, batch: dict) -> dict:
         images = batch["images"]  # (B, V, R, R, 3)
         flat = images.reshape(-1, *images.shape[2:])
         moments = self.objective.autoencoder.moments(params["autoencoder"], flat).astype(MOMENTS)
@@ -185,42 +187,43 @@ class Encoder:
         return out
 
     def __call__(self, records: Iterator[dict]) -> Iterator[dict]:
-        """Records of `Read`, each with what `pack` wants; two batches are under way at a time."""
-        waiting: deque[tuple[list[dict], dict]] = deque()
-        while records_now := list(itertools.islice(records, self.batch)):
-            waiting.append((records_now, self.code(self.params, self._stack(records_now))))
-            if len(waiting) > 1:
-                yield from self._finish(*waiting.popleft())
-        while waiting:
-            yield from self._finish(*waiting.popleft())
+        """Encode the records of `ReadRecord` for `pack`, with two batches in flight."""
+        pending: deque[tuple[list[dict], dict]] = deque()
+        while batch := list(itertools.islice(records, self.batch)):
+            pending.append((batch, self.encode(self.params, self._stack(batch))))
+            if len(pending) > 1:
+                yield from self._finish(*pending.popleft())
+        while pending:
+            yield from self._finish(*pending.popleft())
 
     def _stack(self, records: list[dict]) -> dict:
+        # The last record fills up a batch that is not full.
         rows = [*records, *[records[-1]] * (self.batch - len(records))]
         names = ("images", "ids", "mask") if "ids" in records[0] else ("images",)
         batch = {name: np.stack([row[name] for row in rows]) for name in names}
-        return jax.device_put(batch, self.place)
+        return jax.device_put(batch, self.sharding)
 
-    def _finish(self, records: list[dict], coded: dict) -> Iterator[dict]:
-        coded = jax.device_get(coded)
-        if not np.isfinite(coded["moments"]).all():
+    def _finish(self, records: list[dict], encoded: dict) -> Iterator[dict]:
+        encoded = jax.device_get(encoded)
+        if not np.isfinite(encoded["moments"]).all():
             raise ConfigError(
                 "autoencoder.path",
-                "its moments are not finite in float16; are the weights whole?",
+                "its moments are not finite in float16; check that the weights are complete",
             )
         for row, record in enumerate(records):
-            found = {name: record[name] for name in ("label", "caption", "controls", "broken")}
-            found["moments"] = coded["moments"][row]
-            if "tokens" in coded:
-                tokens = coded["tokens"][row][record["mask"]]
-                found["features"] = np.concatenate([tokens, coded["pooled"][row][None]])
-            yield found
+            out = {name: record[name] for name in ("label", "caption", "controls", "broken")}
+            out["moments"] = encoded["moments"][row]
+            if "tokens" in encoded:
+                tokens = encoded["tokens"][row][record["mask"]]
+                out["features"] = np.concatenate([tokens, encoded["pooled"][row][None]])
+            yield out
 
 
 def run(config: Config) -> None:
-    """Encode, resume, or notice that all is done."""
+    """Encode the data of a config, or resume; does nothing if the cache is complete."""
     _check_config(config)
     source = open_source(config)
-    objective = create_system(config, create_vocabulary(config, source))
+    objective = diffusion.create(config, create_vocabulary(config, source))
     out = Path(config.encode.path).expanduser()
     try:
         manifest = encode(objective, source, out)
@@ -233,21 +236,19 @@ def run(config: Config) -> None:
     if manifest is None:
         print(f"Nothing to do: {out} is encoded.")
         return
-    print(
-        f"Encoded in {out}: {manifest['pictures']:,} pictures, {manifest['views']} views of each."
-    )
+    print(f"Encoded in {out}: {manifest['pictures']:,} images, {manifest['views']} views of each.")
     if manifest["broken"]:
-        print(f"Skipped {manifest['broken']:,} broken pictures; the log names them.")
+        print(f"Skipped {manifest['broken']:,} broken images; their names are in the log.")
     print(f"Train from it with --config.data.name=latents --config.data.path={out}")
 
 
 def _check_config(config: Config) -> None:
     clip = config.text_encoder.name == "clip" and config.data.semantics == "text"
     endless = config.data.name == "shapes" and not config.encode.records
-    for wrong, field, reason in (
+    for is_wrong, field, reason in (
         (not config.encode.path, "encode.path", "empty; mode encode needs it"),
         (config.autoencoder.name == "pixels", "autoencoder.name", "mode encode needs kl or vq"),
-        (config.data.name == "latents", "data.name", "latents are encoded; name images"),
+        (config.data.name == "latents", "data.name", "latents are encoded; set a source of images"),
         (endless, "encode.records", "0 is all, but shapes is endless; set a number"),
         (
             config.encode.text and not clip,
@@ -255,91 +256,104 @@ def _check_config(config: Config) -> None:
             "needs data.semantics=text and text_encoder.name=clip",
         ),
     ):
-        if wrong:
+        if is_wrong:
             raise ConfigError(field, reason)
 
 
 def encode(objective: DiffusionObjective, source, out: Path) -> dict | None:
-    """Make the cache `out` of a source, or go on with that; its manifest.
+    """Write the cache `out` of a source, or resume it; returns its manifest.
 
-    None when it was finished before. OutputError or OSError for what a user can mend.
+    Returns None if the cache was complete before. Raises OutputError or OSError for the user.
     """
     config, process = objective.config, jax.process_index()
     texts = TEXT_FIELDS if config.encode.text else ()
-    made_of = settings(objective, IMAGE_FIELDS + texts + SOURCE_FIELDS)
-    made_of |= {"data.path": fingerprint(source), "format": FORMAT}
+    current = settings(objective, IMAGE_FIELDS + texts + SOURCE_FIELDS)
+    current |= {"data.path": fingerprint(source), "format": FORMAT}
     if (out / MANIFEST).exists():
-        compare(out, json.loads((out / MANIFEST).read_text())["settings"], made_of)
-        shutil.rmtree(out / BEGUN, ignore_errors=True)  # left when killed at the very end
+        check_resumable(out, json.loads((out / MANIFEST).read_text())["settings"], current)
+        shutil.rmtree(out / BEGUN, ignore_errors=True)  # remains after a kill at the very end
         return None
-    pictures = min(config.encode.records or len(source), len(source))
+    images = min(config.encode.records or len(source), len(source))
     encoder = Encoder(objective)
-    shards = shards_of(pictures, encoder.size, config.encode.shard_mb)
+    shards = plan_shards(images, encoder.size, config.encode.shard_mb)
     with locked(out, out / BEGUN, f"lock-{process}"):
         begun = out / BEGUN / "begun.json"
         if begun.exists():
-            compare(out, json.loads(begun.read_text()), made_of)
-        write_json(begun, made_of)
-        work(encoder, source, out, shards[process :: jax.process_count()])
+            check_resumable(out, json.loads(begun.read_text()), current)
+        write_json(begun, current)
+        write_shards(encoder, source, out, shards[process :: jax.process_count()])
         barrier("encoded")
-        return finish(encoder, source, out, shards, made_of) if process == 0 else {}
+        if process:
+            return {}
+        return write_manifest(encoder, source, out, shards, current)
 
 
-def compare(out: Path, before: dict, now: dict) -> None:
-    """OutputError when a folder was begun with other settings."""
-    for field, old, new in differing(before, now):
+def check_resumable(out: Path, before: dict, now: dict) -> None:
+    """Raise OutputError if a folder was begun with other settings."""
+    for field, old, new in differences(before, now):
         raise OutputError(
-            f"{out} was encoded with another {field} ({old}, not {new}); restore it or give "
+            f"{out} was encoded with another {field} ({old}, not {new}); restore it or use "
             "another folder"
         )
 
 
-def work(encoder: Encoder, source, out: Path, shards: list[Shard]) -> None:
-    """Write those of this host's shards that are not there, each with its ledger; show a bar."""
-    left = [shard for shard in shards if not shard.ledger(out).exists()]
-    pictures = sum(shard.stop - shard.start for shard in left)
-    size, free = pictures * encoder.size, shutil.disk_usage(out).free
+def write_shards(encoder: Encoder, source, out: Path, shards: list[Shard]) -> None:
+    """Write the missing ones of this host's shards with their ledgers; show progress."""
+    missing = [shard for shard in shards if not shard.ledger(out).exists()]
+    images = sum(shard.stop - shard.start for shard in missing)
+    size, free = images * encoder.size, shutil.disk_usage(out).free
     if size > free:
         raise OutputError(
-            f"it needs about {format_bytes(size)}, and {out} has {format_bytes(free)} free; give a "
-            "folder on a larger disk"
+            f"the cache needs about {format_bytes(size)}, but {out} has {format_bytes(free)} free; "
+            "use a folder on a larger disk"
         )
-    records, chief = read(encoder.objective, source, left), jax.process_index() == 0
-    if chief and len(left) < len(shards):
-        print(f"{len(shards) - len(left)} of {len(shards)} shards are done.", flush=True)
+    records = read_records(encoder.objective, source, missing)
+    chief = jax.process_index() == 0
+    if chief and len(missing) < len(shards):
+        print(f"{len(shards) - len(missing)} of {len(shards)} shards are done.", flush=True)
     with (
-        tqdm(total=pictures * encoder.views, desc="encode", unit="img", disable=not chief) as bar,
+        tqdm(total=images * encoder.views, desc="encode", unit="img", disable=not chief) as bar,
         contextlib.closing(records),
     ):
-        for shard in left:
-            coded = encoder(itertools.islice(records, shard.stop - shard.start))
-            write(coded, shard, out, partial(bar.update, encoder.views))
+        for shard in missing:
+            encoded = encoder(itertools.islice(records, shard.stop - shard.start))
+            write_encoded(encoded, shard, out, partial(bar.update, encoder.views))
 
 
-def read(objective: DiffusionObjective, source, left: list[Shard]) -> Iterator[dict]:
-    """What `Read` gives for all pictures of these shards in order, read ahead in threads."""
-    if not left:
+def read_records(objective: DiffusionObjective, source, shards: list[Shard]) -> Iterator[dict]:
+    """Yield the results of `ReadRecord` for the images of these shards, read ahead by threads."""
+    if not shards:
         return
     config, data = objective.config, objective.config.data
-    how = {"count": config.encode.views, "resolution": data.resolution, "crop": data.crop}
-    how["flip"], how["color"] = data.flip, data.color
+    crops = {
+        "count": config.encode.views,
+        "resolution": data.resolution,
+        "crop": data.crop,
+        "flip": data.flip,
+        "color": data.color,
+    }
     text = objective.encode_text if config.encode.text else None
-    spans = [grain.MapDataset.range(shard.start, shard.stop) for shard in left]
-    dataset = grain.MapDataset.concatenate(spans).map(ReadRecord(source, how, config.seed, text))
+    spans = [grain.MapDataset.range(shard.start, shard.stop) for shard in shards]
+    read = ReadRecord(source, crops, config.seed, text)
+    dataset = grain.MapDataset.concatenate(spans).map(read)
     yield from read_ahead(dataset, data.workers)
 
 
-def write(coded: Iterator[dict], shard: Shard, out: Path, step) -> None:
-    """Write a shard, then its ledger: whatever ends it before leaves no trace to a reader."""
-    kept = broken = 0
+def write_encoded(encoded: Iterator[dict], shard: Shard, out: Path, step) -> None:
+    """Write a shard, then its ledger; readers ignore a shard that was interrupted before.
+
+    step: called after each image.
+    """
+    images = broken = 0
 
     def rows():
-        nonlocal kept, broken
-        for record in coded:
+        nonlocal images, broken
+        for record in encoded:
             step()
-            broken += bool(record["broken"])
-            if not record["broken"]:
-                kept += 1
+            if record["broken"]:
+                broken += 1
+            else:
+                images += 1
                 yield from pack(record)
 
     records = rows()
@@ -348,22 +362,26 @@ def write(coded: Iterator[dict], shard: Shard, out: Path, step) -> None:
         temporary = out / BEGUN / f"{shard.number:05d}.tmp"
         write_shard(temporary, first, records, math.inf)
         os.replace(temporary, out / shard.name)
-    write_json(shard.ledger(out), {"name": shard.name, "pictures": kept, "broken": broken})
+    write_json(shard.ledger(out), {"name": shard.name, "pictures": images, "broken": broken})
 
 
-def finish(encoder: Encoder, source, out: Path, shards: list[Shard], made_of: dict) -> dict:
-    """Write the manifest of a cache whose shards are all there."""
+def write_manifest(
+    encoder: Encoder, source, out: Path, shards: list[Shard], encode_settings: dict
+) -> dict:
+    """Write the manifest of a cache with all its shards, and return it."""
     config, text = encoder.objective.config, encoder.objective.config.text_encoder
     missing = [shard.name for shard in shards if not shard.ledger(out).exists()]
     if missing:
-        raise OutputError(f"{missing[0]} is not there; do all hosts write into the same {out}?")
+        raise OutputError(
+            f"{missing[0]} is missing; check that all hosts write into the same {out}"
+        )
     rows = [json.loads(shard.ledger(out).read_text()) for shard in shards]
-    pictures, broken = (sum(row[name] for row in rows) for name in ("pictures", "broken"))
-    if not pictures:
+    images, broken = (sum(row[name] for row in rows) for name in ("pictures", "broken"))
+    if not images:
         raise ConfigError("data.path", "has no image that can be decoded")
     manifest = {
-        "settings": made_of,
-        "pictures": pictures,
+        "settings": encode_settings,
+        "pictures": images,
         "broken": broken,
         "views": encoder.views,
         "moments": encoder.shape,

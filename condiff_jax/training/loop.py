@@ -1,4 +1,4 @@
-"""Training: a pure train step, and the loop around it."""
+"""Mode `train`: the training loop."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
 from condiff_jax.data.pipeline import batches, first_controls, open_source
 from condiff_jax.evaluation.evaluate import Evaluation
+from condiff_jax.objectives import diffusion
 from condiff_jax.objectives.base import Objective
 from condiff_jax.objectives.diffusion import DiffusionObjective
-from condiff_jax.objectives.diffusion import create as create_system
 from condiff_jax.objectives.registry import create_objective
 from condiff_jax.objectives.vocabulary import create_vocabulary
 from condiff_jax.runs import optimizer, state
@@ -34,15 +34,15 @@ from condiff_jax.training.step import compile_step
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A finished training; the record of its last evaluation, None where there is none."""
+    """Result of a finished training: the record of its last evaluation, or None without one."""
 
     record: dict | None
 
 
 def run(config: Config, workdir: str) -> Outcome | None:
-    """Mode `train`: start, resume or find it done; None where SIGTERM stopped it, after saving.
+    """Train a config in a work directory, or resume; None if SIGTERM stopped it after saving.
 
-    An experiment of several stages runs them in order, the first in its folder pretrain/.
+    Stages run in order: an earlier one, init.pretrain, in the folder pretrain/ of the later one.
     """
     with Workdir(workdir).locked():
         return _run(config, workdir)
@@ -67,7 +67,7 @@ def _run(config: Config, workdir: str) -> Outcome | None:
     first = checkpoints.latest
     folder.open(config, vocabulary, begun=first is not None)
     done = (first or 0) >= config.steps
-    if done and folder.grid(first).exists():  # the last thing that a run leaves
+    if done and folder.grid(first).exists():  # the last file that a run writes
         print(f"Nothing to do: {workdir} has finished its {config.steps} steps.")
         return Outcome(evaluation.find(first))
     frozen = sharding.put(mesh, folder.load_frozen(objective))
@@ -92,7 +92,7 @@ def _run(config: Config, workdir: str) -> Outcome | None:
     reporter = REPORTERS[config.objective](
         objective, mesh, folder, frozen, evaluation, first=first or 0
     )
-    # SIGTERM may come again while the last checkpoint is being written.
+    # Another SIGTERM may arrive while the last checkpoint is being written.
     with Interrupt() as interrupt, contextlib.closing(checkpoints):
         train_state = train_steps(
             objective, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
@@ -106,17 +106,18 @@ def _run(config: Config, workdir: str) -> Outcome | None:
 
 
 def start(objective: DiffusionObjective, mesh: Mesh, folder: Workdir) -> state.State | None:
-    """The state at step 0 from the run that config.init names, with a report of what is kept.
+    """Create the state at step 0 from the run that config.init names, and report the transfer.
 
-    An earlier stage, init.pretrain, is trained first; None when SIGTERM stopped that.
+    An earlier stage, init.pretrain, is trained first; returns None if SIGTERM stopped that.
     """
     config, settings = objective.config, objective.config.init
-    earlier, path = settings.pretrain, settings.path or str(folder.path / "pretrain")
+    earlier = settings.pretrain
+    path = settings.path or str(folder.path / "pretrain")
     if earlier is None:
-        old = transfer.origin(path)
+        old = transfer.load_objective(path)
     else:
-        old = create_system(earlier, create_vocabulary(earlier, open_source(earlier)))
-    moves = transfer.plan(old, objective)  # before days of training for nothing
+        old = diffusion.create(earlier, create_vocabulary(earlier, open_source(earlier)))
+    moves = transfer.plan(old, objective)  # reports a mismatch before the first stage is trained
     if earlier is not None:
         print(f"First stage: {earlier.steps} steps in {path}")
         if not run(earlier, path):
@@ -132,17 +133,23 @@ def start(objective: DiffusionObjective, mesh: Mesh, folder: Workdir) -> state.S
     def create(params: dict, key: jax.Array) -> state.State:
         return state.create(transfer.move(moves, params, objective.init(key)), tx)
 
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(objective, mesh))
-    return jax.jit(create, out_shardings=places)(params, jax.random.key(config.seed))
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(objective, mesh))
+    return jax.jit(create, out_shardings=shardings)(params, jax.random.key(config.seed))
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something done every `interval` steps is due after this step; 0: never."""
+    return interval > 0 and step % interval == 0
 
 
 def train_steps(
     objective: Objective, mesh, train_state, data, step_fn, checkpoints, reporter, interrupt
 ) -> state.State:
-    """Steps until config.steps or an interrupt; logs, saves and shows samples on the way."""
+    """Train until config.steps or an interrupt; log, save, sample and evaluate at intervals."""
     config = objective.config
     first = int(train_state.step)
-    meter, watchdog = Meter(first * config.batch_size), Watchdog(config.log.stall)
+    meter = Meter(first * config.batch_size)
+    watchdog = Watchdog(config.log.stall)
     trace = Trace(config, reporter.folder.path)
     flop_image = objective.forward_flops()
     bar = tqdm(
@@ -157,7 +164,7 @@ def train_steps(
         bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_sec']:.0f}")
 
     with bar, contextlib.closing(trace), contextlib.closing(watchdog):
-        with contextlib.suppress(Stopped):  # what is done until then is saved
+        with contextlib.suppress(Stopped):  # the finished steps are saved below
             for step in range(first + 1, config.steps + 1):
                 trace.before(step)
                 with interrupt.immediate():
@@ -165,7 +172,7 @@ def train_steps(
                 train_state, metrics = step_fn(train_state, sharding.put_batch(mesh, batch))
                 meter.add(step, metrics, config.batch_size)
                 trace.after(step, metrics)
-                if step == first + 1:  # it was compiled
+                if step == first + 1:  # its time includes compilation
                     jax.block_until_ready(metrics)
                     meter.restart_clock()
                 watchdog.step()
@@ -177,17 +184,16 @@ def train_steps(
                     log(step)
                 if save:
                     checkpoints.save(step, train_state, meter.loss)
-                shown, measured = config.log.samples_every, config.evaluation.every
-                shown = shown and step % shown == 0
-                measured = measured and step % measured == 0 and config.evaluation.metrics
-                if shown or measured:
+                sample = is_due(step, config.log.samples_every)
+                evaluate = is_due(step, config.evaluation.every) and config.evaluation.metrics
+                if sample or evaluate:
                     watchdog.close()
                     with interrupt.immediate():
                         params = state.to_sample(train_state, config.sampling.ema)
-                        if shown:
+                        if sample:
                             reporter.samples(step, params)
-                        if measured:
-                            reporter.early(step, params)
+                        if evaluate:
+                            reporter.evaluate_early(step, params)
                     meter.restart_clock()
         last = int(train_state.step)
         if meter.pending:

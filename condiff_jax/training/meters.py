@@ -1,4 +1,4 @@
-"""What the training loop watches: metrics and their times, memory, stalls, and a trace if asked."""
+"""Metrics, throughput, stall detection and profiler traces of the training loop."""
 
 from __future__ import annotations
 
@@ -18,39 +18,46 @@ from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import Config
 from condiff_jax.runtime import flops
 
-BROKEN_LIMIT = 0.01  # share of broken images that stops a run
+BROKEN_LIMIT = 0.01  # fraction of broken images above which a run stops
 
 
 class Meter:
-    """Collects the metrics of each step on the device; the host reads them at intervals only."""
+    """Collector of the metrics of each step on the device; the host reads them at intervals."""
 
     def __init__(self, images_before: int):
         self.pending: list[tuple[int, dict]] = []
-        self.seen, self.broken = images_before, 0
-        self.loss = math.nan  # mean of the last read
+        self.seen = images_before
+        self.broken = 0
+        self.loss = math.nan  # mean at the last read
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out the time since the last read: it went to something else than steps."""
-        self.start, self.timed, self.waited = time.perf_counter(), 0, 0.0
+        """Exclude the time since the last read, which was not spent on steps."""
+        self.start = time.perf_counter()
+        self.timed = 0
+        self.waited = 0.0
 
     def wait(self, data: Iterator) -> Any:
-        """The next batch; the time that takes counts as input wait."""
+        """Return the next batch; the time until it is ready counts as input wait."""
         start = time.perf_counter()
         batch = next(data)
         self.waited += time.perf_counter() - start
         return batch
 
     def add(self, step: int, metrics: dict, images: int) -> None:
-        """Note the device values of one step that was started."""
+        """Add the metrics of a dispatched step, without waiting for them."""
         self.pending.append((step, metrics))
         self.seen += images
         self.timed += 1
-        if len(self.pending) > 2:  # stay two steps ahead of the device, not hundreds
+        if len(self.pending) > 2:  # keep the host at most two steps ahead of the device
             jax.block_until_ready(self.pending[-3][1])
 
     def read(self) -> dict[str, float]:
-        """Means since the last read; errors name the step of a bad loss, or too many bad images."""
+        """Return means since the last read.
+
+        Raises FloatingPointError for a loss that is not finite, ConfigError for too many broken
+        images.
+        """
         steps = [step for step, _ in self.pending]
         values = jax.device_get([metrics for _, metrics in self.pending])
         seconds = time.perf_counter() - self.start
@@ -62,7 +69,7 @@ class Meter:
                 raise FloatingPointError(
                     f"step {step}: loss {value['loss']}, gradient norm {value['grad_norm']}; "
                     "lower optimizer.learning_rate or set optimizer.clip_norm, then run the same "
-                    "command to go on from the last good checkpoint"
+                    "command to resume from the last good checkpoint"
                 )
         self.broken += int(sum(value["broken"] for value in values))
         if self.broken > BROKEN_LIMIT * max(self.seen, 1000):
@@ -81,9 +88,10 @@ class Meter:
 
 
 def throughput(config: Config, step_time: float, flop_image: int) -> dict[str, float]:
-    """images_per_sec, tflops_per_device (3 forwards an image); mfu where the peak is known.
+    """Return images_per_sec, tflops_per_device, and mfu if the peak of the device is known.
 
-    memory_gib: the most that a device of this host has used so far, where it tells.
+    A training step counts as 3 forwards an image. memory_gib is the peak usage of any device of
+    this host, if the backend reports it.
     """
     rate = config.batch_size / step_time
     tflops = 3 * flop_image * rate / jax.device_count() / 1e12
@@ -98,54 +106,58 @@ def throughput(config: Config, step_time: float, flop_image: int) -> dict[str, f
 
 @functools.cache
 def _peak() -> float | None:
-    """`flops.peak_tflops`; a warning, once, for accelerators that it does not know."""
+    """`flops.peak_tflops`; warns once about accelerators that are missing there."""
     peak = flops.peak_tflops()
     if peak is None and jax.default_backend() != "cpu":
         kind = jax.devices()[0].device_kind
-        logging.warning("no mfu: flops.CHIPS does not know the peak of %s", kind)
+        logging.warning("no mfu: flops.CHIPS has no peak of %s", kind)
     return peak
 
 
 class Watchdog:
-    """Writes the stacks of all threads to stderr when no step begins for so many seconds; 0: never.
+    """Stall detector: writes the stacks of all threads to stderr if no step begins for `seconds`.
 
-    A thread of C does it, so that it works whatever holds Python up.
+    0 seconds disable it. It is a thread in C, so that it works even while Python is blocked.
     """
 
     def __init__(self, seconds: float):
         self.seconds = seconds
 
     def step(self) -> None:
-        """A step begins."""
+        """Restart the countdown at the start of a step."""
         if self.seconds:
             faulthandler.dump_traceback_later(self.seconds, repeat=True, file=2)
 
     def close(self) -> None:
-        """What comes now may take its time."""
+        """Pause the countdown until the next step."""
         faulthandler.cancel_dump_traceback_later()
 
 
 class Trace:
-    """A trace of the steps config.profile for xprof and TensorBoard, in DIR/plugins/profile/."""
+    """Profiler trace of the steps in config.profile, for xprof and TensorBoard.
+
+    It is written to DIR/plugins/profile/.
+    """
 
     def __init__(self, config: Config, path: epath.Path):
         self.first, self.last = config.profile or (0, 0)
-        self.path, self.on = path, False
+        self.path = path
+        self.on = False
 
     def before(self, step: int) -> None:
-        """Begin with the first of the steps, or with the first of this run among them."""
+        """Start the trace before the first traced step of this run."""
         if not self.on and self.first <= step <= self.last:
             jax.profiler.start_trace(str(self.path))
             self.on = True
 
     def after(self, step: int, metrics: Any) -> None:
-        """End when the devices have done the last of them."""
+        """Stop the trace when the devices have finished the last traced step."""
         if self.on and step == self.last:
             jax.block_until_ready(metrics)
             self.close()
 
     def close(self) -> None:
-        """End now, if it is on."""
+        """Stop the trace if it is on."""
         if self.on:
             jax.profiler.stop_trace()
             self.on = False

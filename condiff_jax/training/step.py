@@ -1,4 +1,4 @@
-"""The train step: pure, and compiled for a mesh."""
+"""The train step: a pure function, and its compilation for a mesh."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from condiff_jax.runtime import sharding
 
 
 def accumulated(value_and_grad: Callable, params: dict, inputs, parts: int):
-    """Mean of what value_and_grad gives for `parts` equal parts of a batch, one after the other.
+    """Mean of value_and_grad over `parts` equal parts of a batch, computed one after the other.
 
-    Part j takes every parts-th example, so each part is spread over all devices like the whole.
+    Part j takes every parts-th example, so that each part is sharded over all devices.
     """
     if parts == 1:
         return value_and_grad(params, *inputs)
@@ -45,9 +45,10 @@ def train_step(
     objective: Objective,
     tx: optax.GradientTransformation,
 ) -> tuple[state.State, dict]:
-    """One update; the noise of step i comes from (config.seed, i). Pure, to be jitted.
+    """Do one update; pure, to be jitted. The noise of step i is drawn from (config.seed, i).
 
-    frozen: parameters that are not trained, see `Objective.load_frozen`.
+    frozen: parameters that are not trained, see `Objective.load_frozen`. Returns the new state and
+    the metrics.
     """
     settings = objective.config.optimizer
     key = jax.random.fold_in(jax.random.key(objective.config.seed), train_state.step)
@@ -69,17 +70,17 @@ def train_step(
 
 
 def compile_step(objective: Objective, mesh: Mesh):
-    """(init, step): jitted `State` creation from a key, and the sharded, donating train step.
+    """Return jitted (init, step) for a mesh.
 
-    step(state, batch, frozen) -> (state, metrics).
+    init(key) -> `State`. step(state, batch, frozen) -> (state, metrics); the state is donated.
     """
     tx = optimizer.create(objective.config)
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(objective, mesh))
-    init = jax.jit(lambda key: state.create(objective.init(key), tx), out_shardings=places)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(objective, mesh))
+    init = jax.jit(lambda key: state.create(objective.init(key), tx), out_shardings=shardings)
     step = jax.jit(
         sharding.traced_on(mesh, partial(train_step, objective=objective, tx=tx)),
-        in_shardings=(places, sharding.batch_sharding(mesh), None),  # frozen: as they are placed
-        out_shardings=(places, sharding.replicated(mesh)),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), None),  # None: as they are
+        out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
     return init, step

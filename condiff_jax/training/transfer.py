@@ -1,8 +1,8 @@
-"""Starting from another run: other data or another resolution (Sec. 2.2).
+"""Initialize a run from another one, with other data or another resolution (Sec. 2.2).
 
-What a parameter says about pictures is kept; what it says about tokens' positions is resized; what
-it says about a data set's classes or words is new when the data set is. Fixed position embeddings,
-noise levels (Eq. 3) and guidance (Eq. 4) follow from the config: `model.position`,
+Parameters are kept, with these exceptions: learned positions are resized; parameters for classes or
+words are new if the vocabulary is; those for control are new if the start has none. Fixed position
+embeddings, noise levels (Eq. 3) and guidance (Eq. 4) follow from the config: `model.position`,
 `diffusion.base_resolution` and `sampling.base_resolution`.
 """
 
@@ -24,8 +24,8 @@ from condiff_jax.config.errors import ConfigError
 from condiff_jax.objectives.diffusion import DiffusionObjective
 from condiff_jax.runtime.sharding import path_name
 
-# Without these in common, parameters of the same shapes would still mean other things.
-SAME = (
+# Fields that must be equal, as otherwise parameters of the same shape differ in meaning.
+MUST_MATCH = (
     "model.name",
     "model.size",
     "diffusion.timesteps",
@@ -36,7 +36,7 @@ SAME = (
     "autoencoder.shift",
 )
 SEMANTIC = re.compile(r"model/(class_embed|caption|pooled)/.*|text_encoder/.*")
-# Condition tokens' own queries, keys and values; without them they share the image tokens'.
+# Separate queries, keys and values of condition tokens; without these, image tokens' are shared.
 CONTEXT = re.compile(r"(model/(?:blocks|last_block)/)context_((?:query|key|value)\w*/.*)")
 CONTROL = re.compile(r"model/control/.*")
 POSITIONS = re.compile(r"model/(decoder_)?positions")
@@ -46,9 +46,9 @@ UNUSED_ROWS = 3  # of MDTv2's bias tables, after the offsets
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """How a parameter comes to be: status kept | resized | new, from the old parameter `source`.
+    """The origin of a parameter: status kept, resized or new; source: the old parameter's name.
 
-    resize(old array, fresh array) -> array, for status resized.
+    resize: for status resized, a function (old array, fresh array) -> array.
     """
 
     status: str
@@ -57,18 +57,18 @@ class Move:
 
 
 def shapes_of(objective: DiffusionObjective) -> dict[str, jax.ShapeDtypeStruct]:
-    """Parameters of an objective by name, "model/final/bias"; nothing is allocated."""
+    """Shapes of an objective's parameters by name, such as "model/final/bias"."""
     return by_name(objective.shapes)
 
 
 def by_name(params) -> dict:
-    """A tree of parameters as a flat dictionary."""
+    """Flatten a tree of parameters to a dictionary by name."""
     return {path_name(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def plan(old: DiffusionObjective, new: DiffusionObjective) -> dict[str, Move]:
-    """The move of each of new's parameters, by name; ConfigError for all that does not match."""
-    for field in SAME:
+    """Plan the move of each of new's parameters, by name; ConfigError on a mismatch."""
+    for field in MUST_MATCH:
         before, after = get(old.config, field), get(new.config, field)
         if before != after:
             raise ConfigError("init", f"{field} is {after}, but that of the start is {before}")
@@ -89,36 +89,33 @@ def plan(old: DiffusionObjective, new: DiffusionObjective) -> dict[str, Move]:
         )
     )
     moves = {}
-    for name, wanted in target.items():
-        moves[name] = _move(name, wanted, source, same_semantics, (old, new))
-    for name in left(moves, source):
+    for name, shape in target.items():
+        moves[name] = _move(name, shape, source, same_semantics, (old, new))
+    for name in unused(moves, source):
         if not SEMANTIC.fullmatch(name) and not CONTEXT.fullmatch(name):
             raise ConfigError("init", f"the start has {name}, this config does not{_hint(name)}")
     return moves
 
 
-def _move(name: str, wanted, source: Mapping, same_semantics: bool, systems: tuple) -> Move:
+def _move(name: str, target, source: Mapping, same_semantics: bool, objectives: tuple) -> Move:
     if SEMANTIC.fullmatch(name) and not same_semantics:
         return Move("new")
     origin = name
     if name not in source:
         if CONTROL.fullmatch(name) and not any(map(CONTROL.fullmatch, source)):
-            return Move("new")  # its last layer starts at zero, so the model stays what it was
+            return Move("new")  # control has no effect at initialization, as its last layer is zero
         if context := CONTEXT.fullmatch(name):
             origin = context[1] + context[2]
         if origin not in source:
             raise ConfigError("init", f"this config has {name}, the start does not{_hint(name)}")
-    found = source[origin]
-    if found.shape == wanted.shape:
+    shape = source[origin].shape
+    if shape == target.shape:
         return Move("kept", origin)
     if POSITIONS.fullmatch(name):
-        return Move("resized", origin, _resize_positions(*systems))
+        return Move("resized", origin, _resize_positions(*objectives))
     if RELATIVE.fullmatch(name):
-        return Move("resized", origin, _resize_relative(*systems))
-    raise ConfigError(
-        "init",
-        f"{name} is {wanted.shape}, but {found.shape} in the start{_hint(name)}",
-    )
+        return Move("resized", origin, _resize_relative(*objectives))
+    raise ConfigError("init", f"{name} is {target.shape}, but {shape} in the start{_hint(name)}")
 
 
 def _hint(name: str) -> str:
@@ -129,33 +126,34 @@ def _hint(name: str) -> str:
     return ""
 
 
-def left(moves: Mapping[str, Move], source: Mapping) -> list[str]:
-    """Old parameters that nothing comes from."""
+def unused(moves: Mapping[str, Move], source: Mapping) -> list[str]:
+    """Names of the old parameters that no move uses."""
     used = {move.source for move in moves.values()}
     return [name for name in source if name not in used]
 
 
 def grid(objective: DiffusionObjective) -> tuple[int, int]:
-    """Tokens per column and row of a transformer's pictures."""
+    """Number of (rows, columns) of a transformer's image tokens."""
     return tuple(side // objective.model.patch for side in objective.latent_shape[:2])
 
 
 def resizing_matrix(old: int, new: int, mode: str = "resample") -> np.ndarray:
-    """(new, old): values at `old` places along an axis -> at `new` places.
+    """Matrix (new, old) from values at `old` positions along an axis to values at `new` positions.
 
-    resample: linear interpolation between the same limits, as `layers.position_grid` places them.
-    extrapolate: the places of both are 0, 1, 2, ...; those beyond the old ones get zero.
+    resample: both span the same limits, as in `layers.position_grid`; interpolation is linear.
+    extrapolate: positions are 0, 1, 2, ...; values beyond the old ones are zero.
     """
     if mode == "extrapolate":
         return np.eye(new, old)
-    places = np.linspace(0, old - 1, new)
-    return np.stack([np.interp(places, np.arange(old), row) for row in np.eye(old)], 1)
+    positions = np.linspace(0, old - 1, new)
+    return np.stack([np.interp(positions, np.arange(old), row) for row in np.eye(old)], 1)
 
 
 def _resize_positions(old: DiffusionObjective, new: DiffusionObjective) -> Callable:
-    """Learned tables (N, D) start as sin-cos embeddings: what they have learned beyond is resized.
+    """Resizer of learned position tables (N, D), which are initialized to sin-cos embeddings.
 
-    So an untrained table becomes that of the new grid, as for models whose table is fixed.
+    The difference to the initialization is resized and added to that of the new grid. An untrained
+    table thus becomes the new grid's, as for models with fixed tables.
     """
     before, after = (
         jnp.asarray(objective.model.positions(np.zeros((1, *objective.latent_shape))))
@@ -175,7 +173,7 @@ def _resize_positions(old: DiffusionObjective, new: DiffusionObjective) -> Calla
 
 
 def _resize_relative(old: DiffusionObjective, new: DiffusionObjective) -> Callable:
-    """Bias tables (..., entries, heads) over the offsets between tokens, -(n-1) .. n-1 an axis."""
+    """Resizer of bias tables (..., entries, heads) over token offsets, -(n-1) .. n-1 an axis."""
     mode = new.config.model.position
     rows, columns = (
         _offset_matrix(*sides, mode) for sides in zip(grid(old), grid(new), strict=True)
@@ -192,44 +190,44 @@ def _resize_relative(old: DiffusionObjective, new: DiffusionObjective) -> Callab
 
 
 def _offset_matrix(old: int, new: int, mode: str) -> np.ndarray:
-    """`resizing_matrix` for offsets; when extrapolating, offset 0 stays in the middle."""
+    """`resizing_matrix` for offsets; extrapolation keeps offset 0 in the middle."""
     if mode == "resample":
         return resizing_matrix(2 * old - 1, 2 * new - 1)
     return np.eye(2 * new - 1, 2 * old - 1, old - new)
 
 
 def move(moves: Mapping[str, Move], old: Mapping, fresh):
-    """The new parameters, a tree like `fresh`, from old ones by name; to be jitted."""
+    """Create the new parameters, a tree like `fresh`, from old ones by name; to be jitted."""
 
     def take(path, array):
-        found = moves[path_name(path)]
-        if found.status == "new":
+        origin = moves[path_name(path)]
+        if origin.status == "new":
             return array
-        source = old[found.source]
-        return source if found.resize is None else found.resize(source, array)
+        source = old[origin.source]
+        return source if origin.resize is None else origin.resize(source, array)
 
     return jax.tree_util.tree_map_with_path(take, fresh)
 
 
 def report(moves: Mapping[str, Move], source: Mapping, target: Mapping) -> str:
-    """A line for each parameter: kept, resized, new, or left behind; and how many of each."""
+    """Describe each parameter in a line: kept, resized, new, or left (unused); then the counts."""
     lines = []
-    for name, found in moves.items():
-        line = f"{found.status:8} {name} {tuple(target[name].shape)}"
-        if found.status == "resized":
-            line += f" from {tuple(source[found.source].shape)}"
-        elif found.source not in ("", name):
-            line += f" from {found.source}"
+    for name, origin in moves.items():
+        line = f"{origin.status:8} {name} {tuple(target[name].shape)}"
+        if origin.status == "resized":
+            line += f" from {tuple(source[origin.source].shape)}"
+        elif origin.source not in ("", name):
+            line += f" from {origin.source}"
         lines.append(line)
-    behind = left(moves, source)
-    lines += [f"{'left':8} {name} {tuple(source[name].shape)}" for name in behind]
-    counts = Counter(found.status for found in moves.values())
+    left = unused(moves, source)
+    lines += [f"{'left':8} {name} {tuple(source[name].shape)}" for name in left]
+    counts = Counter(origin.status for origin in moves.values())
     numbers = [f"{counts[status]} {status}" for status in ("kept", "resized", "new")]
-    return "\n".join([*lines, ", ".join([*numbers, f"{len(behind)} left"])])
+    return "\n".join([*lines, ", ".join([*numbers, f"{len(left)} left"])])
 
 
-def origin(path: str) -> DiffusionObjective:
-    """The objective of the run in a work directory; ConfigError if there is none."""
+def load_objective(path: str) -> DiffusionObjective:
+    """Load the objective of the run in a work directory; ConfigError if there is none."""
     try:
         return runs.load(path).objective
     except ConfigError as error:
@@ -237,7 +235,7 @@ def origin(path: str) -> DiffusionObjective:
 
 
 def load(path: str, mesh: Mesh, *, ema: bool, step: int | None = None) -> dict:
-    """Parameters by name of a work directory's newest checkpoint; ConfigError if not of `step`."""
+    """Load a run's newest parameters by name; ConfigError if they are not of `step`."""
     run = runs.load(path, ema=ema, mesh=mesh)
     if step is not None and run.step != step:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Every row of every table is a valid experiment at every scale, and README.md lists them all."""
+"""Every row of every table is a valid config at every scale, and README.md lists all rows."""
 
 import dataclasses
 import functools
@@ -41,36 +41,36 @@ def build(name, row, *arguments):
     return rows.build(TABLES[name], name, row, *arguments)
 
 
-SHAPES = {}  # of systems, by what they depend on: to trace those of a UNet takes a second
+SHAPES = {}  # cached shapes of objectives, as tracing a UNet takes a second
 
 
 def with_shapes(config):
-    """The objective, which takes its parameters' shapes from one with the same settings."""
+    """The objective, with shapes of parameters cached by the settings they depend on."""
     objective = create(config, load_vocabulary(config))
     parts = config.model, config.conditioning, config.text_encoder, config.autoencoder
     key = repr((parts, config.data.semantics, config.data.classes, config.data.resolution))
     if key not in SHAPES:
         SHAPES[key] = objective.shapes
-    objective.__dict__["shapes"] = SHAPES[key]  # as the cached property keeps it
+    objective.__dict__["shapes"] = SHAPES[key]  # sets the cached property
     return objective
 
 
 @pytest.mark.parametrize("name, row", [item for item in ROWS if item[0] in ("table1", "tableA1")])
 def test_tables_of_architectures_build_what_they_name(name, row):
     config = config_of(name, row)
-    given = dict(item.split("=") for item in row.split(","))
-    assert config.model.name == given["arch"]
-    assert config.data.resolution == int(given["resolution"])
-    assert config.data.semantics == ("text" if given["data"] == "cc12m" else "class")
+    values = dict(item.split("=") for item in row.split(","))
+    assert config.model.name == values["arch"]
+    assert config.data.resolution == int(values["resolution"])
+    assert config.data.semantics == ("text" if values["data"] == "cc12m" else "class")
     objective = create(config, load_vocabulary(config))
-    side = int(given["resolution"]) // 8
+    side = int(values["resolution"]) // 8
     assert objective.latent_shape == (side, side, 4)
     assert (
-        (objective.model.classes or 0) == config.data.classes == (given["data"] != "cc12m") * 1000
+        (objective.model.classes or 0) == config.data.classes == (values["data"] != "cc12m") * 1000
     )
-    assert (config.text_encoder.name == "clip") == (given["data"] == "cc12m")
-    assert (config.conditioning.weighting == "cosine") == (given["arch"] == "ours")
-    assert (config.init.pretrain is None) == (given["resolution"] == "256")
+    assert (config.text_encoder.name == "clip") == (values["data"] == "cc12m")
+    assert (config.conditioning.weighting == "cosine") == (values["arch"] == "ours")
+    assert (config.init.pretrain is None) == (values["resolution"] == "256")
 
 
 def test_tables_compare_the_same_architectures():
@@ -80,7 +80,7 @@ def test_tables_compare_the_same_architectures():
 
 @pytest.mark.parametrize("name", sorted(set(TABLES) - {"beyond_domains"}))  # needs files
 def test_stages_of_the_papers_scale_fit_each_other(name, monkeypatch):
-    """UNets with one ResNet block a level: the others are traced for long, and like it."""
+    """UNets have one ResNet block a level here, as tracing the full ones takes long."""
     for size, settings in unet.SIZES.items():
         monkeypatch.setitem(unet.SIZES, size, dataclasses.replace(settings, resnets=1))
     seen = set()
@@ -109,8 +109,8 @@ def test_smaller_scales_differ_where_the_paper_does(name, scale):
         fields = set().union(*flat)
         return {f for f in fields if len({repr(fields_of.get(f)) for fields_of in flat}) > 1}
 
-    # A UNet has no patches and no scan; batches differ by what fits, but in a table about them;
-    # the small scales encode all captions in words.
+    # A UNet has no patches and no scan. Batch sizes depend on memory, except in the table about
+    # them. Smaller scales use the word encoder for all captions.
     derived = {"model.size", "model.unroll", "text_encoder.name"}
     derived |= {"batch_size"} if name != "tableA2" else set()
     assert differing("paper") - differing(scale) <= derived
@@ -154,7 +154,7 @@ def test_rows_that_differ_in_sampling_share_their_training(name):
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("init", ["none", "low_res", "imagenet1k", "imagenet22k"])
 @pytest.mark.parametrize("scale", recipes.SCALES)
-def test_data_sets_start_from_what_they_can(name, init, scale):
+def test_data_sets_start_from_the_listed_stages(name, init, scale):
     args = f"arch=mmdit,init={init},scale={scale}"
     if name.startswith(init) or (init == "low_res" and name.endswith("256")):
         with pytest.raises(ValueError, match="choose from none"):
@@ -194,8 +194,8 @@ def test_ladder_of_conditioning_ends_with_ours_of_table1():
     assert last == ours
 
 
-# Literal values, so that no change of recipes.py goes unseen. Of every row and stage at the paper's
-# scale (Sec. 3.1, App. C; the latents are Stable Diffusion's), but for those a table is ABOUT.
+# Literal values, so that tests detect any change of recipes.py. All rows and stages at the paper's
+# scale have these (Sec. 3.1, App. C; latents of Stable Diffusion), except what a table is ABOUT.
 EVERYWHERE = {
     "optimizer.name": "adam", "optimizer.learning_rate": 1e-4, "optimizer.schedule": "constant",
     "optimizer.b1": 0.9, "optimizer.b2": 0.999,
@@ -216,8 +216,8 @@ ABOUT = {
 BATCH = {256: 2048, 512: 384}  # by resolution, Sec. 3.1
 GUIDANCE = {256: 1.5, 512: 2.0}  # App. C
 GLOBAL, LOCAL, MIX = (0.9, 1.0), (0.4, 0.6), (0.4, 1.0)  # Sec. 3.4
-# What the paper compares with, and its own.
-THEIRS = {
+# Settings of the baselines and of the paper's model.
+BASE = {
     "conditioning.control": ("crop", "size"), "conditioning.weighting": "uniform",
     "conditioning.padding": "zero", "model.position": "extrapolate", "data.crop": GLOBAL,
     "diffusion.base_resolution": 0, "sampling.control_guidance": 1.0, "data.entangled": 0.0,
@@ -237,7 +237,7 @@ SHORT = {"sampling.steps": 50, "evaluation.reference": "validation"}  # Figs. 8 
 
 
 def before(fields):
-    """The fields of the earlier stage."""
+    """Prefix fields with the name of the earlier stage."""
     return {f"init.pretrain.{name}": value for name, value in fields.items()}
 
 
@@ -245,14 +245,14 @@ _LOW = {"data.resolution": 256, "init.pretrain": None}
 _HIGH = {"data.resolution": 512, "steps": 130_000}
 _WEIGHTED = OURS | CLASSES | _LOW | {
     "steps": 120_000, "sampling.steps": 250, "sampling.size": "train", "model.name": "ours",
-    "sampling.control_guidance": 1.0, "data.entangled": 0.9,  # the latter for `shapes` alone
+    "sampling.control_guidance": 1.0, "data.entangled": 0.9,  # data.entangled: `shapes` only
 }  # fmt: skip
 _SHIFT = OURS | _HIGH | SHORT | before(OURS | CLASSES | _LOW | {"data.crop": LOCAL})
 _SHIFT |= {"init.pretrain.steps": 500_000, "data.classes": 1000}
-_FIRST = before(THEIRS | CLASSES | _LOW | {"steps": 600_000})  # Sec. 3.4
+_FIRST = before(BASE | CLASSES | _LOW | {"steps": 600_000})  # Sec. 3.4
 _FLIPPED = OURS | CAPTIONS | _LOW | {"steps": 124_000, "conditioning.padding": "zero"}
 _DITS = ("dit_ln", "dit_att", "mdtv2", "pixart", "mmdit")
-_LADDER = THEIRS | _LOW | {"sampling.size": "train", "model.name": "ours"}
+_LADDER = BASE | _LOW | {"sampling.size": "train", "model.name": "ours"}
 _RUNGS = OURS | CAPTIONS | _HIGH | {"model.name": "ours"}
 _PLAIN = {"model.position": "extrapolate", "diffusion.base_resolution": 0}
 _RESAMPLED = {"model.position": "resample", "diffusion.base_resolution": 0}
@@ -260,21 +260,21 @@ _RESAMPLED = {"model.position": "resample", "diffusion.base_resolution": 0}
 PINNED = {
     **{
         f"table1:arch={arch},data=imagenet1k,resolution=256":
-            THEIRS | CLASSES | LONG | _LOW | {"model.name": arch, "model.size": size}
+            BASE | CLASSES | LONG | _LOW | {"model.name": arch, "model.size": size}
         for arch, size in (("unet", "class"), *((arch, "XL/2") for arch in _DITS))
     },
     **{
         f"table1:arch={arch},data=imagenet1k,resolution=512":
-            THEIRS | CLASSES | _HIGH | before(THEIRS | CLASSES | LONG | _LOW)
+            BASE | CLASSES | _HIGH | before(BASE | CLASSES | LONG | _LOW)
         for arch in ("unet", *_DITS)
     },
     **{
         f"table1:arch={arch},data=cc12m,resolution=256":
-            THEIRS | CAPTIONS | LONG | _LOW | {"steps": 300_000, "model.size": size}
+            BASE | CAPTIONS | LONG | _LOW | {"steps": 300_000, "model.size": size}
         for arch, size in (("unet", "text"), ("dit_att", "XL/2"), ("pixart", "XL/2"))
     },
     "table1:arch=mmdit,data=cc12m,resolution=512":
-        THEIRS | CAPTIONS | _HIGH | before(THEIRS | CAPTIONS | _LOW | {"steps": 300_000}),
+        BASE | CAPTIONS | _HIGH | before(BASE | CAPTIONS | _LOW | {"steps": 300_000}),
     "table1:arch=ours,data=imagenet1k,resolution=256":
         OURS | CLASSES | LONG | _LOW | {"model.name": "ours", "model.size": "XL/2"},
     "table1:arch=ours,data=imagenet1k,resolution=512":
@@ -314,23 +314,23 @@ PINNED = {
         f"table3:padding={padding}": OURS | CAPTIONS | _LOW | {"conditioning.padding": padding}
         for padding in ("zero", "replicate", "noisy_replicate")
     },
-    "table4a:init=none,data=imagenet22k,steps=375": THEIRS | MORE | _LOW | {"steps": 375_000},
+    "table4a:init=none,data=imagenet22k,steps=375": BASE | MORE | _LOW | {"steps": 375_000},
     **{
         f"table4a:init=imagenet1k,data=imagenet22k,steps={k}":
-            THEIRS | MORE | {"data.resolution": 256, "steps": 1000 * k} | _FIRST
+            BASE | MORE | {"data.resolution": 256, "steps": 1000 * k} | _FIRST
         for k in (80, 110)
     },
-    "table4a:init=none,data=cc12m,steps=600": THEIRS | CAPTIONS | _LOW | {"steps": 600_000},
+    "table4a:init=none,data=cc12m,steps=600": BASE | CAPTIONS | _LOW | {"steps": 600_000},
     **{
         f"table4a:init=imagenet1k,data=cc12m,steps={k}":
-            THEIRS | CAPTIONS | {"data.resolution": 256, "steps": 1000 * k} | _FIRST
+            BASE | CAPTIONS | {"data.resolution": 256, "steps": 1000 * k} | _FIRST
         for k in (60, 100, 120)
     },
     "table4b:pretrain=200,finetune=150":
-        THEIRS | CAPTIONS | {"data.resolution": 512, "steps": 150_000}
-        | before(THEIRS | MORE | {"data.resolution": 512, "steps": 200_000}),
-    "table4c:arch=unet,init=none": THEIRS | CLASSES | {"init.pretrain": None},
-    "table4c:arch=mmdit,init=low_res": THEIRS | CLASSES | _HIGH | before(THEIRS | CLASSES | _LOW),
+        BASE | CAPTIONS | {"data.resolution": 512, "steps": 150_000}
+        | before(BASE | MORE | {"data.resolution": 512, "steps": 200_000}),
+    "table4c:arch=unet,init=none": BASE | CLASSES | {"init.pretrain": None},
+    "table4c:arch=mmdit,init=low_res": BASE | CLASSES | _HIGH | before(BASE | CLASSES | _LOW),
     "fig7:resolution=256,control_guidance=1.375": OURS | CLASSES | LONG | _LOW,
     "fig7:resolution=512,guidance=2.0":
         OURS | CLASSES | _HIGH | {"sampling.control_guidance": 1.0, "sampling.steps": 250},
@@ -347,13 +347,13 @@ PINNED = {
         f"fig8c:crop={name},resolution=256": OURS | LONG | _LOW | SHORT | {"data.crop": crop}
         for name, crop in (("global", GLOBAL), ("local", LOCAL), ("mix", MIX))
     },
-    "tableA2:learning_rate=1e-4,batch=2048": THEIRS | CLASSES | _LOW | {
+    "tableA2:learning_rate=1e-4,batch=2048": BASE | CLASSES | _LOW | {
         "steps": 70_000, "sampling.ema": False, "sampling.steps": 250, "model.name": "dit_ln",
         "batch_size": 2048, "optimizer.learning_rate": 1e-4,
     },
     "tableA2:learning_rate=2e-4,batch=512":
         {"batch_size": 512, "optimizer.learning_rate": 2e-4, "sampling.ema": False},
-    "figA2:b1=0.9,b2=0.95": THEIRS | CLASSES | _LOW | SHORT | {
+    "figA2:b1=0.9,b2=0.95": BASE | CLASSES | _LOW | SHORT | {
         "steps": 70_000, "model.name": "unet", "optimizer.b1": 0.9, "optimizer.b2": 0.95,
     },
     "tableA3:ladder=conditioning,step=1,data=imagenet1k":
@@ -389,17 +389,17 @@ def test_rows_are_what_the_paper_says(row):
     name, _, row = row.partition(":")
     assert row in TABLES[name]["ROWS"]
     config = build(name, row)
-    wanted = PINNED[f"{name}:{row}"]
-    assert {field: get(config, field) for field in wanted} == wanted
+    expected = PINNED[f"{name}:{row}"]
+    assert {field: get(config, field) for field in expected} == expected
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name.startswith(("table", "fig"))])
 def test_all_rows_have_the_papers_recipe(name):
     about = ABOUT.get(name, set())
-    wanted = {field: value for field, value in EVERYWHERE.items() if field not in about}
+    expected = {field: value for field, value in EVERYWHERE.items() if field not in about}
     for row in TABLES[name]["ROWS"]:
         for stage in stages(build(name, row)):
-            assert {field: get(stage, field) for field in wanted} == wanted, row
+            assert {field: get(stage, field) for field in expected} == expected, row
             resolution = stage.data.resolution
             assert "batch_size" in about or stage.batch_size == BATCH[resolution], row
             if name != "fig7":
@@ -413,7 +413,7 @@ def test_cifar10_benchmark_is_what_its_page_says(size, batch, published):
     row = f"method=film,size={size}"
     assert TABLES["cifar10_conditioning"]["PAPER"][row] == {"fid": published}
     config = config_of("cifar10_conditioning", row)
-    wanted = {
+    expected = {
         "steps": 35_000, "batch_size": batch, "optimizer.name": "adamw",
         "optimizer.learning_rate": 2e-4, "optimizer.ema": 0.9995, "model.name": "unet2d",
         "model.size": size, "data.name": "cifar10", "data.resolution": 32, "data.classes": 10,
@@ -425,7 +425,7 @@ def test_cifar10_benchmark_is_what_its_page_says(size, batch, published):
         "evaluation.samples": 50_000, "evaluation.reference": "train",
         "evaluation.resize": "clean", "autoencoder.name": "pixels",
     }  # fmt: skip
-    assert {field: get(config, field) for field in wanted} == wanted
+    assert {field: get(config, field) for field in expected} == expected
 
 
 @pytest.mark.parametrize("data, steps", [("imagenet22k", 375_000), ("imagenet1k", 600_000)])
@@ -436,12 +436,12 @@ def test_data_sets_start_from_as_many_steps_as_in_table4a(data, steps):
 
 @pytest.mark.parametrize("scale", ["small", "tiny"])
 @pytest.mark.parametrize("name", TABLES)
-def test_smaller_scales_ask_for_sizes_that_the_data_have(name, scale):
+def test_smaller_scales_sample_sizes_that_the_data_have(name, scale):
     for row in TABLES[name]["ROWS"]:
         config = build(name, row, f"scale={scale}")
         low, high = config.data.sizes
-        asked, control = config.sampling.size_range, config.sampling.control
-        assert low <= config.data.resolution <= asked[0] < asked[1] <= high
+        sampled, control = config.sampling.size_range, config.sampling.control
+        assert low <= config.data.resolution <= sampled[0] < sampled[1] <= high
         assert all(low <= size <= high for size in config.evaluation.sizes)
         size = 32.0 if "size=512" in row else 0.0
         assert (control.height, control.width) == (size, size)
@@ -524,7 +524,7 @@ def test_summary_of_other_objectives_counts_what_is_trained(name, capsys):
     assert f"{json.loads(line)['parameters']:,}" in total and json.loads(line)["gflop_forward"] > 0
 
 
-def test_summary_goes_on_without_data_that_is_elsewhere(capsys):
+def test_summary_works_without_the_data(capsys):
     values = TABLES["table1"]["get_config"]("arch=ours")
     values.update_from_flattened_dict({"data.path": "DATA", "autoencoder.path": "VAE"})
     summary.run(create_config(values), "WORKDIR")

@@ -1,6 +1,6 @@
-"""The rows of the paper's tables, at scale=tiny: lowered stage by stage, or trained and sampled.
+"""Rows of the paper's tables at scale=tiny: lowered stage by stage, or trained and sampled.
 
-Of those that differ in numbers, curves or sizes alone, one: `rows.settings`.
+Of rows that differ in numbers, curves or sizes only, one is tested, see `rows.settings`.
 """
 
 import pytest

@@ -1,6 +1,6 @@
-"""The rows of the paper's figures and beyond it, at scale=tiny; see test_rows.py.
+"""Rows of the paper's figures and of other configs at scale=tiny; see test_rows.py.
 
-A file of its own, so that tests in parallel take both at once.
+This is a file of its own so that both run in parallel.
 """
 
 import pytest

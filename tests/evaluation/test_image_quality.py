@@ -442,8 +442,8 @@ def test_evaluations_in_training_use_fewer_images(tmp_path, monkeypatch):
     folder = Workdir(str(tmp_path))
     evaluation = tiny.evaluation(config, tmp_path)
     reporter = Reporter(tiny.objective(config), sharding.create_mesh(), folder, {}, evaluation)
-    reporter.early(3, {})
-    reporter.early(3, {})  # recorded already
+    reporter.evaluate_early(3, {})
+    reporter.evaluate_early(3, {})  # recorded already
     reporter.finish(4, {})
     lines = [json.loads(line) for line in folder.evaluation.open()]
     assert [(line["step"], line["evaluation"]["samples"]) for line in lines] == [(3, 5), (4, 9)]

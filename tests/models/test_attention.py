@@ -18,7 +18,7 @@ from benchmarks.parity import jit
 from condiff_jax.models import attention as lib
 from condiff_jax.models.attention import attention
 from condiff_jax.models.mdt import hide
-from condiff_jax.objectives.diffusion import create as create_system
+from condiff_jax.objectives import diffusion
 from condiff_jax.objectives.validate import create_config
 from condiff_jax.objectives.vocabulary import Vocabulary
 from condiff_jax.runtime import sharding
@@ -186,7 +186,7 @@ def create(row):
     values.model.attention, values.init.pretrain = "cudnn", None
     values.autoencoder.path = values.text_encoder.path = "not read"
     classes = tuple(map(str, range(values.data.classes)))
-    return create_system(create_config(values), Vocabulary((), classes))
+    return diffusion.create(create_config(values), Vocabulary((), classes))
 
 
 @pytest.mark.parametrize("row", ROWS)

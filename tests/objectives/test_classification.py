@@ -23,7 +23,7 @@ FIELDS = {
 
 
 class Clock(nn.Module):
-    """A classifier that names class t // 100, whatever the image."""
+    """A classifier that predicts class t // 100 for any image."""
 
     @nn.compact
     def __call__(self, x, t):
@@ -33,8 +33,8 @@ class Clock(nn.Module):
 @pytest.fixture(scope="module")
 def objective():
     config = tiny.config(**FIELDS)
-    created = classification.create(config, create_vocabulary(config, create_source(config)))
-    return dataclasses.replace(created, model=Clock())
+    vocabulary = create_vocabulary(config, create_source(config))
+    return dataclasses.replace(classification.create(config, vocabulary), model=Clock())
 
 
 def test_every_timestep_belongs_to_a_quarter(objective):
@@ -45,13 +45,13 @@ def test_every_timestep_belongs_to_a_quarter(objective):
     }
     noise = {"t": t, "eps": jnp.zeros((8, 16, 16, 3))}
     _, parts = objective.loss({"classifier": {}}, batch, noise)
-    found = [float(parts[f"accuracy_{i + 1}"]) for i in range(4)]
-    np.testing.assert_allclose(found, [0.5, 1, 0, 1])  # of two each
+    accuracies = [float(parts[f"accuracy_{i + 1}"]) for i in range(4)]
+    np.testing.assert_allclose(accuracies, [0.5, 1, 0, 1])  # two images in each quarter
 
 
 def test_progress_is_measured_in_the_middle_of_each_quarter(objective, tmp_path, monkeypatch):
-    """At t = 125, 375, 625 and 875."""
-    monkeypatch.setattr(classifier, "PICTURES", 3)
+    """The middles are t = 125, 375, 625 and 875."""
+    monkeypatch.setattr(classifier, "IMAGES", 3)
     mesh = sharding.create_mesh(devices=jax.devices()[:1])
     reporter = classifier.Reporter(objective, mesh, Workdir(str(tmp_path)), {}, None)
     probabilities, *_ = reporter.measure({"classifier": {}})

@@ -1,4 +1,4 @@
-"""The objective of a configuration: its formulas get the numbers that the fields say."""
+"""The diffusion objective passes the values of config fields to its formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def test_text_is_padded_with_noise_of_the_variance_beta_txt(beta):
     batch["mask"] = np.arange(8)[None] < 3
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(1, 8, 16)).astype(np.float32)
-    batch |= {"tokens": tokens, "pooled": tokens[:, 0]}  # as mode encode leaves them
+    batch |= {"tokens": tokens, "pooled": tokens[:, 0]}  # as in a cache of mode encode
     noise = rng.normal(size=(1, 8, 16)).astype(np.float32)
     text = objective.condition({}, batch, noise).semantics
     expected = np.sqrt(2 * beta) * channel_std(text.replace(tokens=tokens)) * noise
@@ -46,7 +46,7 @@ def test_noise_levels_are_for_the_resolution_of_the_data(base):
 
 @pytest.mark.parametrize("base, scale", [(0, 1.0), (8, 2.0), (64, 0.25)])
 @pytest.mark.parametrize("k", [1.0, 2.0])
-def test_low_level_control_steps_in_at_noise_level_k_of_what_is_trained(base, scale, k):
+def test_step_weighting_uses_the_noise_levels_of_training(base, scale, k):
     """Table A6: 1[sigma_t <= k], with the noise levels of Eq. 3."""
     fields = {"diffusion.base_resolution": base, "conditioning.weighting": "step"}
     objective = tiny.objective(tiny.config(**fields, **{"conditioning.k": k}))

@@ -1,4 +1,4 @@
-"""The loss of autoencoders: its parts, and whose gradients they are."""
+"""The objective of autoencoders: terms of the loss, gradients, training and export."""
 
 import dataclasses
 import functools
@@ -27,14 +27,13 @@ from condiff_jax.objectives.validate import create_config
 from condiff_jax.pretrained import lpips
 from condiff_jax.training import loop
 from condiff_jax.training.reporters import autoencoder as autoencoder_reporter
-from condiff_jax.training.reporters.autoencoder import standardise
+from condiff_jax.training.reporters.autoencoder import standardize
 from configs import autoencoder, emoji_64, latent_shapes
 from tests import tiny
 
 SMALL = Size((8,), latent=3, resnets=1, codes=16)
 NOISE = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-
 
 WEIGHTS = {
     "kl": 0.5, "codebook": 3.0, "commitment": 0.5, "anchor": 0.2, "critic": 0.3, "critic_start": 7,
@@ -43,7 +42,7 @@ WEIGHTS = {
 
 @functools.cache
 def create(name):
-    """(system, its loss and gradient)."""
+    """(objective, the function of its loss and gradient)."""
     fields = {f"reconstruction.{key}": value for key, value in WEIGHTS.items()}
     fields |= {"autoencoder.name": name, "autoencoder.size": "tiny", "data.resolution": 16}
     config = tiny.config(**fields)
@@ -56,7 +55,7 @@ def create(name):
 
 
 def evaluate(name, params, critic):
-    """((loss, parts), gradient), with the critic's verdict weighted by `critic`."""
+    """((loss, parts), gradient); critic: weight of the generator loss."""
     noise = {"latent": NOISE, "critic": jnp.full((2,), critic)}
     return create(name)[1](params, {"image": jnp.asarray(IMAGES)}, noise)
 
@@ -80,8 +79,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
         network, variables = objective.space.network, {"params": params["autoencoder"]}
         mean, std = mean_and_std(network.apply(variables, images, method="encode"))
         decoded = network.apply(variables, mean + std * NOISE, method="decode")
-        critic = functools.partial(objective.critic.apply, {"params": params["critic"]})
-        return mean, std, decoded, critic(images), critic(decoded)
+        apply = functools.partial(objective.discriminator.apply, {"params": params["critic"]})
+        return mean, std, decoded, apply(images), apply(decoded)
 
     mean, std, decoded, *logits = jax.device_get(run(params))
     l1 = np.abs(decoded - images).mean()
@@ -104,18 +103,18 @@ def test_kl_divergence_agrees_with_monte_carlo():
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
-def test_autoencoder_and_critic_get_their_own_gradients(name):
+def test_autoencoder_and_discriminator_get_their_own_gradients(name):
     params = parameters(create(name)[0])
-    _, heard = evaluate(name, params, critic=1.0)
-    _, unheard = evaluate(name, params, critic=0.0)
-    # The verdict moves the autoencoder and leaves the critic alone, whose loss does the opposite.
+    _, weighted = evaluate(name, params, critic=1.0)
+    _, zero = evaluate(name, params, critic=0.0)
+    # The generator loss has gradients for the autoencoder only.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        heard["critic"],
-        unheard["critic"],
+        weighted["critic"],
+        zero["critic"],
     )
-    assert norm(heard["critic"]) > 1e-3
-    difference = jax.tree.map(np.subtract, heard["autoencoder"], unheard["autoencoder"])
+    assert norm(weighted["critic"]) > 1e-3
+    difference = jax.tree.map(np.subtract, weighted["autoencoder"], zero["autoencoder"])
     assert norm(difference) > 1e-3
 
 
@@ -134,20 +133,23 @@ def test_codes_move_to_latents_and_latents_to_codes():
 
     latents, codes, indices = jax.device_get(run(variables))
     assert parts["codebook"] == pytest.approx(float(np.square(latents - codes).mean()), rel=1e-3)
-    # Two terms reach the codes: 3 * d/de mean (z - e)^2, over latents z, over codes' nearest z.
-    book = np.asarray(variables["params"]["codebook"]["embedding"])
+    # Two terms have gradients for the codes e: 3 * d/de mean (z - e)^2 over all latents z, and the
+    # same over the latent nearest to each code.
+    codebook = np.asarray(variables["params"]["codebook"]["embedding"])
     points = np.asarray(latents).reshape(-1, 3)
-    nearest = points[np.linalg.norm(book[:, None] - points, axis=-1).argmin(1)]
-    assert parts["anchor"] == pytest.approx(float(np.square(book - nearest).mean()), rel=1e-3)
+    nearest = points[np.linalg.norm(codebook[:, None] - points, axis=-1).argmin(1)]
+    assert parts["anchor"] == pytest.approx(float(np.square(codebook - nearest).mean()), rel=1e-3)
     expected = np.zeros((SMALL.codes, 3))
     np.add.at(expected, np.asarray(indices).ravel(), np.asarray(codes - latents).reshape(-1, 3))
-    assert len(set(np.asarray(indices).ravel())) < SMALL.codes  # some have the second alone
-    expected = 3 * 2 * (expected / latents.size + 0.2 * (book - nearest) / book.size)
-    found = gradient["autoencoder"]["codebook"]["embedding"]
-    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-5)
+    assert (
+        len(set(np.asarray(indices).ravel())) < SMALL.codes
+    )  # some codes have the second term only
+    expected = 3 * 2 * (expected / latents.size + 0.2 * (codebook - nearest) / codebook.size)
+    actual = gradient["autoencoder"]["codebook"]["embedding"]
+    np.testing.assert_allclose(actual, expected, rtol=1e-2, atol=1e-5)
 
 
-def test_the_critic_is_heard_from_its_first_step_on():
+def test_the_generator_loss_has_weight_zero_before_critic_start():
     objective, _ = create("kl")
     key = jax.random.key(0)
     early, late = (objective.draw_noise(key, 2, step) for step in (6, 7))
@@ -172,11 +174,11 @@ def test_lpips_has_finite_gradients_where_features_are_zero():
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
-def test_standardised_latents_are_of_the_same_autoencoder(name):
+def test_standardized_autoencoders_decode_alike(name):
     objective, _ = create(name)
     network, old = objective.space.network, parameters(objective)["autoencoder"]
     shift, scale = np.array([0.5, -1.0, 2.0], np.float32), 0.25
-    new = standardise(network, old, shift, scale)
+    new = standardize(network, old, shift, scale)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old)
 
     @parity.jit
@@ -197,11 +199,11 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def coder(tmp_path_factory):
-    """The folder of an autoencoder after two steps."""
-    path = tmp_path_factory.mktemp("coder")
+def trained(tmp_path_factory):
+    """The work directory of an autoencoder after two steps."""
+    path = tmp_path_factory.mktemp("autoencoder")
     with (
-        mock.patch.object(autoencoder_reporter, "PICTURES", 8),
+        mock.patch.object(autoencoder_reporter, "IMAGES", 8),
         mock.patch.dict(kl.SIZES, {"tiny": SMALL}),
         tiny.few_layers(),
     ):
@@ -210,25 +212,25 @@ def coder(tmp_path_factory):
         yield path
 
 
-def latent_config(coder):
-    latent = {"autoencoder.path": str(coder / "autoencoder"), "model.size": "tiny/2"}
+def latent_config(trained):
+    latent = {"autoencoder.path": str(trained / "autoencoder"), "model.size": "tiny/2"}
     return tiny.config(steps=2, **FIELDS | latent | {"sampling.n": 2})
 
 
-def test_training_shows_what_came_out(coder):
-    lines = [json.loads(line) for line in (coder / "metrics.jsonl").open()]
+def test_training_logs_and_evaluates(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2]
     assert {"loss", "l1", "codebook", "critic", "images_per_sec"} <= lines[0].keys()
-    (found,) = [json.loads(line) for line in (coder / "evaluation.jsonl").open()]
-    assert found["step"] == 2 and 0 < found["psnr"] < 30 and 0 < found["codebook_usage"] <= 1
-    assert np.asarray(Image.open(coder / "samples/2.png")).std() > 10
+    (record,) = [json.loads(line) for line in (trained / "evaluation.jsonl").open()]
+    assert record["step"] == 2 and 0 < record["psnr"] < 30 and 0 < record["codebook_usage"] <= 1
+    assert np.asarray(Image.open(trained / "samples/2.png")).std() > 10
     config = tiny.config(steps=2, objective="reconstruction", **FIELDS)
-    assert loop.run(config, str(coder))  # nothing to do
-    assert len((coder / "evaluation.jsonl").read_text().splitlines()) == 1
+    assert loop.run(config, str(trained))  # nothing to do
+    assert len((trained / "evaluation.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_trained_autoencoder_is_what_latent_diffusion_and_diffusers_take(coder):
-    config = latent_config(coder)
+def test_latent_diffusion_and_diffusers_load_a_trained_autoencoder(trained):
+    config = latent_config(trained)
     params = tiny.objective(config).load_frozen()["autoencoder"]
     source = create_source(config, "validation")
     images = to_float(np.stack([center(source[i]["image"], 16) for i in range(8)]))
@@ -236,16 +238,16 @@ def test_a_trained_autoencoder_is_what_latent_diffusion_and_diffusers_take(coder
     latents = np.asarray(parity.jit(encode)({"params": params}, images))
     np.testing.assert_allclose(latents.mean((0, 1, 2)), 0, atol=1e-3)
     assert np.square(latents).mean() == pytest.approx(1, rel=1e-3)
-    theirs = diffusers.VQModel.from_pretrained(coder / "autoencoder")
+    model = diffusers.VQModel.from_pretrained(trained / "autoencoder")
     nchw = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     with torch.no_grad():
-        found = theirs.encode(nchw).latents.permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(found, latents, rtol=1e-3, atol=1e-3)
+        actual = model.encode(nchw).latents.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(actual, latents, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow  # one in the latents of a published autoencoder is trained by models/
-def test_latent_diffusion_is_trained_with_a_trained_autoencoder(coder, tmp_path):
-    assert loop.run(latent_config(coder), str(tmp_path))
+@pytest.mark.slow
+def test_latent_diffusion_is_trained_with_a_trained_autoencoder(trained, tmp_path):
+    assert loop.run(latent_config(trained), str(tmp_path))
     assert (tmp_path / "samples/2.png").exists()
 
 
@@ -257,7 +259,7 @@ def test_latent_diffusion_is_trained_with_a_trained_autoencoder(coder, tmp_path)
         ({"evaluation.metrics": ("prompt_accuracy",)}, "evaluation.metrics: must be empty"),
     ],
 )
-def test_what_reconstruction_has_not_is_named(fields, message):
+def test_fields_that_reconstruction_does_not_take_are_named(fields, message):
     with pytest.raises(ConfigError, match=message):
         tiny.config(objective="reconstruction", **{**FIELDS, **fields})
 

@@ -226,7 +226,7 @@ def test_a_recipe_of_the_paper_lowers_for_a_slice(fields):
     target = topology.parse("v5e-64")
     planner = plan.Planner(config, target)
     mesh = sharding.create_mesh(config.parallel.fsdp, planner.devices)
-    objective = plan.create_objective(planner.config, planner.vocabulary)
+    objective = plan.diffusion.create(planner.config, planner.vocabulary)
     lowered, inputs = plan.lower_step(objective, mesh)
     assert "mhlo.num_partitions = 64" in lowered.as_text()
     assert compiling.device_bytes(inputs["parameters"]) == pytest.approx(4 * 791.6e6 / 8, rel=0.01)

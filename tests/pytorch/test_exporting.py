@@ -1,4 +1,4 @@
-"""Mode `export`: folders that PyTorch and diffusers load, that sample as we do, and come back."""
+"""Mode `export`: exported folders load in PyTorch and diffusers, sample alike, and import again."""
 
 import contextlib
 import dataclasses
@@ -47,16 +47,16 @@ IN_DIFFUSERS = ("mmdit full", "pixart", "unet")
 
 @contextlib.contextmanager
 def small():
-    """Sizes with few arrays."""
+    """Patch model sizes to few arrays."""
     size = unet.Size((16, 32), (False, True), 16, head_size=8, resnets=1)
     with mock.patch.dict(unet.SIZES, {"tiny": size}), tiny.few_layers():
         yield
 
 
 def create(name, **overrides):
-    """(system, random parameters) of a variant.
+    """(objective, random parameters) of a variant.
 
-    The last layer is small, as otherwise ten steps would amplify rounding errors without end.
+    The last layer is small, because otherwise ten steps amplify rounding errors too much.
     """
     objective = tiny.objective(tiny.config(**VARIANTS[name], **overrides))
     params = parity.random_like(objective.shapes)
@@ -67,16 +67,17 @@ def create(name, **overrides):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A function of a variant to (objective, parameters, folder, messages), each made once."""
-    made = {}
+    """A cached function of a variant: (objective, parameters, folder, messages)."""
+    cache = {}
 
     def get(name):
-        if name not in made:
+        if name not in cache:
             with small():
                 objective, params = create(name)
             out = exporting.epath.Path(tmp_path_factory.mktemp("export"))
-            made[name] = (objective, params, out, exporting.export(objective, params, {}, out))
-        return made[name]
+            messages = exporting.export(objective, params, {}, out)
+            cache[name] = (objective, params, out, messages)
+        return cache[name]
 
     return get
 
@@ -94,8 +95,9 @@ def test_exports_come_back_bit_for_bit(name, exported, tmp_path):
 def test_ten_steps_in_pytorch_are_ours(name, exported):
     objective, params, out, _ = exported(name)
     text = objective.text_encoder is not None
-    asked = ["a red circle", "blue ring left"] if text else [1, 4]
-    batch, keys = create_batch(objective, asked), jax.random.split(jax.random.key(3), 2)
+    inputs = ["a red circle", "blue ring left"] if text else [1, 4]
+    batch = create_batch(objective, inputs)
+    keys = jax.random.split(jax.random.key(3), 2)
     noise = jax.random.normal(keys[0], (2, 8, 16)) if text else None
     x = initial_noise(keys, objective.latent_shape)
 
@@ -109,8 +111,9 @@ def test_ten_steps_in_pytorch_are_ours(name, exported):
 
     expected = np.asarray(sample(params, batch))
     pipe = load(out)
+    named = {"prompt": inputs} if text else {"class_labels": inputs}
     result = pipe(
-        **({"prompt": asked} if text else {"class_labels": asked}),
+        **named,
         guidance_scale=3.0,
         control_guidance_scale=1.375,
         num_inference_steps=10,
@@ -120,12 +123,11 @@ def test_ten_steps_in_pytorch_are_ours(name, exported):
     ).images
     result = result.permute(0, 2, 3, 1).numpy()
     assert np.abs(result - expected).max() < 1e-3 * np.abs(expected).max()
-    pictures = pipe(**({"prompt": asked} if text else {"class_labels": asked}), output_type="np")
-    assert pictures.images.shape == (2, 16, 16, 3)
+    assert pipe(**named, output_type="np").images.shape == (2, 16, 16, 3)
 
 
 def load(out, **settings):
-    """The pipeline of an exported folder, by diffusers, without progress bars."""
+    """Load an exported folder as a diffusers pipeline without progress bars."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(str(out), trust_remote_code=True, **settings)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -150,20 +152,20 @@ def test_pipelines_are_moved_and_cast_as_diffusers_does(exported):
 def test_half_precision_is_close_with_every_padding(name, exported):
     objective, _, out, _ = exported(name)
     text = objective.text_encoder is not None
-    asked = {"prompt": ["a red circle", "ring"]} if text else {"class_labels": [1, 4]}
+    inputs = {"prompt": ["a red circle", "ring"]} if text else {"class_labels": [1, 4]}
     draw = partial(torch.randn, generator=torch.manual_seed(0))
     x, noise = draw(2, 3, 16, 16), draw(2, 8, 16)
 
     @torch.no_grad()
     def predict(pipe):
-        semantics = pipe.embed(asked["prompt"], noise) if text else torch.tensor([1, 4])
+        semantics = pipe.embed(inputs["prompt"], noise) if text else torch.tensor([1, 4])
         control = pipe.network.control({}, 2)
         return pipe.guided(x.to(pipe.dtype), torch.tensor(500), semantics, control, 2.0, 1.375)
 
     exact, *halves = (load(out) for _ in range(3))
     for pipe in (exact, *halves):
         for weight in pipe.network.model.parameters():
-            if weight.ndim > 1:  # of random size: the UNet's activations would overflow
+            if weight.ndim > 1:  # large random weights would overflow the UNet's activations
                 weight.data *= 0.5
     for pipe, dtype, error in zip(
         halves, (torch.bfloat16, torch.float16), (0.05, 0.006), strict=True
@@ -174,11 +176,11 @@ def test_half_precision_is_close_with_every_padding(name, exported):
             expected, result = predict(exact), predict(pipe)
             assert result.dtype == dtype
             assert (result.float() - expected).std() < error * expected.std()
-        images = pipe(**asked, num_inference_steps=2, output_type="np").images  # with own noise
+        images = pipe(**inputs, num_inference_steps=2, output_type="np").images  # draws its noise
         assert np.isfinite(images).all()
 
 
-def test_what_is_left_out_is_as_configured(exported):
+def test_arguments_default_to_the_settings_of_the_config(exported):
     objective, _, out, _ = exported("ours")
     pipe = load(out)
     x = torch.randn(1, 3, 16, 16, generator=torch.manual_seed(0))
@@ -202,11 +204,9 @@ def test_what_is_left_out_is_as_configured(exported):
 def test_diffusers_loads_the_denoiser(name, exported):
     objective, params, out, messages = exported(name)
     side, _, channels = objective.latent_shape
-    theirs = getattr(
-        diffusers, json.loads((out / "diffusers/config.json").read_text())["_class_name"]
-    )
-    theirs = theirs.from_pretrained(str(out / "diffusers")).eval()
-    assert messages[0].startswith(f"diffusers: {type(theirs).__name__} in ")
+    name_in_diffusers = json.loads((out / "diffusers/config.json").read_text())["_class_name"]
+    model = getattr(diffusers, name_in_diffusers).from_pretrained(str(out / "diffusers")).eval()
+    assert messages[0].startswith(f"diffusers: {name_in_diffusers} in ")
     draw = np.random.default_rng(0).normal
     x, tokens = (np.float32(draw(size=s)) for s in ((2, side, side, channels), (2, 5, 16)))
     cond = Cond.of(Text(jnp.asarray(tokens), jnp.ones((2, 5), bool), jnp.asarray(tokens[:, 0])))
@@ -214,7 +214,7 @@ def test_diffusers_loads_the_denoiser(name, exported):
     call = {"pixart": parity.call_pixart, "mmdit full": parity.call_sd3}.get(name)
     args = (torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(parity.T).long())
     with torch.no_grad():
-        out = call(theirs, *args, cond) if call else theirs(*args, torch.tensor(tokens)).sample
+        out = call(model, *args, cond) if call else model(*args, torch.tensor(tokens)).sample
     out = out.permute(0, 2, 3, 1).numpy()
     assert np.abs(eps - out).max() < 1e-4 * np.abs(out).max()
 
@@ -231,7 +231,7 @@ def test_diffusers_loads_the_denoiser(name, exported):
         ("pixart", CLASS, "no classes"),
     ],
 )
-def test_what_diffusers_cannot_hold_is_said(name, overrides, reason):
+def test_models_that_diffusers_lacks_raise_with_the_reason(name, overrides, reason):
     objective = tiny.objective(tiny.config(**(VARIANTS[name] | overrides)))
     with pytest.raises(ValueError, match=reason):
         exporting.for_diffusers(objective)
@@ -265,37 +265,37 @@ def test_the_network_needs_torch_and_safetensors_only(exported):
 def test_control_values_are_named(exported):
     out = exported("ours")[2]
     pipe = load(out)
-    told = pipe.network.control({"height": 96, "crop_top": 0.25}, 2)
-    high, low = system_control(exported("ours")[0], height=96, crop_top=0.25)
-    np.testing.assert_allclose(told.high, high, rtol=1e-6)
-    np.testing.assert_allclose(told.low, low, rtol=1e-6)
+    control = pipe.network.control({"height": 96, "crop_top": 0.25}, 2)
+    high, low = jax_control(exported("ours")[0], height=96, crop_top=0.25)
+    np.testing.assert_allclose(control.high, high, rtol=1e-6)
+    np.testing.assert_allclose(control.low, low, rtol=1e-6)
     with pytest.raises(ValueError, match="unknown control value 'zoom', choose from crop_top"):
         pipe.network.control({"zoom": 1}, 1)
     with pytest.raises(ValueError, match="pass prompt"):
         pipe(class_labels=3)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_latents_are_decoded_if_the_autoencoder_is_there(whole, tmp_path):
+@pytest.mark.parametrize("with_autoencoder", [True, False])
+def test_latents_are_decoded_if_the_autoencoder_is_there(with_autoencoder, tmp_path):
     latents = {"autoencoder.name": "kl", "autoencoder.size": "tiny", "autoencoder.scale": 0.5}
     with small():
         objective, params = create("dit_ln", **latents, **{"autoencoder.shift": 0.1})
     network = objective.autoencoder.network
     image = jnp.zeros((1, 16, 16, 3))
     frozen = parity.random_like(jax.eval_shape(network.init, jax.random.key(0), image)["params"])
-    parts = {"autoencoder": frozen} if whole else {}
+    parts = {"autoencoder": frozen} if with_autoencoder else {}
     exporting.export(objective, params, parts, exporting.epath.Path(tmp_path))
     pipe = load(tmp_path)
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
-    theirs = torch.tensor(x).permute(0, 3, 1, 2)
-    if not whole:
+    nchw = torch.tensor(x).permute(0, 3, 1, 2)
+    if not with_autoencoder:
         with pytest.raises(ValueError, match="without an autoencoder"):
-            pipe.network.decode(theirs)
+            pipe.network.decode(nchw)
         assert pipe(class_labels=1, output_type="latent").images.shape == (1, 4, 4, 4)
         return
-    pictures = pipe.network.decode(theirs).permute(0, 2, 3, 1).detach().numpy()
-    pictures = np.clip(np.round((pictures + 1) * 127.5), 0, 255)
-    assert np.abs(parity.jit(objective.autoencoder.decode)(frozen, x) - pictures).max() <= 1
+    images = pipe.network.decode(nchw).permute(0, 2, 3, 1).detach().numpy()
+    images = np.clip(np.round((images + 1) * 127.5), 0, 255)
+    assert np.abs(parity.jit(objective.autoencoder.decode)(frozen, x) - images).max() <= 1
     half = pipe.to(torch.bfloat16)(class_labels=1, num_inference_steps=2, output_type="np")
     assert half.images.shape == (1, 16, 16, 3) and np.isfinite(half.images).all()
 
@@ -310,14 +310,15 @@ def test_clip_is_named_and_its_features_are_ours(tmp_path, form):
     exporting.export(objective, params, {}, out)
     pipe = load(out)
     assert set(pipe.network) == {"model"} and pipe.network.settings["clip"] == str(source)
-    asked = ["a red circle", "", "blue " * 20]
+    prompts = ["a red circle", "", "blue " * 20]
     noise = np.random.default_rng(0).normal(size=(3, 8, 16)).astype(np.float32)
     params = {**params, **objective.load_frozen()}
-    ours = parity.jit(objective.condition)(params, create_batch(objective, asked), noise).semantics
+    batch = create_batch(objective, prompts)
+    expected = parity.jit(objective.condition)(params, batch, noise).semantics
     with torch.no_grad():
-        theirs = pipe.embed(asked, torch.tensor(noise))
-    np.testing.assert_allclose(theirs.tokens, ours.tokens, atol=1e-5)
-    np.testing.assert_allclose(theirs.pooled, ours.pooled, atol=1e-5)
+        text = pipe.embed(prompts, torch.tensor(noise))
+    np.testing.assert_allclose(text.tokens, expected.tokens, atol=1e-5)
+    np.testing.assert_allclose(text.pooled, expected.pooled, atol=1e-5)
     if form is Path:
         return
     pipe.to(torch.bfloat16)
@@ -341,23 +342,24 @@ def test_autoencoders_that_are_left_out(fields, word, tmp_path, monkeypatch, cap
         checkpoints = mock.Mock(latest=2, **{"restore_params.return_value": (2, params)})
         monkeypatch.setattr("condiff_jax.runs.run.Checkpoints", lambda *_: checkpoints)
         out = exporting.run(objective.config, str(tmp_path))
-    assert f"no autoencoder, as {word}" in (told := capsys.readouterr().out)
-    assert "samples end as latents" in told and len(told.splitlines()) == 3
+    printed = capsys.readouterr().out
+    assert f"no autoencoder, as {word}" in printed
+    assert "samples are latents" in printed and len(printed.splitlines()) == 3
     names = importing.weights.read(str(out))
     assert names and all(name.startswith("model.") for name in names)
 
 
-def system_control(objective, **values):
-    """(high, low) as the JAX model hears these values."""
+def jax_control(objective, **values):
+    """(high, low) of these control values, from the JAX objective."""
     control = dataclasses.replace(objective.config.sampling.control, **values)
     sampling = dataclasses.replace(objective.config.sampling, control=control)
     config = dataclasses.replace(objective.config, sampling=sampling)
     batch = create_batch(dataclasses.replace(objective, config=config), ["a", "b"])
-    told = objective.control.control(batch["control"])
-    return np.asarray(told.high), np.asarray(told.low)
+    embedded = objective.control.control(batch["control"])
+    return np.asarray(embedded.high), np.asarray(embedded.low)
 
 
-def test_a_run_is_exported_as_averaged_or_as_trained(tmp_path, capsys):
+def test_a_run_is_exported_with_ema_or_raw_parameters(tmp_path, capsys):
     with small():
         objective, params = create("dit_ln")
         config = objective.config
@@ -368,12 +370,12 @@ def test_a_run_is_exported_as_averaged_or_as_trained(tmp_path, capsys):
         checkpoints = Checkpoints(folder.checkpoints, config, create=True)
         checkpoints.save(2, trained, 0.0)
         checkpoints.close()
-        average = exporting.run(config, str(tmp_path))
+        ema = exporting.run(config, str(tmp_path))
         raw = exporting.run(
             tiny.config(**VARIANTS["dit_ln"], **{"convert.raw": True}), str(tmp_path)
         )
-    assert (average.name, raw.name) == ("2", "2-raw")
-    both = [importing.weights.read(str(out)) for out in (average, raw)]
+    assert (ema.name, raw.name) == ("2", "2-raw")
+    both = [importing.weights.read(str(out)) for out in (ema, raw)]
     for name, tensor in both[0].items():
         np.testing.assert_array_equal(both[1][name], tensor + 1)
     assert "Step 2 for PyTorch in" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Mode `import`: published layouts become work directories that predict what the originals did."""
+"""Mode `import`: runs imported from published layouts predict what the originals do."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ from condiff_jax.conditioning.cond import Cond
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.diffusion.sampler import ddim, initial_noise
 from condiff_jax.models import unet
-from condiff_jax.objectives.diffusion import create as create_system
+from condiff_jax.objectives import diffusion
 from condiff_jax.pretrained import key_maps
 from condiff_jax.pretrained.layout import to_torch
 from condiff_jax.pytorch import exporting, importing
@@ -52,7 +52,7 @@ PAIRS = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layou
 
 
 def config(name, **overrides):
-    """A configuration that published weights fit."""
+    """The configuration for published weights of an architecture."""
     text = name in ("pixart", "mmdit", "unet")
     fields = {
         "model.name": name,
@@ -68,14 +68,14 @@ def config(name, **overrides):
 
 @contextlib.contextmanager
 def small():
-    """Sizes with few arrays, and trainings that start without compiling."""
+    """Patch model sizes to few arrays, and training to start without compiling."""
     size = unet.Size((16,), (True,), 16, head_size=8, resnets=1)
     with mock.patch.dict(unet.SIZES, {"tiny": size}), tiny.few_layers():
         yield
 
 
 def weights(objective, layout, *, sigma=False):
-    """(our random parameters, the published tensors that hold them, with learned sigma or not)."""
+    """(random parameters, the same in a published layout); sigma: add outputs of variances."""
     params = parity.random_like(objective.shapes["model"])
     state = key_maps.to_published(to_torch(params), importing.LAYOUTS[layout].rules(objective))
     if sigma:
@@ -90,7 +90,7 @@ def weights(objective, layout, *, sigma=False):
 
 
 def imported(objective, source, folder):
-    """The parameters of the work directory that an import made."""
+    """Import into a work directory and return its parameters."""
     importing.run(objective.config, str(folder))
     mesh = sharding.create_mesh(1)
     checkpoints = Checkpoints(Workdir(str(folder)).checkpoints, objective.config)
@@ -105,31 +105,33 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A function of name and layout to (objective, parameters, folder, imported ones, messages)."""
-    made = {}
+    """A cached function: (objective, parameters, folder, imported parameters, printed text)."""
+    cache = {}
 
     def get(name, layout):
-        if layout not in made:
-            folder, said = tmp_path_factory.mktemp("import"), io.StringIO()
+        if layout not in cache:
+            folder = tmp_path_factory.mktemp("import")
+            printed = io.StringIO()
             source = folder / "source" / ("unet" if name == "unet" else "transformer")
-            source.mkdir(parents=True)  # a pipeline's folder
-            with small(), contextlib.redirect_stdout(said):
+            source.mkdir(parents=True)  # as in a diffusers pipeline
+            with small(), contextlib.redirect_stdout(printed):
                 objective = tiny.objective(config(name, **{"convert.source": str(source.parent)}))
                 params, state = weights(objective, layout, sigma=name in ("dit_ln", "pixart"))
                 file = source / "diffusion_pytorch_model.safetensors"
                 save_file({key: np.ascontiguousarray(a) for key, a in state.items()}, file)
                 back = imported(objective, source.parent, folder / "run")
-            made[layout] = objective, params, Workdir(str(folder / "run")), back, said.getvalue()
-        return made[layout]
+            run = Workdir(str(folder / "run"))
+            cache[layout] = objective, params, run, back, printed.getvalue()
+        return cache[layout]
 
     return get
 
 
 @pytest.mark.parametrize("name, layout", PAIRS)
 def test_safetensors_come_back_bit_for_bit(name, layout, runs):
-    _, params, _, back, said = runs(name, layout)
+    _, params, _, back, printed = runs(name, layout)
     same(back, params)
-    assert layout in said and ("variances" in said) == (name in ("dit_ln", "pixart"))
+    assert layout in printed and ("variances" in printed) == (name in ("dit_ln", "pixart"))
 
 
 @pytest.mark.parametrize("name, layout", [PAIRS[0], PAIRS[2]])
@@ -169,15 +171,15 @@ def test_an_import_predicts_what_the_original_does_and_trains_on(tmp_path):
         params = imported(objective, source, tmp_path / "run")
         model = objective.model
         positions = parity.tensor(model.positions(jnp.zeros((1, *objective.latent_shape))))
-        theirs = parity.references.DiT(
+        original = parity.references.DiT(
             model.depth, model.width, model.heads, model.patch, 3, model.classes, positions
         )
-        parity.load(theirs, state)
+        parity.load(original, state)
         x = np.random.default_rng(0).normal(size=(2, *objective.latent_shape)).astype(np.float32)
         labels = np.array([1, 3])
         eps = parity.jit(model.apply)({"params": params}, x, parity.T, Cond.of(labels))
         t = torch.tensor(parity.T).long()
-        expected = theirs(torch.tensor(x).permute(0, 3, 1, 2), t, torch.tensor(labels))
+        expected = original(torch.tensor(x).permute(0, 3, 1, 2), t, torch.tensor(labels))
         expected = expected.permute(0, 2, 3, 1).detach().numpy()
         assert np.abs(eps - expected).max() < 1e-4 * np.abs(expected).max()
 
@@ -199,23 +201,24 @@ def diffusers_scheduler(run):
 def reopened(folder):
     """The objective of a work directory."""
     with small():
-        return create_system(folder.load_config(), folder.load_vocabulary())
+        return diffusion.create(folder.load_config(), folder.load_vocabulary())
 
 
 @pytest.mark.parametrize("name, layout", PAIRS)
 def test_published_models_bring_their_noise_levels(name, layout, runs):
-    objective, _, folder, _, said = runs(name, layout)
+    objective, _, folder, _, printed = runs(name, layout)
     run = reopened(folder)
-    if name in ("unet", "mmdit"):  # published with several, or as flows: said, and left as it is
+    # These were published with several noise levels, or as flows: the config keeps its own.
+    if name in ("unet", "mmdit"):
         np.testing.assert_array_equal(run.schedule.alpha_bar, objective.schedule.alpha_bar)
-        assert "noise levels" in said or "rectified flow" in said
+        assert "noise levels" in printed or "rectified flow" in printed
         return
-    assert "linear, beta 0.0001 to 0.02" in said
+    assert "linear, beta 0.0001 to 0.02" in printed
     expected = diffusers_scheduler(run).alphas_cumprod
     np.testing.assert_allclose(run.schedule.alpha_bar, expected, rtol=1e-4)
 
 
-SAMPLED = [("dit_ln", "facebookresearch/DiT")]  # the others have the same levels, see above
+SAMPLED = [("dit_ln", "facebookresearch/DiT")]  # the others have the same noise levels
 SAMPLED += [
     pytest.param(*pair, marks=pytest.mark.slow)
     for pair in PAIRS
@@ -225,7 +228,7 @@ SAMPLED += [
 
 @pytest.mark.parametrize("name, layout", SAMPLED)
 def test_imported_models_sample_as_diffusers_does(name, layout, runs):
-    """From the file to the image: DDIM of the imported run against diffusers' own scheduler."""
+    """Compare DDIM of the imported run with diffusers' scheduler."""
     _, _, folder, back, _ = runs(name, layout)
     run, params = reopened(folder), {"model": back}
     scheduler = diffusers_scheduler(run)
@@ -256,7 +259,7 @@ def test_other_noise_levels_than_a_layouts_are_refused(field, tmp_path):
         assert not (tmp_path / "run").exists()
         if field not in LINEAR:
             return
-        with pytest.raises(ConfigError, match=f"{field}="):  # the default, if that was chosen
+        with pytest.raises(ConfigError, match=f"{field}="):  # a default chosen explicitly
             importing.run(config("dit_ln", **fields), str(tmp_path / "run"), {field: None})
         importing.run(config("dit_ln", **fields, **LINEAR), str(tmp_path / "run"), LINEAR)
 
@@ -276,7 +279,7 @@ def test_the_command_line_says_which_fields_were_chosen(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_export_of_ours_wants_its_own_noise_levels(tmp_path):
+def test_an_export_is_refused_with_other_noise_levels(tmp_path):
     with small():
         objective = tiny.objective(config("dit_ln", **LINEAR))
         params = parity.random_like(objective.shapes)
@@ -330,11 +333,11 @@ def test_sources_that_are_not_there_are_named(tmp_path):
             importing.run(config("dit_ln", **{"convert.source": source}), str(tmp_path / "run"))
 
 
-def test_hub_ids_are_fetched_when_asked_for(monkeypatch, tmp_path):
-    asked = []
+def test_hub_ids_are_fetched(monkeypatch, tmp_path):
+    fetched = []
 
     def snapshot_download(name, allow_patterns):
-        asked.append(name)
+        fetched.append(name)
         if name != "owner/model":
             raise OSError("no such repository")
         if "*.bin" in allow_patterns:
@@ -347,11 +350,11 @@ def test_hub_ids_are_fetched_when_asked_for(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="owner/none is neither a path nor on the hub"):
         importing.weights.read("owner/none")
     importing.weights.read(str(tmp_path))
-    assert asked == ["owner/model", "owner/none"]
+    assert fetched == ["owner/model", "owner/none"]
     # Without safetensors the pickled weights are fetched too.
     (tmp_path / "x.safetensors").unlink()
     np.testing.assert_array_equal(importing.weights.read("owner/model")["a"], [0, 0])
-    assert asked[2:] == ["owner/model"] * 2
+    assert fetched[2:] == ["owner/model"] * 2
     # A pipeline's part comes before another copy of the model at its top.
     (tmp_path / "unet").mkdir()
     save_file({"a": np.full(2, 2, np.float32)}, tmp_path / "unet" / "x.safetensors")

@@ -1,4 +1,4 @@
-"""The PyTorch twin equals our models: names, shapes and outputs; text, folders, error messages."""
+"""The PyTorch models equal the JAX models: names, shapes, outputs, text, folders and errors."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ from condiff_jax.pretrained.layout import from_torch, to_torch
 from condiff_jax.pytorch import models
 
 CHANNELS, CLASSES, TEXT, POOLED, HIGH, LOW = 3, 5, 12, 10, 3, 2
-T = np.array([3, 200, 700], np.int32)  # a sample without drops, and one for each drop
-COSINE = control.Weighting("cosine", alpha=2.0)  # at 8 hardly anything is heard at t = 700
+T = np.array([3, 200, 700], np.int32)  # nothing dropped; semantics dropped; control dropped
+COSINE = control.Weighting("cosine", alpha=2.0)  # alpha = 8 is nearly zero at t = 700
 TRANSFORMER = {"depth": 2, "width": 32, "heads": 2, "patch": 2, "base_grid": 3}
 UNET = {  # heads by number or by size; one level with two ResNet blocks; three levels
     "class": unet.Size((16, 32), (False, True), context=TEXT, head_size=8, resnets=1),
@@ -54,7 +54,7 @@ VARIANTS = [
     ("unet", CLASSES, {"size": UNET["class"]}),
     ("unet", None, {"size": UNET["text"], "qk_norm": False}),
 ]
-# Other combinations of what is above.
+# Other combinations of these settings.
 SLOW = [
     ("dit_att", None, {"qk_norm": False, "position": "extrapolate"}),
     ("dit_att", CLASSES, {}),
@@ -70,7 +70,7 @@ SLOW = [
 ]
 SQUARE, OTHER = (4, 4), (8, 4)  # of the latents
 CASES = [(*variant, SQUARE) for variant in VARIANTS]
-# Positions are compared at another resolution too: MDTv2 has its own, the others share them.
+# Positions are compared at another resolution too: MDTv2 learns them, the others compute them.
 CASES += [("dit_ln", CLASSES, {}, OTHER), ("mdtv2", CLASSES, {}, (8, 8))]
 SLOW_CASES = [(*variant, SQUARE) for variant in SLOW] + [
     (*variant, OTHER) for variant in VARIANTS if variant[0] not in ("dit_ln", "mdtv2")
@@ -83,12 +83,12 @@ def normal(*shape, seed=0):
 
 
 def condition(classes, pooled=TEXT):
-    """Three conditions: all of it, without semantics, without control."""
+    """A batch of three conditions: full, without semantics, without control."""
     semantics = jnp.array([1, 2, 4])
     if classes is None:
         tokens, vector = jnp.asarray(normal(3, 5, TEXT)), jnp.asarray(normal(3, pooled, seed=1))
         semantics = Text(tokens, jnp.ones((3, 5), bool), vector)
-    # Sinusoids of large scalars are where the two differ most: within real ranges here.
+    # The implementations differ most in sinusoids of large scalars, so stay in the real range.
     scalars = np.random.default_rng(2).uniform(0, 1000, (3, HIGH + LOW)).astype(np.float32)
     high, low = jnp.split(jnp.asarray(scalars), [HIGH], axis=1)
     cond = Cond.of(semantics, Control(high, low))
@@ -96,14 +96,14 @@ def condition(classes, pooled=TEXT):
 
 
 def build(name, classes, own, side):
-    """(our model, random parameters, its condition, the twin's config)."""
+    """(JAX model, random parameters, condition, config of the PyTorch model)."""
     settings = SETTINGS[name] | own
     pooled = POOLED if settings.get("streams") == "full" else TEXT
     cond = condition(classes, pooled)
     model = MODELS[name].module(classes=classes, weighting=COSINE, **settings)
     x = normal(3, side, side, CHANNELS)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0), x, T, cond)["params"])
-    for fixed in ("cross", "pooled"):  # by the name of the architecture
+    for fixed in ("cross", "pooled"):  # implied by the architecture
         settings.pop(fixed, None)
     config = {"architecture": name, "channels": CHANNELS, "high": HIGH, "low": LOW} | settings
     config |= {"classes": classes, "weighting": COSINE(np.arange(COSINE.timesteps)).tolist()}
@@ -119,7 +119,7 @@ def build(name, classes, own, side):
 
 
 def check_names_and_shapes(module, params):
-    """The state dict is `to_torch` of our parameters, which `from_torch` gives back unchanged."""
+    """The state dict is `to_torch` of the JAX parameters, and `from_torch` is its inverse."""
     state = to_torch(params)
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     assert shapes == {name: value.shape for name, value in state.items()}
@@ -127,7 +127,7 @@ def check_names_and_shapes(module, params):
 
 
 def load(module, params):
-    """The twin with our parameters."""
+    """Load JAX parameters into the PyTorch model."""
     module.load_state_dict({name: tensor(a) for name, a in to_torch(params).items()})
     return module.eval()
 
@@ -142,35 +142,35 @@ def forward(model, params, x, cond):
 
 
 @torch.no_grad()
-def twin_forward(module, x, cond, **changes):
-    """eps (B, H, W, C) of the twin."""
+def torch_forward(module, x, cond, **changes):
+    """eps (B, H, W, C) of the PyTorch model."""
     semantics = cond.semantics
     if isinstance(semantics, Text):
         semantics = models.Text(tensor(semantics.tokens), tensor(semantics.pooled))
     else:
         semantics = tensor(semantics)
-    told = {
+    inputs = {
         "control": models.Control(tensor(cond.control.high), tensor(cond.control.low)),
         "drop_semantics": tensor(cond.drop_semantics),
         "drop_control": tensor(cond.drop_control),
     }
-    out = module(nchw(x), torch.tensor(T), semantics, **(told | changes))
+    out = module(nchw(x), torch.tensor(T), semantics, **(inputs | changes))
     return out.permute(0, 2, 3, 1).numpy()
 
 
-def relative(ours, theirs):
-    assert ours.shape == theirs.shape
-    return np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-6)
+def relative(expected, actual):
+    assert expected.shape == actual.shape
+    return np.abs(expected - actual).max() / max(np.abs(expected).max(), 1e-6)
 
 
 @pytest.mark.parametrize("name, classes, own, shape", CASES)
-def test_equals_ours(name, classes, own, shape):
+def test_equals_the_jax_model(name, classes, own, shape):
     model, params, cond, config = build(name, classes, own, shape[0])
     module = models.create(config)
     check_names_and_shapes(module, params)
     load(module, params)
     x = normal(3, *shape, CHANNELS, seed=4)
-    assert relative(forward(model, params, x, cond), twin_forward(module, x, cond)) < 1e-4
+    assert relative(forward(model, params, x, cond), torch_forward(module, x, cond)) < 1e-4
 
 
 def test_every_architecture_is_compared():
@@ -183,27 +183,26 @@ def test_every_architecture_is_compared():
 
 @pytest.fixture(scope="module")
 def ours():
-    """(twin of `ours` with text, condition, config)."""
+    """(PyTorch model of `ours` with text, condition, config)."""
     _, params, cond, config = build("ours", None, {"streams": "qkv"}, 4)
     return load(models.create(config), params), cond, config
 
 
-def test_what_is_not_given_is_not_heard(ours):
+def test_inputs_that_are_left_out_have_no_effect(ours):
     module, cond, _ = ours
     x, every = normal(3, 4, 4, CHANNELS), torch.ones(3, dtype=torch.bool)
-    kept = twin_forward(module, x, cond, drop_semantics=None, drop_control=None)
-    same = twin_forward(module, x, cond, drop_semantics=~every, drop_control=~every)
-    np.testing.assert_array_equal(kept, same)
-    without = twin_forward(module, x, cond, control=None)
-    np.testing.assert_allclose(without, twin_forward(module, x, cond, drop_control=every))
+    default = torch_forward(module, x, cond, drop_semantics=None, drop_control=None)
+    explicit = torch_forward(module, x, cond, drop_semantics=~every, drop_control=~every)
+    np.testing.assert_array_equal(default, explicit)
+    without = torch_forward(module, x, cond, control=None)
+    np.testing.assert_allclose(without, torch_forward(module, x, cond, drop_control=every))
     tokens = cond.replace(semantics=cond.semantics.replace(pooled=normal(3, TEXT, seed=9)))
-    np.testing.assert_array_equal(
-        twin_forward(module, x, cond), twin_forward(module, x, tokens)
-    )  # ours hears no pooled text: Text(tokens) is enough
+    np.testing.assert_array_equal(torch_forward(module, x, cond), torch_forward(module, x, tokens))
+    # `ours` has no pooled text as input, so that Text(tokens) is enough.
     out = module(nchw(x), torch.tensor(T), models.Text(tensor(cond.semantics.tokens)))
     np.testing.assert_allclose(
         out.detach().permute(0, 2, 3, 1),
-        twin_forward(module, x, cond, control=None, drop_semantics=None),
+        torch_forward(module, x, cond, control=None, drop_semantics=None),
         atol=1e-5,
     )
 
@@ -211,16 +210,16 @@ def test_what_is_not_given_is_not_heard(ours):
 def test_bf16_is_close_to_f32(ours):
     module, cond, config = ours
     x = normal(3, 4, 4, CHANNELS)
-    expected = twin_forward(module, x, cond)
+    expected = torch_forward(module, x, cond)
     half = models.Text(
         *(tensor(a).bfloat16() for a in (cond.semantics.tokens, cond.semantics.pooled))
     )
     state = {name: value.bfloat16() for name, value in module.state_dict().items()}
     module = models.create(config).bfloat16()
     module.load_state_dict(state)
-    told = models.Control(tensor(cond.control.high), tensor(cond.control.low))
+    scalars = models.Control(tensor(cond.control.high), tensor(cond.control.low))
     flags = tensor(cond.drop_semantics), tensor(cond.drop_control)
-    out = module(nchw(x).bfloat16(), torch.tensor(T), half, told, *flags)
+    out = module(nchw(x).bfloat16(), torch.tensor(T), half, scalars, *flags)
     assert out.dtype == torch.bfloat16
     out = out.detach().float().permute(0, 2, 3, 1).numpy()
     error = np.sqrt(np.mean((out - expected) ** 2) / np.mean(expected**2))
@@ -232,7 +231,7 @@ def test_bf16_is_close_to_f32(ours):
 
 
 def test_norms_of_small_values():
-    """Where their epsilon counts."""
+    """Their epsilon matters here."""
     x = 1e-3 * normal(2, 5, 8)
     np.testing.assert_allclose(models.layer_norm(tensor(x)), layers.layer_norm(x), rtol=1e-4)
     scale, norm = 1 + normal(8), nn.RMSNorm(epsilon=1e-6)
@@ -245,16 +244,16 @@ def test_norms_of_small_values():
 def test_control_embedding(kind, high, low):
     weighting = control.Weighting(kind, alpha=4.0, last=400, timesteps=800)
     model, t = control.ControlEmbed(16, weighting), jnp.array([0, 399, 400, 401, 799])
-    told = Control(500 * normal(5, high), 500 * normal(5, low, seed=1))
+    scalars = Control(500 * normal(5, high), 500 * normal(5, low, seed=1))
     keep = jnp.zeros(5, bool)
-    params = random_like(jax.eval_shape(model.init, jax.random.key(0), told, t, keep)["params"])
-    expected = model.apply({"params": params}, told, t, keep)
+    params = random_like(jax.eval_shape(model.init, jax.random.key(0), scalars, t, keep)["params"])
+    expected = model.apply({"params": params}, scalars, t, keep)
     module = models.ControlEmbed(16, weighting(np.arange(800)).tolist(), high, low)
-    out = load(module, params)(models.Control(*map(tensor, (told.high, told.low))), tensor(t))
+    out = load(module, params)(models.Control(*map(tensor, (scalars.high, scalars.low))), tensor(t))
     assert relative(expected, out.detach().numpy()) < 1e-4
     gamma = module.weighting(tensor(t))
     np.testing.assert_allclose(gamma, weighting(t), atol=1e-6)
-    half = module.weighting(torch.tensor([399.5]))  # as schedulers with other timesteps need
+    half = module.weighting(torch.tensor([399.5]))  # some schedulers have fractional timesteps
     np.testing.assert_allclose(half, gamma[1:3].mean(), atol=1e-6)
 
 
@@ -317,8 +316,8 @@ def test_word_embedding():
 def test_padding(method):
     tokens, noise = normal(5, 7, 4), normal(5, 7, 4, seed=1)
     mask = np.arange(7) < np.array([[1], [2], [4], [7], [0]])
-    given = Text(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros((5, 4)))
-    expected = pad(given, method, beta=0.3, noise=noise).tokens
+    text = Text(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros((5, 4)))
+    expected = pad(text, method, beta=0.3, noise=noise).tokens
     out = models.pad(*map(tensor, (tokens, mask)), method, beta=0.3, noise=tensor(noise))
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
@@ -344,8 +343,8 @@ def test_autoencoder():
         assert relative(moments, out.permute(0, 2, 3, 1).numpy()) < 1e-4
         assert relative(decoded, module.decode(nchw(latents)).permute(0, 2, 3, 1).numpy()) < 1e-4
         clipped = models.mean_and_std(100 * nchw(moments))
-        for ours, theirs in zip((mean, std), clipped, strict=True):
-            assert relative(ours, theirs.permute(0, 2, 3, 1).numpy()) < 1e-5
+        for expected, actual in zip((mean, std), clipped, strict=True):
+            assert relative(expected, actual.permute(0, 2, 3, 1).numpy()) < 1e-5
         torch.testing.assert_close(module(nchw(images)), module.decode(out[:, :3]))
 
 
@@ -366,7 +365,7 @@ def test_load(tmp_path, ours):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     x = normal(3, 4, 4, CHANNELS)
     np.testing.assert_array_equal(
-        twin_forward(loaded["model"], x, cond), twin_forward(module, x, cond)
+        torch_forward(loaded["model"], x, cond), torch_forward(module, x, cond)
     )
 
 
@@ -377,13 +376,13 @@ def test_errors(ours):
         models.create({"architecture": "dit"})
     with pytest.raises(ValueError, match="unknown streams 'both', choose shared, qkv or full"):
         models.create(config | {"streams": "both"})
-    with pytest.raises(ValueError, match=r"hears \(3, 2\) scalars of control, not \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"takes \(3, 2\) control scalars, got \(3, 1\)"):
         few = models.Control(torch.zeros(3, HIGH), torch.zeros(3, 1))
-        twin_forward(module, x, cond, control=few)
+        torch_forward(module, x, cond, control=few)
     with pytest.raises(ValueError, match="unknown position embedding 'learned', choose"):
         models.position_grid(3, 3, "learned")
     with pytest.raises(ValueError, match="unknown padding 'mirror', choose from zero"):
         models.pad(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), "mirror")
     mdt = models.MDT(grid=2, channels=CHANNELS, classes=CLASSES, **TRANSFORMER)
-    with pytest.raises(ValueError, match="for 2 tokens a side, not 4 x 1"):
+    with pytest.raises(ValueError, match="takes 2 tokens a side, got 4 x 1"):
         mdt.embed_positions(4, 1)

@@ -62,7 +62,7 @@ def small():
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    monkeypatch.setattr(classifier, "PICTURES", 12)
+    monkeypatch.setattr(classifier, "IMAGES", 12)
 
 
 def lines(path):
@@ -73,7 +73,7 @@ def lines(path):
 def trained(tmp_path_factory):
     """Return the folder of a classifier after 4 steps, with checkpoints of steps 2 and 4."""
     path = tmp_path_factory.mktemp("classifier")
-    with mock.patch.object(classifier, "PICTURES", 12):
+    with mock.patch.object(classifier, "IMAGES", 12):
         assert loop.run(tiny.config(steps=4, **FIELDS), str(path))
     return path
 

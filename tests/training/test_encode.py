@@ -1,4 +1,4 @@
-"""Caches of mode encode: equal to coding pictures while training, whole after any interruption."""
+"""Caches of mode encode: equal to encoding during training, and complete after interruptions."""
 
 import functools
 import json
@@ -26,12 +26,12 @@ from condiff_jax.training.reporters import autoencoder
 from tests import clips, tiny
 from tests.data.builders import archives
 
-PICTURES, VIEWS = 5, 4  # of the caches here; two crops, each in both flips
+IMAGES, VIEWS = 5, 4  # of each cache; views are two crops in both flips
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    """Few layers and levels, and shards of a few images."""
+    """Patch models to few layers and levels, and shards to a few images."""
     with tiny.few_layers(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "MB", 1000)
         patch.setitem(kl.SIZES, "tiny", kl.Size((8, 16), resnets=1, codes=64))
@@ -40,15 +40,16 @@ def small():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folders of random autoencoders, kl and vq, and of one more kl."""
-    place, out = tmp_path_factory.mktemp("autoencoders"), {}
+    """Folders of random autoencoders: kl, vq, and another kl."""
+    parent = tmp_path_factory.mktemp("autoencoders")
+    out = {}
     for name, kind in (("kl", "kl"), ("vq", "vq"), ("other", "kl")):
         network = NETWORKS[kind](kl.SIZES["tiny"])
         shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
         params = jax.device_get(random_like(shapes))
         params = jax.tree.map(lambda a, n=name: a * (1 + (n == "other")), params)
-        autoencoder.export(network, params["params"], epath.Path(place / name))
-        out[name] = str(place / name)
+        autoencoder.export(network, params["params"], epath.Path(parent / name))
+        out[name] = str(parent / name)
     return out
 
 
@@ -57,7 +58,7 @@ def config_of(folders):
     def create(name="kl", **overrides):
         fields = {"autoencoder.name": name, "autoencoder.size": "tiny", "model.size": "tiny/2"}
         fields |= {"autoencoder.path": folders[name], "autoencoder.scale": 0.5}
-        fields |= {"encode.records": PICTURES, "encode.views": 2, "encode.shard_mb": 13}
+        fields |= {"encode.records": IMAGES, "encode.views": 2, "encode.shard_mb": 13}
         return tiny.config(
             **fields | {"conditioning.control": ("crop", "flip", "size")} | overrides
         )
@@ -67,20 +68,20 @@ def config_of(folders):
 
 @pytest.fixture(scope="module")
 def compiled(config_of):
-    """An encoder of kl that runs of mode encode can share."""
+    """A compiled encoder of kl, shared by runs of mode encode."""
     return encode.Encoder(tiny.objective(config_of()))
 
 
 @pytest.fixture
 def encoder(compiled, monkeypatch):
-    """What all runs of mode encode in a test encode with."""
+    """Patch mode encode to use the compiled encoder."""
     monkeypatch.setattr(encode, "Encoder", lambda objective: compiled)
     return compiled
 
 
 @pytest.fixture(scope="module")
 def caches(config_of, compiled, tmp_path_factory):
-    """What mode encode makes: {name: folder}."""
+    """Caches written by mode encode: {name: folder}."""
     out = {name: tmp_path_factory.mktemp("cache") / name for name in ("kl", "vq")}
     encode.run(config_of("vq", **{"encode.path": str(out["vq"])}))
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +92,7 @@ def caches(config_of, compiled, tmp_path_factory):
 
 @pytest.fixture
 def cached(config_of, caches):
-    """The config that trains from a cache."""
+    """A function that creates configs for training from a cache."""
 
     def create(name="kl", **overrides):
         fields = {"data.name": "latents", "data.path": str(caches[name])}
@@ -114,14 +115,15 @@ def stacked(examples):
 
 
 def both_batches(config, cached_config, k, mirrored=0):
-    """Crop k of each picture, as training draws it and as the cache has it.
+    """Batches of crop k of each image, as drawn in training and as cached.
 
     mirrored: 1 takes the other flip from the cache.
     """
     objective, other = tiny.objective(config), tiny.objective(cached_config)
     settings = (config.data.resolution, config.data.crop, config.data.flip)
-    online, offline, source, cache = [], [], open_source(config), open_source(cached_config)
-    for i in range(PICTURES):
+    source, cache = open_source(config), open_source(cached_config)
+    online, offline = [], []
+    for i in range(IMAGES):
         encode_text = objective.encode_text if objective.text_encoder else None
         rng = np.random.default_rng([config.seed, i, k])
         online.append(Preprocess(source, *settings, encode_text).random_map(i, rng))
@@ -134,7 +136,7 @@ def both_batches(config, cached_config, k, mirrored=0):
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
-def test_loss_equals_that_of_training_on_pictures(name, config_of, cached):
+def test_loss_equals_that_of_training_on_images(name, config_of, cached):
     objective, other = tiny.objective(config_of(name)), tiny.objective(cached(name))
     online, offline = both_batches(objective.config, other.config, k=1)
     assert {0, 1} == set(online["control"]["flip"].tolist())
@@ -144,8 +146,8 @@ def test_loss_equals_that_of_training_on_pictures(name, config_of, cached):
     assert "image" not in offline and offline["moments"].dtype == np.float16
     params = random_like(objective.shapes)
     frozen = jax.device_get(objective.load_frozen())
-    noise = objective.draw_noise(jax.random.key(1), PICTURES)
-    noise["t"] = noise["t"] // 10  # where x_0 is heard
+    noise = objective.draw_noise(jax.random.key(1), IMAGES)
+    noise["t"] = noise["t"] // 10  # at low noise, where x_0 matters
     loss = jit(lambda *inputs: objective.loss(*inputs)[0])
     expected = loss(params, online, noise, frozen)
     # The cache needs no parameters of the autoencoder. Values have float16's 2^-11 of error.
@@ -159,18 +161,18 @@ def test_loss_equals_that_of_training_on_pictures(name, config_of, cached):
     )
 
 
-def test_both_flips_are_what_flipping_the_picture_gives(config_of, cached):
+def test_both_flips_equal_those_of_flipped_images(config_of, cached):
     objective = tiny.objective(config_of())
-    code = jit(objective.autoencoder.moments)
+    encode_image = jit(objective.autoencoder.moments)
     params = objective.load_frozen()["autoencoder"]
     online, _ = both_batches(objective.config, cached(), k=0)
     for i, image in enumerate(online["image"]):
         cache = open_source(cached())
         assert cache.views == VIEWS
         upright = image[:, ::-1] if online["control"]["flip"][i] else image
-        for flip, picture in enumerate((upright, upright[:, ::-1])):
+        for flip, view in enumerate((upright, upright[:, ::-1])):
             moments, control = view_of(cache, i, flip)
-            expected = code(params, np.ascontiguousarray(picture)[None])[0]
+            expected = encode_image(params, np.ascontiguousarray(view)[None])[0]
             np.testing.assert_allclose(moments, expected, rtol=1e-3, atol=1e-4)
             assert control["flip"] == flip
             assert control["crop_top"] == online["control"]["crop_top"][i]
@@ -202,23 +204,23 @@ def test_the_stream_depends_on_seed_and_number_alone(cached):
     other = next(stream(seed=1))
     assert not np.array_equal(other["moments"], seen[0]["moments"])
     drawn = {m.tobytes() for batch in seen for m in batch["moments"]}
-    assert len(drawn) > 0.8 * PICTURES * VIEWS  # of 64 draws all views, but for bad luck
+    assert len(drawn) > 0.8 * IMAGES * VIEWS  # 64 draws nearly always have all views
 
 
 @pytest.mark.parametrize("semantics", ["text", "class"])
-def test_the_system_is_the_same_as_without_the_cache(semantics, config_of, cached):
+def test_vocabulary_and_records_are_the_same_as_without_the_cache(semantics, config_of, cached):
     fields = {"data.semantics": semantics}
-    pictures, latents = open_source(config_of(**fields)), open_source(cached(**fields))
+    images, latents = open_source(config_of(**fields)), open_source(cached(**fields))
     assert (
         tiny.objective(cached(**fields)).vocabulary
         == tiny.objective(config_of(**fields)).vocabulary
     )
-    for i in range(PICTURES):
-        assert latents[i]["label"] == pictures[i]["label"]
-        assert latents[i]["caption"] == pictures[i]["caption"]
-    assert list(latents.captions()) == [pictures[i]["caption"] for i in range(PICTURES)]
-    there = cloudpickle.loads(cloudpickle.dumps(latents))  # in worker processes
-    np.testing.assert_array_equal(view_of(there, 4, 3)[0], view_of(latents, 4, 3)[0])
+    for i in range(IMAGES):
+        assert latents[i]["label"] == images[i]["label"]
+        assert latents[i]["caption"] == images[i]["caption"]
+    assert list(latents.captions()) == [images[i]["caption"] for i in range(IMAGES)]
+    copy = cloudpickle.loads(cloudpickle.dumps(latents))  # as in worker processes
+    np.testing.assert_array_equal(view_of(copy, 4, 3)[0], view_of(latents, 4, 3)[0])
 
 
 class Killed(BaseException):
@@ -241,7 +243,7 @@ def test_caches_are_the_same_after_a_kill_at_any_rename(
 
         config = config_of(**{"encode.path": str(out)})
         monkeypatch.setattr(os, "replace", rename)
-        if last == 7:  # begun, 2 shards, 2 ledgers, manifest and its move are all
+        if last == 7:  # begun.json, 2 shards, 2 ledgers, the manifest and its move
             encode.run(config)
             assert contents(out) == whole
             break
@@ -250,7 +252,7 @@ def test_caches_are_the_same_after_a_kill_at_any_rename(
         monkeypatch.setattr(os, "replace", replace)
         with pytest.raises(ConfigError, match="data.path: .*is not finished; run mode encode ag"):
             open_source(config_of(**{"data.name": "latents", "data.path": str(out)}))
-        if last:  # what has begun is not mixed with anything else
+        if last:  # a begun cache is not resumed with other settings
             with pytest.raises(ConfigError, match="encode.path: .* another seed "):
                 encode.run(config_of(seed=1, **{"encode.path": str(out)}))
         finished = list((out / ".encode").glob("0*.json"))
@@ -260,7 +262,7 @@ def test_caches_are_the_same_after_a_kill_at_any_rename(
         monkeypatch.undo()
         monkeypatch.setattr(encode, "Encoder", lambda objective: encoder)
         assert contents(out) == whole
-        assert len(set(read)) == PICTURES - (0, 2, 5)[len(finished)]
+        assert len(set(read)) == IMAGES - (0, 2, 5)[len(finished)]
 
 
 def counting(numbers, call=encode.ReadRecord.__call__):
@@ -312,12 +314,12 @@ def test_a_full_disk_is_one_line(encoder, config_of, tmp_path, monkeypatch):
         encode.run(config_of(**{"encode.path": str(tmp_path / "c")}))
 
 
-def test_as_many_other_pictures_are_not_taken_for_the_same(encoder, config_of, tmp_path):
+def test_another_data_set_of_the_same_size_is_refused(encoder, config_of, tmp_path):
     fields = {"data.name": "webdataset", "encode.path": str(tmp_path / "c"), "encode.records": 0}
     for name, side in (("a", 20), ("b", 300)):
         (tmp_path / name).mkdir()
-        pictures = [(f"{i}.jpg", archives.jpeg(i, side, side)) for i in range(2)]
-        (tmp_path / name / "0.tar").write_bytes(archives.tar(pictures))
+        files = [(f"{i}.jpg", archives.jpeg(i, side, side)) for i in range(2)]
+        (tmp_path / name / "0.tar").write_bytes(archives.tar(files))
     encode.run(config_of(**fields, **{"data.path": str(tmp_path / "a")}))
     (tmp_path / "a").rename(tmp_path / "moved")
     encode.run(config_of(**fields, **{"data.path": str(tmp_path / "moved")}))
@@ -326,26 +328,26 @@ def test_as_many_other_pictures_are_not_taken_for_the_same(encoder, config_of, t
 
 
 class SomeBroken:
-    """Records of shapes; number 1 is broken, and the next one stands in."""
+    """Records of shapes; number 1 is broken and replaced by the next one."""
 
     def __init__(self, source):
         self.source, self.classes = source, source.classes
 
     def __len__(self):
-        return PICTURES
+        return IMAGES
 
     def __getitem__(self, i):
         return self.source[i + (i == 1)] | {"broken": np.int32(i == 1)}
 
 
-def test_broken_pictures_are_left_out_and_counted(encoder, config_of, tmp_path):
+def test_broken_images_are_skipped_and_counted(encoder, config_of, tmp_path):
     config = config_of(**{"encode.records": 0})
     objective, source = tiny.objective(config), open_source(config)
     manifest = encode.encode(objective, SomeBroken(source), tmp_path / "c")
-    assert (manifest["pictures"], manifest["broken"]) == (PICTURES - 1, 1)
-    found = Cache(tmp_path / "c")
+    assert (manifest["pictures"], manifest["broken"]) == (IMAGES - 1, 1)
+    cache = Cache(tmp_path / "c")
     expected = [source[i]["caption"] for i in (0, 2, 3, 4)]
-    assert [found[i]["caption"] for i in range(len(found))] == expected
+    assert [cache[i]["caption"] for i in range(len(cache))] == expected
 
 
 @pytest.mark.parametrize(
@@ -362,7 +364,7 @@ def test_broken_pictures_are_left_out_and_counted(encoder, config_of, tmp_path):
         ({"objective": "reconstruction"}, "data.name: .* needs images, no latents"),
     ],
 )
-def test_a_cache_of_something_else_is_named_before_training(
+def test_a_cache_with_other_settings_is_refused_before_training(
     fields, message, cached, folders, tmp_path
 ):
     if "autoencoder.path" in fields:
@@ -373,21 +375,21 @@ def test_a_cache_of_something_else_is_named_before_training(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_examples_are_views_whole_and_unmixed(cached):
-    """What a batch holds is, row by row, a picture's label, caption, and one of its views."""
+def test_rows_of_a_batch_belong_to_one_image(cached):
+    """Each row has the label, the caption and one view of the same image."""
     config = cached(seed=3)
     source, encode_text = open_source(config), tiny.objective(config).encode_text
     batch = next(batches(config, source, encode_text))
     expected = {}
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         for k in range(VIEWS):
             moments, control = view_of(source, i, k)
             expected[moments.tobytes()] = (source[i], control)
-    assert len(expected) == PICTURES * VIEWS
+    assert len(expected) == IMAGES * VIEWS
     for row, moments in enumerate(batch["moments"]):
-        picture, control = expected[moments.tobytes()]
-        assert batch["label"][row] == picture["label"]
-        np.testing.assert_array_equal(batch["ids"][row], encode_text(picture["caption"])[0])
+        record, control = expected[moments.tobytes()]
+        assert batch["label"][row] == record["label"]
+        np.testing.assert_array_equal(batch["ids"][row], encode_text(record["caption"])[0])
         assert {name: values[row] for name, values in batch["control"].items()} == control
     controls = first_controls(config, source, 16)
     np.testing.assert_array_equal(controls.T, list(batch["control"].values()))
@@ -398,13 +400,13 @@ def test_damaged_views_are_skipped_and_counted(caches, tmp_path):
     whole = Cache(out)
     shard = out / "00000-of-00002.array_record"
     contents = bytearray(shard.read_bytes())
-    contents[contents.index(whole.view(1, 2)["view"]) + 99] ^= 0xFF  # its checksum fails now
+    contents[contents.index(whole.view(1, 2)["view"]) + 99] ^= 0xFF  # breaks its checksum
     shard.write_bytes(contents)
     damaged = Cache(out)
-    found = damaged.batch([damaged.view(i, 2) for i in range(PICTURES)])
-    assert found["broken"].tolist() == [0, 1, 0, 0, 0]
-    np.testing.assert_array_equal(found["moments"][1], view_of(whole, 1, 3)[0])
-    # Nothing else of the picture is, whatever was read before: a run that resumes sees the same.
+    batch = damaged.batch([damaged.view(i, 2) for i in range(IMAGES)])
+    assert batch["broken"].tolist() == [0, 1, 0, 0, 0]
+    np.testing.assert_array_equal(batch["moments"][1], view_of(whole, 1, 3)[0])
+    # Other views are not affected by earlier reads, so that a resumed run gets the same batches.
     assert [int(damaged.view(1, k)["broken"]) for k in range(VIEWS)] == [0, 0, 1, 0]
 
 
@@ -452,7 +454,7 @@ def test_moments_beyond_float16_are_refused(encoder, config_of, tmp_path, monkey
         encode.run(config_of(**{"encode.path": str(tmp_path / "c")}))
 
 
-def test_text_features_take_the_place_of_captions(config_of, tmp_path):
+def test_text_features_replace_captions(config_of, tmp_path):
     clip = clips.write(tmp_path / "clip", num_hidden_layers=1)
     fields = {"text_encoder.name": "clip", "text_encoder.path": str(clip), "encode.text": True}
     config = config_of(**fields | {"encode.path": str(tmp_path / "c")})
@@ -466,16 +468,16 @@ def test_text_features_take_the_place_of_captions(config_of, tmp_path):
     noise = np.random.default_rng(0).normal(size=offline["tokens"].shape).astype(np.float32)
     frozen = objective.load_frozen()
     expected = jit(objective.condition)(frozen, online, noise).semantics
-    found = jit(objective.condition)({}, offline, noise).semantics
-    np.testing.assert_allclose(found.tokens, expected.tokens, rtol=2**-7, atol=2**-7)
-    np.testing.assert_allclose(found.pooled, expected.pooled, rtol=2**-8, atol=2**-8)
-    assert found.tokens.dtype == expected.tokens.dtype
+    actual = jit(objective.condition)({}, offline, noise).semantics
+    np.testing.assert_allclose(actual.tokens, expected.tokens, rtol=2**-7, atol=2**-7)
+    np.testing.assert_allclose(actual.pooled, expected.pooled, rtol=2**-8, atol=2**-8)
+    assert actual.tokens.dtype == expected.tokens.dtype
     other = clips.write(tmp_path / "other", seed=1, num_hidden_layers=1)
     with pytest.raises(ConfigError, match="text_encoder.path: is sha256"):
         loop.run(
             config_of(**fields | latents | {"text_encoder.path": str(other)}), str(tmp_path / "run")
         )
-    words = config_of(**latents)  # another encoder of the same captions
+    words = config_of(**latents)  # word embeddings need the captions
     assert "ids" in next(batches(words, open_source(words), tiny.objective(words).encode_text))
 
 
@@ -484,7 +486,7 @@ def test_trains_resumes_and_samples_from_a_cache(cached, tmp_path, monkeypatch):
     config = cached(**fields, **{"checkpoint.every": 2, "log.every": 1})
     few = functools.partial(loop.first_controls, n=16)
     monkeypatch.setattr(loop, "first_controls", few)
-    programs = []  # compiled once: both runs have the same
+    programs = []  # both runs use the same program, compiled once
     compile_step = loop.compile_step
 
     def compiled_once(*inputs):
@@ -492,9 +494,8 @@ def test_trains_resumes_and_samples_from_a_cache(cached, tmp_path, monkeypatch):
         return programs[0]
 
     monkeypatch.setattr(loop, "compile_step", compiled_once)
-    monkeypatch.setattr(
-        reporters.diffusion.Reporter, "finish", lambda *_: None
-    )  # its grid is sampled below
+    # Skip the final grid, as images are sampled below.
+    monkeypatch.setattr(reporters.diffusion.Reporter, "finish", lambda *_: None)
     assert loop.run(config, str(tmp_path))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(tmp_path / "checkpoints" / "3")  # as if it had been killed in step 3

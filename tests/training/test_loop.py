@@ -1,4 +1,4 @@
-"""The train step: one law for any number of devices and parts, exact resume, honest failures."""
+"""The train step and loop: equal on any number of devices, exact resume, and error messages."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ from condiff_jax.training import step as step_lib
 from tests import rows, tiny
 
 COMPILE_STEP = loop.compile_step
-QUICK = {"model.name": "dit_ln", "data.semantics": "class"}  # to trace, of all models
+QUICK = {"model.name": "dit_ln", "data.semantics": "class"}  # the fastest model to trace
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,7 +40,7 @@ def batch_of(config):
 
 
 def loss_and_grads(objective, mesh, parts=1):
-    """Loss and gradient at random parameters, on a given mesh."""
+    """Loss and gradient at random parameters on a mesh."""
 
     @jax.jit
     def compute(params, batch, noise):
@@ -61,7 +61,7 @@ def assert_close(a, b, tolerance=2e-5):
 
 
 def test_first_loss_is_the_mean_square_of_what_is_predicted():
-    """The output starts at zero, so the loss is that of guessing zero."""
+    """The model's output is zero at initialization."""
     params = None
     for prediction in ("epsilon", "v"):
         objective, batch = batch_of(tiny.config(**{"diffusion.prediction": prediction}))
@@ -79,8 +79,8 @@ def test_first_loss_is_the_mean_square_of_what_is_predicted():
 
 
 def meshes():
-    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), sharding.BATCH_AXES)
-    return {"one": one, "data": sharding.create_mesh(1), "fsdp": sharding.create_mesh(8)}
+    single = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), sharding.BATCH_AXES)
+    return {"one": single, "data": sharding.create_mesh(1), "fsdp": sharding.create_mesh(8)}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_eight_devices_compute_what_one_does(reference, mesh):
 
 
 def test_parameters_are_traced_once_for_their_shapes(monkeypatch):
-    """Whoever asks for them: places on the mesh, FLOPs, transfer."""
+    """Shardings, FLOPs and transfer share them."""
     calls, init = [], diffusion.DiffusionObjective.init
     monkeypatch.setattr(
         diffusion.DiffusionObjective, "init", lambda *a: calls.append(a) or init(*a)
@@ -111,10 +111,10 @@ def test_fsdp_splits_parameters(reference):
     objective, _ = reference
     mesh = sharding.create_mesh(8)
     params = jax.eval_shape(objective.init, jax.random.key(0))
-    places = sharding.tree_shardings(mesh, params)
+    shardings = sharding.tree_shardings(mesh, params)
     sizes = [
-        np.prod(place.shard_shape(leaf.shape)) / leaf.size
-        for place, leaf in zip(jax.tree.leaves(places), jax.tree.leaves(params), strict=True)
+        np.prod(each.shard_shape(leaf.shape)) / leaf.size
+        for each, leaf in zip(jax.tree.leaves(shardings), jax.tree.leaves(params), strict=True)
         if leaf.size >= 1024
     ]
     assert np.mean(np.array(sizes) == 1 / 8) > 0.9
@@ -134,7 +134,7 @@ def test_noise_is_a_function_of_seed_and_step():
     assert first["t"].min() >= 0 and first["t"].max() < 1000
     eps, text = np.asarray(first["eps"]).ravel(), np.asarray(first["text"]).ravel()
     n = min(len(eps), len(text))
-    assert abs(np.corrcoef(eps[:n], text[:n])[0, 1]) < 0.05  # a key of its own for each use
+    assert abs(np.corrcoef(eps[:n], text[:n])[0, 1]) < 0.05  # drawn from different keys
 
 
 class Linear(diffusion.DiffusionObjective):
@@ -142,7 +142,7 @@ class Linear(diffusion.DiffusionObjective):
 
     @cached_property
     def seen(self):
-        """The conditions that it was called with."""
+        """The conditions passed to the denoiser."""
         return []
 
     def denoise(self, params, **inputs):
@@ -181,18 +181,18 @@ def test_conditions_are_dropped_as_often_as_the_config_says(semantics, control):
 
 
 def test_the_noise_of_a_step_comes_from_its_seed_and_number():
-    """Each step's loss is that of the noise of (seed, step), and no two are the same."""
+    """The loss of a step is that of the noise of (seed, step); all are different."""
     losses = []
     for seed, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
         objective, batch = linear(seed=seed)
         tx, params = optimizer.create(objective.config), {"model": jnp.array(0.5)}
         train_state = state.create(params, tx).replace(step=jnp.array(step))
-        now, metrics = step_lib.train_step(train_state, batch, objective=objective, tx=tx)
+        new_state, metrics = step_lib.train_step(train_state, batch, objective=objective, tx=tx)
         key = jax.random.fold_in(jax.random.key(seed), step)
         noise = objective.draw_noise(key, 8)
         expected, _ = objective.loss(params, batch, noise)
         np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
-        assert now.step == step + 1
+        assert new_state.step == step + 1
         losses.append(float(expected))
     assert len(set(losses)) == 4
 
@@ -231,12 +231,12 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, capsys):
 
 
 def test_class_conditional_training_runs_and_learns(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "compile_step", COMPILE_STEP)  # with the first parameters of users
+    monkeypatch.setattr(loop, "compile_step", COMPILE_STEP)  # with the real initialization
     fields = {**QUICK, "sampling.n": 2}
     fields |= {"log.every": 10, "checkpoint.every": 100, "sampling.ema": False}
     with mock.patch.object(state, "to_sample", wraps=state.to_sample) as chosen:
         loop.run(tiny.config(steps=30, **fields), str(tmp_path))
-    assert [call.args[1] for call in chosen.call_args_list] == [False]  # of its last grid
+    assert [call.args[1] for call in chosen.call_args_list] == [False]  # for the last grid
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
     assert losses[-1] < 0.9 * losses[0]
 
@@ -244,17 +244,19 @@ def test_class_conditional_training_runs_and_learns(tmp_path, monkeypatch):
 def test_bad_loss_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     compile_step = loop.compile_step
 
-    def poisoned(objective, mesh):
+    def compile_bad_step(objective, mesh):
         init, step = compile_step(objective, mesh)
 
         def bad_step(train_state, batch, frozen):
-            now = int(train_state.step) + 1
+            number = int(train_state.step) + 1
             train_state, metrics = step(train_state, batch, frozen)
-            return train_state, {**metrics, "loss": metrics["loss"] + (np.nan if now == 3 else 0)}
+            if number == 3:
+                metrics = {**metrics, "loss": metrics["loss"] + np.nan}
+            return train_state, metrics
 
         return init, bad_step
 
-    monkeypatch.setattr(loop, "compile_step", poisoned)
+    monkeypatch.setattr(loop, "compile_step", compile_bad_step)
     config = tiny.config(steps=6, **QUICK, **{"checkpoint.every": 2, "log.every": 2})
     with pytest.raises(FloatingPointError, match=r"step 3: loss nan.*learning_rate"):
         loop.run(config, str(tmp_path))
@@ -271,7 +273,7 @@ def test_sigterm_is_remembered_and_the_handler_restored():
 
 
 def test_sigterm_in_the_last_step_stops_a_run_too(tmp_path, monkeypatch, capsys):
-    """What comes after the last step, such as an evaluation, is left to the next run."""
+    """The work after the last step, such as an evaluation, is left to the next run."""
     finished = []
     monkeypatch.setattr(reporters.diffusion.Reporter, "finish", lambda *_: finished.append(1))
 
@@ -293,7 +295,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     ):
         loop.run(tiny.config(), str(tmp_path))
     with Workdir(tmp_path).locked():
-        pass  # it ends with the first one
+        pass  # the first lock was released
 
 
 def test_batch_must_divide_over_devices(tmp_path):

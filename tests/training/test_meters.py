@@ -1,4 +1,4 @@
-"""What the training loop watches: times, memory, stalls, traces, broken pictures."""
+"""Meters of the training loop: times, memory, stalls, traces and broken images."""
 
 import json
 import time
@@ -22,7 +22,7 @@ def test_too_many_broken_images_stop_the_run():
     meter.add(2, {**GOOD, "broken": np.int32(1)}, 64)
     with pytest.raises(ConfigError, match="11 broken images among 128"):
         meter.read()
-    long = meters.Meter(100_000)  # of which 1% may be broken
+    long = meters.Meter(100_000)  # 1% of these may be broken
     long.add(1, {**GOOD, "broken": np.int32(1000)}, 64)
     assert long.read()["broken_images"] == 1000
 
@@ -92,7 +92,7 @@ def test_memory_is_that_of_the_fullest_device(peaks, expected, monkeypatch):
 def test_throughput_by_hand(monkeypatch):
     monkeypatch.setattr(meters, "_peak", lambda: 0.25)
     values = meters.throughput(tiny.config(batch_size=16), 0.5, 10**10)
-    assert values["images_per_sec"] == 32  # on eight devices, three forwards each
+    assert values["images_per_sec"] == 32  # on eight devices; three forwards an image
     assert values["tflops_per_device"] == pytest.approx(3 * 32 * 0.01 / 8)
     assert values["mfu"] == pytest.approx(0.12 / 0.25)
 
@@ -105,11 +105,11 @@ def test_an_accelerator_without_a_known_peak_is_named_once(monkeypatch, caplog):
     for _ in range(2):
         assert "mfu" not in meters.throughput(tiny.config(), 0.5, 1)
     assert [record.getMessage() for record in caplog.records] == [
-        "no mfu: flops.CHIPS does not know the peak of abacus"
+        "no mfu: flops.CHIPS has no peak of abacus"
     ]
     meters._peak.cache_clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert meters._peak() is None and len(caplog.records) == 1  # nobody asks for a CPU's
+    assert meters._peak() is None and len(caplog.records) == 1  # no warning on CPU
     meters._peak.cache_clear()
 
 
@@ -118,11 +118,11 @@ def test_a_stall_shows_where_all_threads_are(capfd):
     for _ in range(4):
         watchdog.step()
         time.sleep(0.1)
-    assert not capfd.readouterr().err  # steps in time
+    assert not capfd.readouterr().err  # no step took too long
     time.sleep(0.3)
     watchdog.close()
-    shown = capfd.readouterr().err
-    assert "Timeout" in shown and "test_a_stall_shows_where_all_threads_are" in shown
+    printed = capfd.readouterr().err
+    assert "Timeout" in printed and "test_a_stall_shows_where_all_threads_are" in printed
     time.sleep(0.3)
     meters.Watchdog(0).step()
     assert not capfd.readouterr().err
@@ -130,7 +130,7 @@ def test_a_stall_shows_where_all_threads_are(capfd):
 
 @pytest.fixture
 def traces(monkeypatch):
-    """What is done: ("begin", path), "end"."""
+    """List of the calls to the profiler: ("begin", path) or "end"."""
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(("begin", path)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("end"))
@@ -138,18 +138,19 @@ def traces(monkeypatch):
 
 
 @pytest.mark.parametrize("first, begun", [(1, 3), (4, 4), (6, None)])
-def test_a_trace_is_of_those_of_its_steps_that_are_made(traces, first, begun):
-    trace, made = meters.Trace(tiny.config(profile=(3, 5)), "run"), []
+def test_a_trace_covers_its_steps_in_this_run(traces, first, begun):
+    trace = meters.Trace(tiny.config(profile=(3, 5)), "run")
+    traced = []
     for step in range(first, 9):
         trace.before(step)
-        made += [step] if trace.on else []
+        traced += [step] if trace.on else []
         trace.after(step, None)
-    assert made == (list(range(begun, 6)) if begun else [])
+    assert traced == (list(range(begun, 6)) if begun else [])
     assert traces == ([("begin", "run"), "end"] if begun else [])
 
 
 @pytest.mark.slow
-def test_training_traces_and_ends_the_trace_with_it(tmp_path, traces):
+def test_training_stops_its_trace_at_the_end(tmp_path, traces):
     with tiny.few_layers():
         config = tiny.config(steps=3, profile=(2, 9), **{"sampling.n": 2})
         loop.run(config, str(tmp_path))

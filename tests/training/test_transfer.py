@@ -1,4 +1,4 @@
-"""Transfer: what is kept, resized and new; resizing in its limits; stages in order, resumable."""
+"""Transfer: kept, resized and new parameters; resizing; stages in order and resumed."""
 
 import json
 import re
@@ -49,19 +49,19 @@ def test_a_larger_resolution_keeps_all_but_learned_positions(name):
 def test_other_data_make_semantics_new_and_keep_the_rest():
     ten, thirty, text = objective(**CLASS), objective(**CLASS, **{"data.classes": 30}), objective()
     assert statuses(transfer.plan(ten, thirty), "new") == {"model/class_embed/embedding"}
-    there, back = transfer.plan(ten, text), transfer.plan(text, ten)
-    words = {n for n in there if n.startswith(("model/caption", "text_encoder"))}
-    assert statuses(there, "new") == words and len(words) > 4
-    assert statuses(back, "new") == {"model/class_embed/embedding"}
-    query = there["model/blocks/context_query/linear/kernel"]
+    to_text, to_classes = transfer.plan(ten, text), transfer.plan(text, ten)
+    words = {n for n in to_text if n.startswith(("model/caption", "text_encoder"))}
+    assert statuses(to_text, "new") == words and len(words) > 4
+    assert statuses(to_classes, "new") == {"model/class_embed/embedding"}
+    query = to_text["model/blocks/context_query/linear/kernel"]
     assert query == transfer.Move("kept", "model/blocks/query/linear/kernel")
-    behind = transfer.left(back, transfer.shapes_of(text))
-    assert words <= set(behind) and all(n in words or "context_" in n for n in behind)
-    assert len(statuses(there, "kept")) + len(words) == len(there)
+    unused = transfer.unused(to_classes, transfer.shapes_of(text))
+    assert words <= set(unused) and all(n in words or "context_" in n for n in unused)
+    assert len(statuses(to_text, "kept")) + len(words) == len(to_text)
     assert not statuses(transfer.plan(text, text), "new")
 
 
-def test_control_may_be_added_to_a_model_that_knew_none():
+def test_control_can_be_added_to_a_model_without_it():
     without = objective(**{"conditioning.control": ()})
     moves = transfer.plan(without, objective())
     assert statuses(moves, "new") == {n for n in moves if n.startswith("model/control/")}
@@ -89,7 +89,7 @@ def test_what_does_not_match_is_an_error_that_names_it(old, new, message):
         transfer.plan(objective(**old), objective(**new))
 
 
-SAME = {  # fields that must agree, with a value other than tiny's
+MUST_MATCH = {  # fields that must agree, with values other than those of tiny.py
     "model.name": "mmdit",
     "model.size": "S/4",
     "diffusion.timesteps": 500,
@@ -102,13 +102,13 @@ SAME = {  # fields that must agree, with a value other than tiny's
 
 
 def test_the_fields_that_must_agree_are_all_tried():
-    assert set(SAME) == set(transfer.SAME)
+    assert set(MUST_MATCH) == set(transfer.MUST_MATCH)
 
 
-@pytest.mark.parametrize("field", SAME)
+@pytest.mark.parametrize("field", MUST_MATCH)
 def test_each_field_that_must_agree_is_compared(field):
     old = objective(**CLASS, **{"data.resolution": 32})
-    new = objective(**CLASS, **{"data.resolution": 32, field: SAME[field]})
+    new = objective(**CLASS, **{"data.resolution": 32, field: MUST_MATCH[field]})
     for start, goal in ((old, new), (new, old)):
         with pytest.raises(ConfigError, match=f"init: {field} is .*of the start is"):
             transfer.plan(start, goal)
@@ -138,8 +138,8 @@ def test_resizing_keeps_ends_and_straight_lines_and_undoes_itself():
         expected = np.linspace(line[0], line[-1], new)
         np.testing.assert_allclose(matrix @ line, expected, atol=1e-12)
         np.testing.assert_allclose(matrix.sum(1), 1)
-    there = transfer.resizing_matrix(4, 7)  # places of the old grid among those of the new
-    np.testing.assert_allclose(transfer.resizing_matrix(7, 4) @ there, np.eye(4), atol=1e-12)
+    larger = transfer.resizing_matrix(4, 7)  # positions of the old grid are among those of the new
+    np.testing.assert_allclose(transfer.resizing_matrix(7, 4) @ larger, np.eye(4), atol=1e-12)
     more = transfer.resizing_matrix(2, 3, "extrapolate")
     np.testing.assert_array_equal(more, [[1, 0], [0, 1], [0, 0]])
 
@@ -148,7 +148,7 @@ MDT = {"model.name": "mdtv2", **CLASS}
 
 
 def drawn(objective, *names):
-    """Of the first parameters those of these names: XLA leaves out the others."""
+    """Initial parameters of these names; XLA does not compute the others."""
 
     def draw(key):
         params = transfer.by_name(objective.init(key))
@@ -158,7 +158,7 @@ def drawn(objective, *names):
 
 
 def moved(old, new, params, *names):
-    """The parameters of these names after a transfer; what is new is drawn by numpy."""
+    """The parameters of these names after a transfer; new ones are drawn by numpy."""
     moves = transfer.plan(old, new)
 
     def move(params, fresh):
@@ -177,7 +177,7 @@ def test_positions_that_learned_nothing_become_those_of_the_new_grid(position):
     fresh, after = drawn(new, *names), moved(old, new, params, *names)
     for name in names:
         np.testing.assert_allclose(after[name], fresh[name], atol=1e-6)
-    # What is learned: a slope along the columns stays one, from the same value to the same value.
+    # A learned slope along the columns stays a slope between the same values.
     slope = np.tile(np.arange(4.0), 4)[:, None]
     params["model/positions"] = params["model/positions"] + slope
     learned = moved(old, new, params, *names)["model/positions"] - fresh["model/positions"]
@@ -216,8 +216,8 @@ def parameters(path, config, ema=False):
 def two_stages(**overrides):
     fields = {"sampling.n": 2, "batch_size": 8, "log.every": 1, "model.name": "dit_ln", **CLASS}
     first = tiny.values(steps=3, **fields)
-    still = {"optimizer.learning_rate": 0.0, "data.classes": 30, "init.pretrain": first}
-    second = {**fields, **LARGER, **still, "steps": 2, **overrides}
+    constant = {"optimizer.learning_rate": 0.0, "data.classes": 30, "init.pretrain": first}
+    second = {**fields, **LARGER, **constant, "steps": 2, **overrides}
     return tiny.config(**second)
 
 
@@ -249,17 +249,17 @@ def test_stages_run_in_one_command_and_resume_in_the_middle(tmp_path, capsys, mo
     assert (tmp_path / "run" / "transfer.txt").read_text() in out
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert steps == [1, 2]
-    # With a learning rate of zero the result is the start: the first stage's average, both times.
+    # With a learning rate of zero, raw and EMA parameters stay at the first stage's EMA.
     start = parameters(tmp_path / "run" / "pretrain", earlier, ema=True)
     for ema in (False, True):
         end = parameters(tmp_path / "run", config, ema=ema)
         for name in ("model/blocks/attention/query/linear/kernel", "model/final/bias"):
-            np.testing.assert_allclose(end[name], start[name], rtol=1e-6)  # averages round
+            np.testing.assert_allclose(end[name], start[name], rtol=1e-6)  # the EMA rounds
     assert loop.run(config, str(tmp_path / "run"))
     assert "Nothing to do" in capsys.readouterr().out
 
 
-def test_a_start_that_does_not_fit_leaves_the_folder_to_one_that_does(tmp_path, monkeypatch):
+def test_a_mismatched_start_leaves_the_folder_usable(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="diffusion.prediction is v"):
         loop.run(two_stages(**{"diffusion.prediction": "v"}), str(tmp_path))
     assert not (tmp_path / "pretrain").exists()
@@ -268,17 +268,17 @@ def test_a_start_that_does_not_fit_leaves_the_folder_to_one_that_does(tmp_path, 
     assert not loop.run(two_stages(), str(tmp_path)) and stopped
 
 
-def test_a_path_alone_starts_from_what_is_there(tmp_path):
+def test_init_path_starts_from_a_finished_run(tmp_path):
     config = two_stages()
     loop.run(config.init.pretrain, str(tmp_path / "first"))
-    there = {"init.path": str(tmp_path / "first"), "init.ema": False}
-    second = two_stages(**there, **{"init.pretrain": None})
+    source = {"init.path": str(tmp_path / "first"), "init.ema": False}
+    second = two_stages(**source, **{"init.pretrain": None})
     loop.run(second, str(tmp_path / "second"))
     raw = parameters(tmp_path / "first", config.init.pretrain)
     name = "model/blocks/attention/query/linear/kernel"
     np.testing.assert_array_equal(parameters(tmp_path / "second", second)[name], raw[name])
     with pytest.raises(ConfigError, match=r"has trained for 3 steps, but init.pretrain.steps=2"):
-        values = json.loads(two_stages(**there).to_json())
+        values = json.loads(two_stages(**source).to_json())
         values["init"]["pretrain"]["steps"] = 2
         loop.run(create_config(values), str(tmp_path / "third"))
     with pytest.raises(ConfigError, match="init.path: .*no run here"):

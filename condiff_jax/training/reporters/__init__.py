@@ -1,4 +1,4 @@
-"""What a training reports, by objective."""
+"""Reporters of training runs, by objective."""
 
 from condiff_jax.training.reporters import autoencoder, classifier, diffusion
 

@@ -1,4 +1,4 @@
-"""What the training of an autoencoder reports: reconstructions of unseen images, and the result."""
+"""Reporter of autoencoder training: reconstructions of validation images, and the export."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from condiff_jax.runtime.files import append_json
 from condiff_jax.sampling.image_grid import caption_grid
 from condiff_jax.training.reporters.base import Log
 
-PICTURES, BATCH = 256, 32  # of the validation data that progress is measured on
+IMAGES = 256  # number of validation images to measure on
+BATCH = 32
 
 
-def standardise(network: nn.Module, params: dict, shift: np.ndarray, scale: float) -> dict:
-    """Parameters of the same autoencoder, but with latents (z - shift) * scale.
+def standardize(network: nn.Module, params: dict, shift: np.ndarray, scale: float) -> dict:
+    """Change the parameters of an autoencoder so that latents z become (z - shift) * scale.
 
-    shift (C,). Only the layers next to the latents change, so `autoencoder.scale` can stay 1.
+    shift is (C,). Only the layers next to the latents change. `autoencoder.scale` can stay 1.
     """
     kernel, bias = (np.array(params["quant_conv"][name]) for name in ("kernel", "bias"))
     latent = len(shift)
     kernel[..., :latent] *= scale
     bias[:latent] = (bias[:latent] - shift) * scale
     bias[latent:] += 2 * np.log(scale)  # log-variances, if there are any
-    back = params["post_quant_conv"]
+    post = params["post_quant_conv"]
     new = {
         "quant_conv": {"kernel": kernel, "bias": bias},
         "post_quant_conv": {
-            "kernel": back["kernel"] / scale,
-            "bias": back["bias"] + shift @ back["kernel"][0, 0],
+            "kernel": post["kernel"] / scale,
+            "bias": post["bias"] + shift @ post["kernel"][0, 0],
         },
     }
     if "codebook" in params:
@@ -49,7 +50,7 @@ def standardise(network: nn.Module, params: dict, shift: np.ndarray, scale: floa
 
 
 def export(network: nn.Module, params: dict, folder: epath.Path) -> None:
-    """Write an autoencoder as diffusers does its AutoencoderKL or VQModel."""
+    """Write an autoencoder in the format of diffusers' AutoencoderKL or VQModel."""
     size = network.size
     levels = len(size.channels)
     values = {
@@ -71,7 +72,7 @@ def export(network: nn.Module, params: dict, folder: epath.Path) -> None:
 
 
 class Reporter(Log):
-    """The log of an autoencoder's training: reconstructions of unseen pictures, and the result."""
+    """Log of autoencoder training with reconstructions of validation images."""
 
     def __init__(
         self,
@@ -84,18 +85,17 @@ class Reporter(Log):
         first: int = 0,
     ):
         super().__init__(folder, first=first)
-        self.objective, config = objective, objective.config
+        self.objective = objective
+        config = objective.config
         source = unseen_source(config)
-        side, n = config.data.resolution, min(PICTURES, len(source))
-        pictures = [center(source[i]["image"], side) for i in range(n)]
-        self.batches = np.array_split(np.stack(pictures), -(-n // BATCH))
-        self.code = jax.jit(self._code)
+        n = min(IMAGES, len(source))
+        images = [center(source[i]["image"], config.data.resolution) for i in range(n)]
+        self.batches = np.array_split(np.stack(images), -(-n // BATCH))
+        self.reconstruct = jax.jit(self._reconstruct)
         if self.chief and not frozen and config.reconstruction.lpips:
-            tqdm.write(
-                "Without LPIPS: evaluation.lpips is empty. L1 alone blurs what it cannot copy."
-            )
+            tqdm.write("evaluation.lpips is empty: training without LPIPS gives blurred images.")
 
-    def _code(self, params: dict, images: jax.Array):
+    def _reconstruct(self, params: dict, images: jax.Array):
         network, variables = self.objective.space.network, {"params": params}
         moments = network.apply(variables, to_float(images), method="encode")
         latents = network.sample(moments, None)
@@ -105,19 +105,20 @@ class Reporter(Log):
         return to_uint8(network.apply(variables, latents, method="decode")), latents, codes
 
     def measure(self, params: dict) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """(reconstructions uint8 (N, R, R, 3), latents (N, h, w, C), what they are worth)."""
-        found = [jax.device_get(self.code(params, images)) for images in self.batches]
-        decoded, latents = (np.concatenate(part) for part in list(zip(*found, strict=True))[:2])
+        """Return (reconstructions uint8 (N, R, R, 3), latents (N, h, w, C), metrics by name)."""
+        outputs = [jax.device_get(self.reconstruct(params, images)) for images in self.batches]
+        decoded = np.concatenate([images for images, _, _ in outputs])
+        latents = np.concatenate([latents for _, latents, _ in outputs])
         error = np.concatenate(self.batches).astype(float) - decoded
         values = {"psnr": float(10 * np.log10(255**2 / np.square(error).mean()))}
-        if used := {int(code) for _, _, codes in found for code in codes.ravel()}:
+        if used := {int(code) for _, _, codes in outputs for code in codes.ravel()}:
             values["codebook_usage"] = len(used) / self.objective.space.network.size.codes
         return decoded, latents, values
 
     def samples(self, step: int, params: dict) -> dict[str, float]:
-        """samples/STEP.png: pictures of the validation data, and under each what becomes of it.
+        """Write samples/STEP.png: validation images, each above its reconstruction.
 
-        What they are worth is a line of evaluation.jsonl.
+        The metrics are written to evaluation.jsonl and returned.
         """
         decoded, _, values = self.measure(params["autoencoder"])
         if self.chief:
@@ -126,30 +127,28 @@ class Reporter(Log):
                 self.events.add_scalar(name, value, step)
         n = min(self.objective.config.log.samples, len(decoded))
         originals = np.concatenate(self.batches)[:n]
-        pairs = np.concatenate([originals, decoded[:n]], axis=1)  # one above the other
+        pairs = np.concatenate([originals, decoded[:n]], axis=1)  # originals on top
         text = ", ".join(describe(values))
-        self.picture(step, caption_grid(pairs, None, title=f"step {step}: originals above; {text}"))
+        self.image(step, caption_grid(pairs, None, title=f"step {step}: originals above; {text}"))
         return values
 
     def finish(self, step: int, params: dict) -> None:
-        """Write the autoencoder, with latents of mean 0 and variance 1, and the last pictures."""
+        """Export the autoencoder, with latents of mean 0 and variance 1, and the last images."""
         network, params = self.objective.space.network, jax.device_get(params)
         _, latents, values = self.measure(params["autoencoder"])
         shift = latents.mean((0, 1, 2))
         scale = float(1 / np.sqrt(np.square(latents - shift).mean()))
         folder = self.folder.path / "autoencoder"
         if self.chief:
-            export(network, standardise(network, params["autoencoder"], shift, scale), folder)
+            export(network, standardize(network, params["autoencoder"], shift, scale), folder)
         self.samples(step, params)
-        lines = [
-            f"Finished {step} steps. On {len(latents)} pictures: {', '.join(describe(values))}"
-        ]
-        lines += [f"  autoencoder  {folder}", f"  pictures     {self.folder.grid(step)}"]
+        lines = [f"Finished {step} steps. On {len(latents)} images: {', '.join(describe(values))}"]
+        lines += [f"  autoencoder  {folder}", f"  images       {self.folder.grid(step)}"]
         self.close(lines)
 
 
 def describe(values: dict[str, float]) -> list[str]:
-    """What `Reporter.measure` found, for people."""
+    """Format the metrics of `Reporter.measure`."""
     lines = [f"PSNR {values['psnr']:.2f} dB"]
     if "codebook_usage" in values:
         lines.append(f"{values['codebook_usage']:.0%} of the codes in use")

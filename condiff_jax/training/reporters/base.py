@@ -1,4 +1,4 @@
-"""What every run logs: metrics.jsonl, TensorBoard events, image grids."""
+"""Base of the reporters: metrics.jsonl, TensorBoard events and image grids."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from condiff_jax.runtime.files import append_json, drop_lines_after
 from condiff_jax.runtime.process import hide_module
 from condiff_jax.sampling.sample import save_png
 
-with hide_module("torch"):  # which it loads for annotations alone: seconds at every start
+# tensorboardX imports torch for annotations only, which takes seconds at every start.
+with hide_module("torch"):
     from tensorboardX import SummaryWriter
 
 
 class Log:
-    """Writes text and pictures of a run; process 0 alone touches files.
+    """Log of a run, written by process 0 only.
 
-    first: the step that the run goes on from; what is logged beyond is dropped.
+    first: the step that the run resumes from; what was logged after it is deleted.
     """
 
     def __init__(self, folder: Workdir, *, first: int = 0):
-        self.folder, self.chief = folder, jax.process_index() == 0
+        self.folder = folder
+        self.chief = jax.process_index() == 0
         if self.chief:
             folder.samples.mkdir(parents=True, exist_ok=True)
             drop_lines_after(folder.metrics, first)
@@ -38,24 +40,24 @@ class Log:
             self.events = SummaryWriter(str(folder.path), purge_step=first or None)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one point of each TensorBoard curve."""
+        """Write one line of metrics.jsonl and one point of each TensorBoard curve."""
         if self.chief:
             append_json(self.folder.metrics, {"step": step, **values})
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
             self.events.flush()
 
-    def picture(self, step: int, grid: Image.Image) -> None:
-        """samples/STEP.png, also in TensorBoard."""
+    def image(self, step: int, grid: Image.Image) -> None:
+        """Write samples/STEP.png, also to TensorBoard."""
         if self.chief:
             save_png(self.folder.grid(step), grid)
             self.events.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
     def close(self, lines: Sequence[str] = ()) -> None:
-        """The end of a run: what came out, if anything, line by line, and where everything is."""
+        """Close the log; print the lines of a result, if any, and the paths of the files."""
         if self.chief:
             self.events.close()
         if self.chief and lines:
             curves = f"{self.folder.metrics} (and TensorBoard events beside it)"
-            places = f"  curves       {curves}", f"  checkpoints  {self.folder.checkpoints}"
-            tqdm.write("\n".join([*lines, *places]))
+            paths = [f"  curves       {curves}", f"  checkpoints  {self.folder.checkpoints}"]
+            tqdm.write("\n".join([*lines, *paths]))

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: metrics.jsonl, TensorBoard events, sample grids."""
+"""Reporter of diffusion training: sample grids and evaluations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from condiff_jax.training.reporters.base import Log
 
 
 def example_captions(config: Config, n: int) -> list[str]:
-    """The first n different captions of the validation data, or of the training data if none."""
+    """First n different captions of the validation data, or else of the training data."""
     source = unseen_source(config)
     captions: dict[str, None] = {}
     for i in range(min(len(source), 20 * n)):
@@ -30,7 +30,7 @@ def example_captions(config: Config, n: int) -> list[str]:
 
 
 class Reporter(Log):
-    """The log of diffusion: sample grids and an evaluation; all hosts sample."""
+    """Log of diffusion training with sample grids and evaluations; all hosts sample."""
 
     def __init__(
         self,
@@ -45,19 +45,19 @@ class Reporter(Log):
         self.objective, self.evaluation = objective, evaluation
         self.config = config = objective.config
         self.sampler = Sampler(objective, mesh, config.sampling, frozen)
-        named = config.sampling.prompts or config.sampling.prompt_file
-        if named or objective.text_encoder is None:
-            self.asked = prompts_or_labels(config, objective)
+        has_prompts = config.sampling.prompts or config.sampling.prompt_file
+        if has_prompts or objective.text_encoder is None:
+            self.prompts = prompts_or_labels(config, objective)  # captions or labels
         else:
             captions = example_captions(config, config.sampling.n)
-            self.asked = [captions[i % len(captions)] for i in range(config.sampling.n)]
+            self.prompts = [captions[i % len(captions)] for i in range(config.sampling.n)]
         super().__init__(folder, first=first)
 
     def samples(self, step: int, params: dict, n: int | None = None) -> np.ndarray:
-        """samples/STEP.png: a grid of n pictures with what was asked for under each."""
-        asked = self.asked[: n or self.config.log.samples]
-        request = create_batch(self.objective, asked, seen=self.folder.load_control())
-        pictures = self.sampler(params, request, label="sample grid")
+        """Write samples/STEP.png: a grid of n images with prompts or labels, and return them."""
+        prompts = self.prompts[: n or self.config.log.samples]
+        request = create_batch(self.objective, prompts, seen=self.folder.load_control())
+        images = self.sampler(params, request, label="sample grid")
         settings = self.config.sampling
         scale = guidance_scale(settings, self.config.data.resolution)
         title = (
@@ -66,34 +66,36 @@ class Reporter(Log):
         )
         if settings.classifier:
             title += f", classifier guidance {settings.classifier_guidance:g}"
-        self.picture(step, caption_grid(pictures, titles(self.objective, asked), title=title))
-        return pictures
+        self.image(step, caption_grid(images, titles(self.objective, prompts), title=title))
+        return images
 
     def finish(self, step: int, params: dict) -> dict | None:
-        """The record of the evaluation that the config asks for, if any; and the final grid.
+        """Evaluate if the config has metrics, write the final grid, and return the record.
 
-        The grid comes last: where it is there, nothing is left to do.
+        The grid is written last, because its file marks a finished run.
         """
-        lines, record = [f"Finished {step} steps."], None
+        lines = [f"Finished {step} steps."]
+        record = None
         if self.config.evaluation.metrics:
             record = self.evaluate(step, params, self.evaluation)
             lines += summary(record)
         self.samples(step, params, self.config.sampling.n)
-        self.close([*lines, f"  pictures     {self.folder.grid(step)}"])
+        self.close([*lines, f"  images       {self.folder.grid(step)}"])
         return record
 
-    def early(self, step: int, params: dict) -> None:
-        """An evaluation in the middle of training, on evaluation.every_samples images."""
+    def evaluate_early(self, step: int, params: dict) -> None:
+        """Evaluate during training, on evaluation.every_samples images."""
         samples = self.config.evaluation.every_samples
         config = with_fields(self.config, {"evaluation.samples": samples})
         self.evaluate(step, params, self.evaluation.at(config))
 
     def evaluate(self, step: int, params: dict, evaluation: Evaluation) -> dict:
-        """The record of an evaluation, measured if it is not there yet; also in TensorBoard."""
+        """Return the record of an evaluation; if it is missing, measure and log it."""
         if record := evaluation.find(step):
             return record
         record = evaluation.measure(self.sampler.at(evaluation.config), params, step)
-        for name, value in record["metrics"].items() if self.chief else ():
-            if value is not None:
-                self.events.add_scalar(f"evaluation/{name}", value, step)
+        if self.chief:
+            for name, value in record["metrics"].items():
+                if value is not None:
+                    self.events.add_scalar(f"evaluation/{name}", value, step)
         return record

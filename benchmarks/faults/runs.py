@@ -118,11 +118,14 @@ FAULTS = [
          'values["width"] / values["height"]', 'values["height"] / values["width"]'),
     ),
     *of(
+        "conditioning/control.py", "data/test_augment.py",
+        ("aspect H / W", "test_metadata_reconstructs_the_output",
+         "lambda view: view.width / view.height", "lambda view: view.height / view.width"),
+    ),
+    *of(
         "data/augment.py", "data/test_augment.py",
         ("crops of the long side's share", "test_metadata_reconstructs_the_output",
-         "        top / height,", "        top / width,"),
-        ("aspect H / W", "test_metadata_reconstructs_the_output",
-         "return width / height, height, width", "return height / width, height, width"),
+         "top=top / height,", "top=top / width,"),
         ("flips not said", "test_flip_is_an_exact_mirror",
          'scalars | {"flip": np.float32(1)}', "scalars"),
     ),

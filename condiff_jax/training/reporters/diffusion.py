@@ -47,7 +47,7 @@ class Reporter(Log):
         self.sampler = Sampler(objective, mesh, config.sampling, frozen)
         has_prompts = config.sampling.prompts or config.sampling.prompt_file
         if has_prompts or objective.text_encoder is None:
-            self.prompts = prompts_or_labels(config, objective)  # captions or labels
+            self.prompts = prompts_or_labels(config, objective)
         else:
             captions = example_captions(config, config.sampling.n)
             self.prompts = [captions[i % len(captions)] for i in range(config.sampling.n)]
@@ -56,8 +56,8 @@ class Reporter(Log):
     def samples(self, step: int, params: dict, n: int | None = None) -> np.ndarray:
         """Write samples/STEP.png: a grid of n images with prompts or labels, and return them."""
         prompts = self.prompts[: n or self.config.log.samples]
-        request = create_batch(self.objective, prompts, seen=self.folder.load_control())
-        images = self.sampler(params, request, label="sample grid")
+        batch = create_batch(self.objective, prompts, seen=self.folder.load_control())
+        images = self.sampler(params, batch, label="sample grid")
         settings = self.config.sampling
         scale = guidance_scale(settings, self.config.data.resolution)
         title = (

@@ -1,0 +1,1 @@
+"""Benchmarks: measurements against originals and PyTorch, and checks of the tests."""

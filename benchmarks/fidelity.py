@@ -1,13 +1,13 @@
-"""FID, KID, precision and recall against torch-fidelity, from two folders of pictures on.
+"""FID, KID, precision and recall against torch-fidelity, from two folders of images.
 
     pip install --no-deps --target=DIR torch-fidelity==0.4.0
     python -m benchmarks.fidelity --torch-fidelity=DIR [--weights=FILE]
 
-Not installed like other packages, because it brings a package `tests` and asks for torchvision,
-which is stood in for here: only names are needed of it. Without weights (FILE is pytorch-fid's
-pt_inception-2015-12-05-6726825d.pth), random ones: numbers then mean nothing, but must be the same.
-Prints both, and exits with 1 where they differ by more than LIMIT; results go to
-benchmarks/results/fidelity.json.
+torch-fidelity is not installed like other packages, because it contains a package `tests` and needs
+torchvision, of which this file mocks the few names used. FILE is pytorch-fid's
+pt_inception-2015-12-05-6726825d.pth. Without it the weights are random: the numbers are meaningless
+but must agree. Prints both sides and exits with 1 where they differ by more than LIMIT; results go
+to benchmarks/results/fidelity.json.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from condiff_jax.models import inception
 from condiff_jax.pretrained.layout import to_torch
 
 LIMIT = 1e-3
-COUNT, SIDE = 40, 64  # pictures in a folder, and their sides in pixels
+COUNT, SIDE = 40, 64  # images in a folder, and their sides in pixels
 SUBSETS, SUBSET = 10, 30
 RESULTS = Path(__file__).parent / "results" / "fidelity.json"
-THEIRS = {
+KEYS = {
     "fid": "frechet_inception_distance",
     "kid": "kernel_inception_distance_mean",
     "kid_std": "kernel_inception_distance_std",
@@ -54,33 +54,33 @@ def import_torch_fidelity(folder: str):
     torchvision = mock.MagicMock()
     functions = torchvision.transforms.functional
     functions.pil_to_tensor = lambda image: torch.tensor(np.asarray(image)).permute(2, 0, 1)
-    torchvision.transforms.Compose = lambda steps: steps[0]  # there is one
-    stand_ins = {
+    torchvision.transforms.Compose = lambda steps: steps[0]  # the only one
+    mocks = {
         "torchvision": torchvision,
         "torchvision.datasets": torchvision.datasets,
         "torchvision.transforms": torchvision.transforms,
         "torchvision.transforms.functional": functions,
     }
-    with mock.patch.dict(sys.modules, stand_ins):
+    with mock.patch.dict(sys.modules, mocks):
         import torch_fidelity
     return torch_fidelity
 
 
 def write_folders(root: Path) -> tuple[str, str]:
-    """Scenes of `shapes`, and others with noise."""
+    """Write scenes of `shapes` with and without noise; return the folders (noisy, clean)."""
     rng = np.random.default_rng(0)
     for i in range(2 * COUNT):
-        picture = render(make_scene("train", i), SIDE, SIDE)
+        image = render(make_scene("train", i), SIDE, SIDE)
         if i >= COUNT:
-            picture = np.clip(picture + rng.normal(0, 25, picture.shape), 0, 255).astype(np.uint8)
+            image = np.clip(image + rng.normal(0, 25, image.shape), 0, 255).astype(np.uint8)
         path = root / ("noisy" if i >= COUNT else "clean") / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(path)
+        Image.fromarray(image).save(path)
     return str(root / "noisy"), str(root / "clean")
 
 
 def random_weights(path: Path) -> str:
-    """A file of weights as published, but random."""
+    """Write a file with the published layout and random weights; return its path."""
     x = jnp.zeros((1, inception.SIDE, inception.SIDE, 3))
     shapes = jax.eval_shape(inception.InceptionV3().init, jax.random.key(0), x)["params"]
     empty = to_torch(jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes))
@@ -89,8 +89,8 @@ def random_weights(path: Path) -> str:
     return str(path)
 
 
-def ours(network: FeatureNetwork, generated: str, reference: str) -> dict[str, float]:
-    """Our numbers of two folders."""
+def measure(network: FeatureNetwork, generated: str, reference: str) -> dict[str, float]:
+    """Our metrics of two folders."""
     statistics, features = [], []
     for folder in (generated, reference):
         parts = []
@@ -101,7 +101,7 @@ def ours(network: FeatureNetwork, generated: str, reference: str) -> dict[str, f
 
 
 def main() -> int:
-    """Print and record both sides; 1 where they differ."""
+    """Print and record both sides; return 1 if they differ, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--torch-fidelity", required=True, metavar="DIR")
     parser.add_argument("--weights", default="")
@@ -111,13 +111,13 @@ def main() -> int:
         root = Path(folder)
         folders = write_folders(root)
         weights = arguments.weights or random_weights(root / "weights.pth")
-        theirs = torch_fidelity.calculate_metrics(
+        expected = torch_fidelity.calculate_metrics(
             input1=folders[0],
             input2=folders[1],
             fid=True,
             kid=True,
             prc=True,
-            feature_extractor="inception-v3-compat",  # by default precision has VGG16
+            feature_extractor="inception-v3-compat",  # the default for precision is VGG16
             feature_extractor_weights_path=weights,
             kid_subsets=SUBSETS,
             kid_subset_size=SUBSET,
@@ -126,13 +126,13 @@ def main() -> int:
             save_cpu_ram=True,  # no worker processes
             verbose=False,
         )
-        values = ours(load_inception(weights), *folders)
+        values = measure(load_inception(weights), *folders)
     rows, worst = [], 0.0
-    for name, key in THEIRS.items():
-        error = abs(values[name] - theirs[key]) / max(abs(theirs[key]), 1e-9)
-        rows.append({"metric": name, "ours": values[name], "theirs": theirs[key], "error": error})
+    for name, key in KEYS.items():
+        error = abs(values[name] - expected[key]) / max(abs(expected[key]), 1e-9)
+        rows.append({"metric": name, "ours": values[name], "theirs": expected[key], "error": error})
         worst = max(worst, error)
-        print(f"{name:<10}{values[name]:>14.7g}{theirs[key]:>14.7g}{error:>10.1e}")
+        print(f"{name:<10}{values[name]:>14.7g}{expected[key]:>14.7g}{error:>10.1e}")
     versions = {"jax": jax.__version__, "torch": torch.__version__}
     versions["torch_fidelity"] = torch_fidelity.__version__
     record = {"pictures": COUNT, "side": SIDE, "random_weights": not arguments.weights}

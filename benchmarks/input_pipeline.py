@@ -1,10 +1,10 @@
-"""How fast pictures are read: `python -m benchmarks.input_pipeline [--cores=0,1] [--save]`.
+"""Speed of the input pipeline: `python -m benchmarks.input_pipeline [--cores=0,1] [--save]`.
 
-It makes its own pictures, noise with the spectrum of photographs: `imagenet` of about 500 x 375
-pixels and `cc12m` with short sides of 1024 to 1536, which mode prepare turns into TFDS data sets.
-Timed in turn, several times over, are bare Pillow, our parts, and PyTorch's loader with the same
-work; then caches of latents of random numbers, next to bare array_record reading the same views.
-Rates are per second of CPU time, of all threads and worker processes: images/s per core.
+The images are noise with the spectrum of photographs: `imagenet` of about 500 x 375 pixels and
+`cc12m` with short sides of 1024 to 1536, which mode prepare turns into TFDS data sets. Bare Pillow,
+our parts, and PyTorch's loader with the same work are timed in turn, several times; then caches of
+random latents, against bare array_record reading the same views. Rates are per second of CPU time,
+of all threads and worker processes: images/s per core.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ from condiff_jax.objectives.validate import create_config
 from configs import base
 
 RESULTS = Path(__file__).parent / "results" / "input_pipeline.json"
-# name: (pictures, short sides in pixels, JPEG quality); all are 4:3, lying or standing
+# name: (images, short sides in pixels, JPEG quality); all are 4:3, landscape or portrait
 SETS = {"imagenet": (48, (340, 400), 92), "cc12m": (12, (1024, 1536), 90)}
 RESOLUTIONS = (256, 512)
 CROP = CROPS["global"]
 BATCH = 4
-RECORDS = 60_000  # that a set seems to have: grain's shuffle is slow for a few
-# Batches to take before a measurement, for each worker: about 16 were seen to wait in grain's
-# queues, and what they hold costs nothing more to read.
+RECORDS = 60_000  # apparent size of a set: grain's shuffle is slow for few records
+# Batches to take before a measurement, for each worker: up to about 16 wait in grain's queues, and
+# reading those costs nothing more.
 BUFFERED = 20
 WORKERS = (0, 2)
-MEMORY = (50_000, 5_000, 100)  # images, images between two looks, images a batch
+MEMORY = (50_000, 5_000, 100)  # images, images between two measurements, images per batch
 LATENTS = {256: (32, 32, 8), 512: (64, 64, 8)}  # resolution: shape of the moments
-CACHE = (256, 8, 256, 8192)  # pictures, views of each, images a batch, images in a repetition
+CACHE = (256, 8, 256, 8192)  # images, views of each, images per batch, images in a repetition
 PACKAGES = ("pillow", "simplejpeg", "opencv-python-headless", "grain", "array_record",
             "tensorflow_datasets", "numpy", "torch")  # fmt: skip
 FLAGS = flags.FLAGS
 
 
 def photo(seed: int, short: tuple[int, int]) -> Image.Image:
-    """A picture whose amplitudes fall as 1 / frequency^1.2, nearly grey, as photographs are."""
+    """An image whose amplitudes fall as 1 / frequency^1.2, nearly gray, as photographs are."""
     rng = np.random.default_rng(seed)
     side = int(rng.integers(short[0], short[1] + 1))
     h, w = (side, 4 * side // 3) if rng.random() < 0.75 else (4 * side // 3, side)
@@ -66,13 +66,13 @@ def photo(seed: int, short: tuple[int, int]) -> Image.Image:
     frequency[0, 0] = np.inf  # no mean
     fields = [np.fft.irfft2(np.fft.rfft2(rng.normal(size=(h, w))) / frequency**1.2, s=(h, w))
               for _ in range(4)]  # fmt: skip
-    grey, *tints = (field / field.std() for field in fields)
-    pixels = 118 + 52 * np.stack([grey + 0.35 * tint for tint in tints], -1)
+    gray, *tints = (field / field.std() for field in fields)
+    pixels = 118 + 52 * np.stack([gray + 0.35 * tint for tint in tints], -1)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def make_set(folder: Path, count: int, short: tuple[int, int], quality: int) -> list[bytes]:
-    """A TFDS data set folder/out by mode prepare; its files' bytes."""
+    """Write a TFDS data set folder/out by mode prepare; return the bytes of its image files."""
     classes = folder / "in" / "noise"
     classes.mkdir(parents=True)
     for seed in range(count):
@@ -82,7 +82,7 @@ def make_set(folder: Path, count: int, short: tuple[int, int], quality: int) -> 
 
 
 class Repeated(TFDS):
-    """The few records over and over."""
+    """A TFDS data set that repeats its few records."""
 
     def __len__(self):
         return RECORDS
@@ -92,7 +92,7 @@ class Repeated(TFDS):
 
 
 class RepeatedCache(Cache):
-    """The few pictures' views over and over."""
+    """A cache that repeats the views of its few images."""
 
     def __len__(self):
         return RECORDS
@@ -102,8 +102,8 @@ class RepeatedCache(Cache):
 
 
 def make_cache(folder: Path, shape: tuple[int, int, int]) -> None:
-    """A cache in the form of mode encode's, of random moments."""
-    rng, (pictures, views, _, _) = np.random.default_rng(0), CACHE
+    """Write a cache of random moments in the format of mode encode."""
+    rng, (n_images, views, _, _) = np.random.default_rng(0), CACHE
     controls = [
         {name: np.float32(rng.random()) for name in scalar_names(jitter=False)}
         for _ in range(views)
@@ -111,12 +111,12 @@ def make_cache(folder: Path, shape: tuple[int, int, int]) -> None:
     records = itertools.chain.from_iterable(
         pack({"label": i, "caption": f"number {i}", "controls": controls,
               "moments": rng.normal(size=(views, *shape)).astype(np.float16)})
-        for i in range(pictures)
+        for i in range(n_images)
     )  # fmt: skip
     folder.mkdir(parents=True)
     write_shard(folder / "0.array_record", next(records), records, math.inf)
     manifest = {"moments": shape, "features": None, "views": views, "classes": ["0"], "words": [],
-                "shards": [{"name": "0.array_record", "pictures": pictures}],
+                "shards": [{"name": "0.array_record", "pictures": n_images}],
                 "settings": {"format": FORMAT}}  # fmt: skip
     write_json(folder / MANIFEST, manifest)
 
@@ -124,7 +124,7 @@ def make_cache(folder: Path, shape: tuple[int, int, int]) -> None:
 def pipeline_config(
     resolution: int, path: Path, workers: int, name: str = "tfds", batch: int = BATCH
 ):
-    """The configuration that matters to `batches`."""
+    """The config of `batches`."""
     values = base.get_config()
     values.batch_size = batch
     values.data.name, values.data.path = name, str(path)
@@ -133,14 +133,14 @@ def pipeline_config(
 
 
 def draw(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, bool]:
-    """Side, left, top and flip of a crop, by the law of `augment`."""
+    """Side, left, top and flip of a crop, distributed as in `augment`."""
     side = round(rng.uniform(*CROP) * min(height, width))
     top, left = (int(rng.integers(n - side + 1)) for n in (height, width))
     return side, left, top, rng.random() < 0.5
 
 
-def by_hand(data: bytes, rng: np.random.Generator, resolution: int) -> np.ndarray:
-    """What a training script does with Pillow: (R, R, 3) uint8."""
+def pillow_example(data: bytes, rng: np.random.Generator, resolution: int) -> np.ndarray:
+    """Decode, crop and resize with Pillow, as a usual training script: (R, R, 3) uint8."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     side, left, top, flip = draw(rng, *image.size)
     image = image.crop((left, top, left + side, top + side))
@@ -148,8 +148,8 @@ def by_hand(data: bytes, rng: np.random.Generator, resolution: int) -> np.ndarra
     return np.array(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
 
 
-class Pictures(torch.utils.data.Dataset):
-    """`by_hand` of files in memory, for PyTorch's loader."""
+class ImageFiles(torch.utils.data.Dataset):
+    """`pillow_example` of files in memory, for PyTorch's loader."""
 
     def __init__(self, files: list[bytes], resolution: int):
         self.files, self.resolution = files, resolution
@@ -159,11 +159,13 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> torch.Tensor:
         rng = np.random.default_rng(i)
-        return torch.from_numpy(by_hand(self.files[i % len(self.files)], rng, self.resolution))
+        return torch.from_numpy(
+            pillow_example(self.files[i % len(self.files)], rng, self.resolution)
+        )
 
 
 def decode_all(files: list[bytes], scale: int) -> None:
-    """Bare Pillow, to RGB arrays of a `scale`-th of the size."""
+    """Decode with bare Pillow, to RGB arrays of a `scale`-th of the size."""
     for data in files:
         image = Image.open(io.BytesIO(data))
         if scale > 1:
@@ -172,13 +174,13 @@ def decode_all(files: list[bytes], scale: int) -> None:
 
 
 def scale_of(files: list[bytes], resolution: int) -> int:
-    """The largest scale that keeps all of the pictures' short sides at the resolution."""
+    """The largest scale that keeps all of the images' short sides at the resolution."""
     short = min(min(Image.open(io.BytesIO(data)).size) for data in files)
     return max(s for s in (1, 2, 4, 8) if s == 1 or short >= s * resolution)
 
 
 def methods(path: Path, files: list[bytes], resolution: int) -> dict[str, tuple[Callable, int]]:
-    """name -> (a function that reads that many pictures, how many to read before it is timed)."""
+    """name -> (a function that reads that many images, how many to read before it is timed)."""
     source, scale = Repeated(path), scale_of(files, resolution)
     process = Preprocess(source, resolution, CROP, True)
     rng = np.random.default_rng(0)
@@ -193,7 +195,9 @@ def methods(path: Path, files: list[bytes], resolution: int) -> dict[str, tuple[
     table = {
         "Pillow: decode": loop(lambda: decode_all(files, 1)),
         f"Pillow: decode at 1/{scale}": loop(lambda: decode_all(files, scale)),
-        "Pillow: decode, crop, resize": loop(lambda: [by_hand(f, rng, resolution) for f in files]),
+        "Pillow: decode, crop, resize": loop(
+            lambda: [pillow_example(f, rng, resolution) for f in files]
+        ),
         "ours: read, decode, crop, resize": loop(
             lambda: [process.random_map(i, rng) for i in range(len(files))]
         ),
@@ -202,7 +206,7 @@ def methods(path: Path, files: list[bytes], resolution: int) -> dict[str, tuple[
         ours = batches(pipeline_config(resolution, path, workers), source)
         table[f"ours: batches, {workers} workers"] = take(ours, workers)
         theirs = torch.utils.data.DataLoader(
-            Pictures(files, resolution), BATCH, shuffle=True, num_workers=workers,
+            ImageFiles(files, resolution), BATCH, shuffle=True, num_workers=workers,
             multiprocessing_context="spawn" if workers else None,
         )  # fmt: skip
         table[f"torch: DataLoader, {workers} workers"] = take(iter(theirs), workers)
@@ -210,7 +214,7 @@ def methods(path: Path, files: list[bytes], resolution: int) -> dict[str, tuple[
 
 
 def cpu_seconds() -> float:
-    """Used so far by all threads of this process and of its worker processes."""
+    """CPU seconds so far of all threads of this process and its worker processes."""
     ticks = 0
     for child in active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -226,13 +230,13 @@ def mebibytes() -> int:
 
 
 def timed(read: Callable, images: int, ahead: int) -> tuple[float, float]:
-    """Images per second of CPU time, and of time, with empty queues at both ends."""
+    """Images per second of CPU time and of wall time, with empty queues at both ends."""
     read(ahead)
     start, used = time.perf_counter(), cpu_seconds()
     read(images)
     rates = images / (cpu_seconds() - used), images / (time.perf_counter() - start)
     busy = True
-    while ahead and busy:  # until the queues are full again, so that others are timed alone
+    while ahead and busy:  # until the queues are full again, so that the next method is timed alone
         before = cpu_seconds()
         time.sleep(0.3)
         busy = cpu_seconds() - before > 0.03
@@ -240,7 +244,7 @@ def timed(read: Callable, images: int, ahead: int) -> tuple[float, float]:
 
 
 def measure(table: dict[str, tuple[Callable, int]], images: int, bare: str) -> list[dict]:
-    """A row a method: medians, extremes, and the rate relative to that of the method `bare`."""
+    """A row for each method: median, extremes, and the rate relative to that of `bare`."""
     runs = {method: [] for method in table}
     for repetition in range(FLAGS.repetitions + 1):
         for method, (read, ahead) in table.items():
@@ -260,17 +264,17 @@ def measure(table: dict[str, tuple[Callable, int]], images: int, bare: str) -> l
 
 
 def compare(name: str, path: Path, files: list[bytes], resolution: int) -> list[dict]:
-    """Rows of `measure` for pictures."""
+    """Rows of `measure` for an image data set."""
     images = FLAGS.images // (4 if name == "cc12m" else 1) // len(files) * len(files)
     return measure(methods(path, files, resolution), images, "Pillow: decode")
 
 
 def latents(path: Path) -> list[dict]:
     """Rows of `measure` for a cache."""
-    pictures, views, batch, images = CACHE
+    n_images, views, batch, images = CACHE
     source = RepeatedCache(path)
     shard, _ = source._shards.find(0)
-    order = np.random.default_rng(0).permutation(pictures * (1 + views)).tolist()
+    order = np.random.default_rng(0).permutation(n_images * (1 + views)).tolist()
 
     def bare(n: int) -> None:
         for i in range(n):
@@ -285,7 +289,7 @@ def latents(path: Path) -> list[dict]:
 
 
 def memory(folder: Path, workers: int) -> list[int]:
-    """MiB that all processes hold after each part of a long run over small pictures."""
+    """MiB that all processes hold after each part of a long run over small images."""
     images, every, batch = MEMORY
     stream = batches(
         pipeline_config(32, folder / "out", workers, batch=batch), Repeated(folder / "out")
@@ -299,7 +303,7 @@ def memory(folder: Path, workers: int) -> list[int]:
 
 
 def surroundings() -> dict:
-    """Where and with what this was measured."""
+    """Hardware, versions and commit of the measurement."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     commit = subprocess.run(
@@ -316,7 +320,7 @@ def surroundings() -> dict:
 
 
 def show(title: str, rows: list[dict], limit: str) -> list[dict]:
-    """Print rows of `measure`; the same rows, with their title."""
+    """Print rows of `measure`; return them with their title."""
     print(f"{title:<36}{'images/s per core':>24}{f'of {limit}':>12}{'images/s':>12}")
     for row in rows:
         spread = f"{row['per_core']:.0f} ({row['least']:.0f}-{row['most']:.0f})"
@@ -341,14 +345,14 @@ def main(_) -> None:
                   f"{', '.join(map(str, held[f'{workers} workers']))}")  # fmt: skip
         for resolution, shape in LATENTS.items():
             make_cache(folder / str(resolution), shape)
-            found = latents(folder / str(resolution))
-            rows += show(f"latents, {resolution} px", found, "read")
+            measured = latents(folder / str(resolution))
+            rows += show(f"latents, {resolution} px", measured, "read")
         for name, arguments in SETS.items():
             files = make_set(folder / name, *arguments)
-            print(f"{name}: {len(files)} pictures, {sum(map(len, files)) // len(files) // 1000} kB")
+            print(f"{name}: {len(files)} images, {sum(map(len, files)) // len(files) // 1000} kB")
             for resolution in RESOLUTIONS:
-                found = compare(name, folder / name / "out", files, resolution)
-                rows += show(f"{name}, {resolution} px", found, "decode")
+                measured = compare(name, folder / name / "out", files, resolution)
+                rows += show(f"{name}, {resolution} px", measured, "decode")
     record |= {"rows": rows, "memory_mib": held}
     if FLAGS.save:
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
@@ -356,7 +360,7 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_list("cores", [], "cores to run on; all by default")
-    flags.DEFINE_integer("images", 480, "pictures in a repetition; of cc12m a quarter")
-    flags.DEFINE_integer("repetitions", 5, "of every measurement")
+    flags.DEFINE_integer("images", 480, "images in a repetition; of cc12m a quarter")
+    flags.DEFINE_integer("repetitions", 5, "repetitions of every measurement")
     flags.DEFINE_bool("save", False, f"write {RESULTS.name}")
     app.run(main)

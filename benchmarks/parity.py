@@ -1,8 +1,8 @@
 """Our architectures against their originals in PyTorch: `python -m benchmarks.parity`.
 
-Both get the same random weights, through the rules that convert checkpoints. Printed are the
-largest errors, in f32 on the CPU, relative to the largest value: of the output, and over all
-parameters of the gradient of a squared loss. Results go to benchmarks/results/parity.json.
+Both get the same random weights, through the rules that convert checkpoints. Prints the largest
+errors, in f32 on the CPU, relative to the largest value: of the output, and over all parameters of
+the gradient of a squared loss. Results go to benchmarks/results/parity.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEPTH, WIDTH, HEADS, PATCH, CHANNELS, CLASSES = 4, 32, 2, 2, 3, 5
 TOKENS, TEXT, POOLED = 5, 12, 10
 T = np.array([3, 700], np.int32)
 LABELS = jnp.array([1, CLASSES - 1])
-# Compiling takes all the time here: ask for less of it.
+# Compilation takes most of the time here, so optimize less.
 CHEAP = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 jit = partial(jax.jit, compiler_options=CHEAP)
 
@@ -41,9 +41,9 @@ jit = partial(jax.jit, compiler_options=CHEAP)
 class Case:
     """An architecture and its original.
 
-    create(side) -> our model. reference(side) -> theirs. call(theirs, x, t, cond) -> eps as
-    (B, C, H, W). inputs: others that both take, as {name: array} for ours. cond None: a function of
-    x alone.
+    create(side) -> our model. reference(side) -> the original. call(original, x, t, cond) -> eps as
+    (B, C, H, W). inputs: further inputs of both, as {name: array} for ours. cond None: a function
+    of x alone.
     """
 
     name: str
@@ -57,14 +57,14 @@ class Case:
 
 
 def random_like(shapes, seed: int = 0):
-    """Parameters that leave nothing zero, not even what AdaLN-zero starts with."""
+    """Random parameters without zeros, also where the initialization is zero (AdaLN-zero)."""
     generator = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
+        center = 1.0 if path[-1].key == "scale" else 0.0
         fan_in = leaf.size // leaf.shape[-1] if path[-1].key == "kernel" else 25
         size = 0.2 if leaf.ndim < 2 else max(0.2, fan_in**-0.5)
-        return (centre + size * generator.normal(size=leaf.shape)).astype(np.float32)
+        return (center + size * generator.normal(size=leaf.shape)).astype(np.float32)
 
     return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
@@ -76,7 +76,7 @@ def noise(side: int, seed: int = 5) -> np.ndarray:
 
 
 def load(module: torch.nn.Module, state: dict, *, tables: tuple[str, ...] = ()) -> torch.nn.Module:
-    """A module with these weights and none of its own but `tables`, which are not learned."""
+    """Load weights into a module; only `tables`, which are not learned, may be missing."""
     state = {name: torch.tensor(np.array(a)) for name, a in state.items()}
     missing, unexpected = module.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= set(tables), (missing, unexpected)
@@ -84,7 +84,7 @@ def load(module: torch.nn.Module, state: dict, *, tables: tuple[str, ...] = ()) 
 
 
 def compare(case: Case, side: int) -> tuple[float, float]:
-    """(error of the output, largest error of a parameter's gradient), relative."""
+    """Relative errors: (of the output, largest of a parameter's gradient)."""
     x, target, inputs = noise(side), noise(side, 6), case.inputs(side)
     model = case.create(side)
     args = (x,) if case.cond is None else (x, T, case.cond)
@@ -96,25 +96,25 @@ def compare(case: Case, side: int) -> tuple[float, float]:
 
     grads, eps = jit(jax.grad(loss, has_aux=True))(params)
     state = key_maps.to_published(to_torch(params), case.rules)
-    theirs = load(case.reference(side), state, tables=("pos_embed.pos_embed",))
+    original = load(case.reference(side), state, tables=("pos_embed.pos_embed",))
     t = torch.tensor(T).long()
-    out = case.call(theirs, torch.tensor(x).permute(0, 3, 1, 2), t, case.cond, **inputs)
+    out = case.call(original, torch.tensor(x).permute(0, 3, 1, 2), t, case.cond, **inputs)
     out = out.permute(0, 2, 3, 1)
     ((out - torch.tensor(target)) ** 2).mean().backward()
     out = out.detach().numpy()
-    return float(np.abs(eps - out).max() / np.abs(out).max()), gradient_error(case, grads, theirs)
+    return float(np.abs(eps - out).max() / np.abs(out).max()), gradient_error(case, grads, original)
 
 
-def gradient_error(case: Case, grads, theirs: torch.nn.Module) -> float:
+def gradient_error(case: Case, grads, original: torch.nn.Module) -> float:
     """Largest relative error of a parameter's gradient."""
     ours = key_maps.to_published(to_torch(grads), case.rules)
-    theirs = {name: p.grad for name, p in theirs.named_parameters()}
-    assert not any(ours[name].any() for name, grad in theirs.items() if grad is None)  # unused
-    expected = {name: grad.numpy() for name, grad in theirs.items() if grad is not None}
+    gradients = {name: p.grad for name, p in original.named_parameters()}
+    assert not any(ours[name].any() for name, grad in gradients.items() if grad is None)  # unused
+    expected = {name: grad.numpy() for name, grad in gradients.items() if grad is not None}
     largest = max(np.abs(g).max() for g in expected.values())
     return float(
         max(
-            # Biases of keys have no gradient but rounding errors when nothing normalises them.
+            # Without normalization, key biases have gradients of rounding errors only.
             np.abs(ours[name] - g).max() / max(np.abs(g).max(), 1e-4 * largest)
             for name, g in expected.items()
         )
@@ -122,7 +122,7 @@ def gradient_error(case: Case, grads, theirs: torch.nn.Module) -> float:
 
 
 def text() -> Text:
-    """Features of two texts."""
+    """Random features of two texts."""
     draw = np.random.default_rng(1).normal
     tokens = jnp.asarray(draw(size=(2, TOKENS, TEXT)), jnp.float32)
     pooled = jnp.asarray(draw(size=(2, POOLED)), jnp.float32)
@@ -130,7 +130,7 @@ def text() -> Text:
 
 
 def tensor(a) -> torch.Tensor:
-    """A JAX array in PyTorch."""
+    """A JAX array as a PyTorch tensor."""
     return torch.tensor(np.array(a))
 
 
@@ -141,7 +141,7 @@ def transformer(module: type, side: int, depth: int = DEPTH, **settings) -> nn.M
 
 
 def sizes(side: int) -> dict:
-    """What diffusers' transformers call the size of the comparison."""
+    """Arguments of diffusers' transformers for the size of the comparison."""
     return dict(
         sample_size=side,
         patch_size=PATCH,
@@ -154,7 +154,7 @@ def sizes(side: int) -> dict:
 
 
 def facebook_dit(side: int) -> torch.nn.Module:
-    """DiT with the fixed positions of our model, which another test compares with diffusers'."""
+    """DiT with the fixed positions of our model, which another test checks against diffusers."""
     positions = transformer(dit.DiT, side, classes=CLASSES).positions(noise(side))
     return references.DiT(DEPTH, WIDTH, HEADS, PATCH, CHANNELS, CLASSES, tensor(positions))
 
@@ -162,8 +162,8 @@ def facebook_dit(side: int) -> torch.nn.Module:
 def diffusers_dit(side: int) -> torch.nn.Module:
     """DiTTransformer2DModel with DiT's frequencies and one pair of embedders.
 
-    diffusers spaces the frequencies of the timestep as i / 127 instead of DiT's i / 128; and it
-    repeats the embedders in every block, whose gradients would have to be added up.
+    diffusers spaces the frequencies of the timestep as i / 127 instead of DiT's i / 128, and it
+    repeats the embedders in every block, whose gradients would have to be summed.
     """
     model = diffusers.DiTTransformer2DModel(
         **sizes(side), num_embeds_ada_norm=CLASSES, norm_eps=1e-6
@@ -204,7 +204,7 @@ def mdtv2(side: int) -> torch.nn.Module:
 
 
 def hidden(side: int) -> dict:
-    """Half of the tokens hidden from MDTv2's encoder."""
+    """Input that hides half of the tokens from MDTv2's encoder."""
     n = (side // PATCH) ** 2
     order = np.random.default_rng(2).permutation(n)
     return {"hidden": jnp.asarray(np.tile(order >= n // 2, (2, 1)))}
@@ -234,7 +234,7 @@ def call_class(module, x, t, cond):
     return getattr(out, "sample", out)
 
 
-# Attention everywhere but at the deepest or at the first level; a number or a size of heads.
+# No attention at the deepest or at the first level; heads given by number or by size.
 UNETS = {
     "text": unet.Size((16, 32, 48), (True, True, False), TEXT, heads=2, resnets=1),
     "class": unet.Size((16, 32), (False, True), TEXT, head_size=8),
@@ -280,7 +280,7 @@ CLASS_UNET = (
 
 
 def diffusers_unet2d(side: int, size: unet2d.Size = UNET2D, classes: int = CLASSES):
-    """UNet2DModel as google/ddpm-cifar10-32 sets it up; with classes, and a null class, or none."""
+    """UNet2DModel configured as google/ddpm-cifar10-32; with classes and a null class, or none."""
     down = ["AttnDownBlock2D" if a else "DownBlock2D" for a in size.attention]
     up = ["AttnUpBlock2D" if a else "UpBlock2D" for a in size.attention[::-1]]
     return diffusers.UNet2DModel(

@@ -1,9 +1,9 @@
-"""The table of docs/plan.md: the paper's recipes on slices of TPUs, compiled without any.
+"""The table of docs/plan.md: the paper's recipes, compiled for TPU slices that are not attached.
 
     python -m benchmarks.plan --out=FILE [--only=REGEX] [--no-times]
 
-A cell takes minutes to compile, a UNet's up to 90 and 10 GB; without times one, a UNet's four.
-FILE gets a JSON line for each and is gone on from when it exists. `--table` prints it as Markdown.
+A cell takes minutes to compile, a UNet's up to 90 and 10 GB; without times one minute, a UNet's
+four. FILE gets a JSON line for each; cells that it has are skipped. `--table` prints Markdown.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from condiff_jax.config.build import with_fields
 from condiff_jax.runtime.process import compile_only
 
 SLICES = ("v5e-64", "v5p-32", "v6e-32", "v4-32")
-# Config files and their arguments, the paper's batch sizes in them.
+# Config files and their arguments, with the paper's batch sizes.
 RECIPES = tuple(
     f"{data}_{side}:arch={arch}"
     for arch in ("ours", "unet")
     for side in (256, 512)
     for data in ("imagenet1k", "cc12m")
 )
-# The recipes' own first, `none` for UNets. Cached latents, as libtpu takes a minute for a
-# convolution of the size that the autoencoder's have; what that leaves out, the last one shows.
+# First the recipes' own settings (remat `none` for UNets). Latents are cached, because libtpu takes
+# a minute for a convolution of the autoencoder. The last one has the autoencoder in the step.
 CHOICES = (
     {"model.remat": "block", "parallel.fsdp": 8, "data.name": "latents"},
     {"model.remat": "none", "parallel.fsdp": 8, "data.name": "latents"},
@@ -38,7 +38,7 @@ CHOICES = (
 
 
 def measure(recipe: str, changes: dict, name: str, *, times: bool) -> dict:
-    """One cell: the figures of the train step, with its time or not."""
+    """Compile one cell: the figures of the train step, with or without its time."""
     from condiff_jax.objectives.validate import create_config
     from condiff_jax.planning import plan, topology
     from configs import recipes
@@ -49,7 +49,7 @@ def measure(recipe: str, changes: dict, name: str, *, times: bool) -> dict:
 
 
 def table(cells: list[dict]) -> str:
-    """Markdown, a row a cell."""
+    """Markdown with a row for each cell."""
     rows = [
         "| recipe | slice | data | remat | fsdp | state GiB | total GiB | step s | sending s "
         "| images/s | MFU |",
@@ -73,28 +73,28 @@ def table(cells: list[dict]) -> str:
 
 
 def cpu_seconds() -> float:
-    """Of this process and those that it has ended."""
+    """CPU seconds of this process and its finished child processes."""
     return sum(os.times()[:4])
 
 
 def main() -> None:
-    """Measure what is missing, or print what there is."""
+    """Measure the missing cells, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="cells whose name this regex is found in")
+    parser.add_argument("--only", default="", help="regular expression of the names of cells")
     parser.add_argument("--times", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     cells = {}
     if arguments.out.exists():
         lines = map(json.loads, arguments.out.read_text().splitlines())
-        cells = {cell["name"]: cell for cell in lines}  # a cell that has times comes later
+        cells = {cell["name"]: cell for cell in lines}  # the later line of a cell has times
     if arguments.table:
         print(table(list(cells.values())))
         return
     compile_only()
     for changes, recipe, place in itertools.product(CHOICES, RECIPES, SLICES):
-        # UNets know no `dots`; scanned blocks fit nowhere without a policy.
+        # UNets have no `dots`; scanned blocks fit nowhere without remat.
         if changes["model.remat"] == ("dots" if recipe.endswith("unet") else "none"):
             continue
         settings = " ".join(f"{field}={value}" for field, value in changes.items())

@@ -72,7 +72,7 @@ class Attention(nn.Module):
             self.rel_pos_bias = RelativePositionBias(side, heads)
 
     def forward(self, x, kept=None):
-        """kept (B, K): which tokens of the grid these are; None for all in order."""
+        """kept (B, K): indices of these tokens in the grid; None: all in order."""
         b, n, d = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         logits = q @ k.transpose(-2, -1) / math.sqrt(d // self.heads)
@@ -149,7 +149,7 @@ class DiT(nn.Module):
 class MDTv2(nn.Module):
     """x (B, C, H, W), t (B,), y (B,) -> eps.
 
-    kept (K,): indices of the tokens that the encoder sees, the same for all samples; None: all.
+    kept (K,): indices of the encoder's tokens, the same for all samples; None: all.
     """
 
     unpatchify = DiT.unpatchify

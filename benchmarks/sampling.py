@@ -1,12 +1,12 @@
-"""How fast pictures are sampled: `python -m benchmarks.sampling [--cores=0] [--save]`.
+"""Sampling speed against diffusers: `python -m benchmarks.sampling [--cores=0] [--save]`.
 
 DiT for 1000 classes on latents of 32 x 32 x 4, plain classifier-free guidance, DDIM, a tiny
 AutoencoderKL: in our `Sampler` and in diffusers' `DiTPipeline`, with the same random weights,
-labels, initial noise, steps and guidance, on the same device. Both must make the same pictures.
-Timed in turn, several times over, from labels to pictures in the host's memory; compiling is not
-counted. The same sampler without decoding is compared with its calls of the denoiser alone.
+labels, initial noise, steps and guidance, on the same device. Both must give the same images. The
+methods are timed in turn, several times, from labels to images in the host's memory, without
+compilation. The same sampler without decoding is compared with its calls of the denoiser alone.
 
-On CPUs, CPU time is what counts: other processes take little of it. On a GPU, for example
+On CPUs, speeds are compared by CPU time, which other processes affect little. On a GPU, for example
 `--size=XL/2 --batch=32 --steps=50 --dtype=bfloat16 --attention=cudnn --save`.
 """
 
@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "sampling.json"
 CLASSES = 1000  # DiTPipeline's null class is number 1000
 SIDE, GUIDANCE, SCALE = 32, 1.5, 0.18215
 VAE = kl.SIZES["tiny"]
-# Largest mean difference of two pictures, in grey levels of 255.
+# Largest mean difference of two images, in gray levels of 255.
 LIMITS = {"float32": 0.05, "bfloat16": 4.0}
 UNDECODED, CALLS = "ours, not decoded", "ours, its calls of the denoiser alone"
 
@@ -69,22 +69,22 @@ def create_autoencoder() -> diffusers.AutoencoderKL:
     ).eval()
 
 
-def create_system(asked: argparse.Namespace, autoencoder: str) -> DiffusionObjective:
+def create_objective(options: argparse.Namespace, autoencoder: str) -> DiffusionObjective:
     """Our objective; autoencoder: the folder of its weights."""
     values = base.get_config()
-    values.model.update(name="dit_ln", size=asked.size, position="extrapolate")
-    values.model.update(dtype=asked.dtype, attention=asked.attention)
+    values.model.update(name="dit_ln", size=options.size, position="extrapolate")
+    values.model.update(dtype=options.dtype, attention=options.attention)
     values.data.update(resolution=SIDE * VAE.factor, semantics="class")
     values.conditioning.control = ()
     values.autoencoder.update(name="kl", size="tiny", scale=SCALE, path=autoencoder)
-    values.sampling.update(steps=asked.steps, guidance=GUIDANCE, batch_size=asked.batch)
+    values.sampling.update(steps=options.steps, guidance=GUIDANCE, batch_size=options.batch)
     objective = create(create_config(values), Vocabulary((), tuple(map(str, range(CLASSES)))))
-    depth = asked.depth or objective.model.depth
+    depth = options.depth or objective.model.depth
     return dataclasses.replace(objective, model=objective.model.clone(depth=depth))
 
 
 def create_params(objective: DiffusionObjective) -> dict:
-    """Random ones, of which the blocks' modulations are small.
+    """Random parameters with small modulation weights in the blocks.
 
     With larger ones the network is chaotic: 1% of its output in f32 is rounding error.
     """
@@ -127,7 +127,7 @@ def create_pipeline(
 
 
 def undecoded(objective: DiffusionObjective) -> DiffusionObjective:
-    """The same objective, whose pictures are the latents in uint8."""
+    """The same objective without decoder; its images are the latents in uint8."""
     latents = Pixels(factor=VAE.factor, channels=VAE.latent)
     settings = dataclasses.replace(objective.config.sampling, clip=False)
     config = dataclasses.replace(objective.config, sampling=settings)
@@ -139,10 +139,10 @@ def denoiser_calls(
 ) -> Callable:
     """A function that calls the denoiser as the sampler does, on the guidance's batch of branches.
 
-    Each call takes the last one's output, or XLA could make them one.
+    Each call takes the previous one's output, so that XLA cannot merge them.
     """
     settings, inputs = objective.config.sampling, []
-    guided = dual_guidance(lambda *given: inputs.append(given) or given[0], GUIDANCE)
+    guided = dual_guidance(lambda *arguments: inputs.append(arguments) or arguments[0], GUIDANCE)
     guided(x, jnp.zeros(len(x), jnp.int32), objective.condition(params, batch, None))
     x, _, cond = jax.device_put(inputs[0], jax.devices()[0])
     times = timesteps(objective.schedule.timesteps, settings.steps, settings.spacing)
@@ -162,55 +162,56 @@ def denoiser_calls(
 def our_methods(
     objective: DiffusionObjective, params: dict, frozen: dict, labels: np.ndarray, x: jax.Array
 ):
-    """{name: function that samples once}; the first two give pictures."""
+    """{name: function that samples once}; the first two return images."""
     params = jax.device_put(params, jax.devices()[0])
     frozen = jax.device_put(frozen, jax.devices()[0])
-    batch, latents = create_batch(objective, labels), undecoded(objective)
-    whole = Sampler(objective, timing.one_device(), objective.config.sampling, frozen)
-    bare = Sampler(latents, timing.one_device(), latents.config.sampling)
+    batch = create_batch(objective, labels)
+    latents = undecoded(objective)
+    sampler = Sampler(objective, timing.one_device(), objective.config.sampling, frozen)
+    latent_sampler = Sampler(latents, timing.one_device(), latents.config.sampling)
     return {
-        OURS: lambda: whole(params, batch),
-        UNDECODED: lambda: bare(params, batch),
+        OURS: lambda: sampler(params, batch),
+        UNDECODED: lambda: latent_sampler(params, batch),
         CALLS: denoiser_calls(objective, params, x, batch),
     }
 
 
-def their_methods(pipeline: diffusers.DiTPipeline, asked: argparse.Namespace, labels, x) -> dict:
+def their_methods(pipeline: diffusers.DiTPipeline, options: argparse.Namespace, labels, x) -> dict:
     """{name: function that samples once}, all from the initial noise x."""
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    pipeline.to(device, getattr(torch, asked.dtype))
-    x = parity.tensor(x).permute(0, 3, 1, 2).to(device, getattr(torch, asked.dtype))
+    pipeline.to(device, getattr(torch, options.dtype))
+    x = parity.tensor(x).permute(0, 3, 1, 2).to(device, getattr(torch, options.dtype))
 
     def method(pipeline) -> Callable:
         def sample():
-            drawing = "diffusers.pipelines.dit.pipeline_dit.randn_tensor"
-            with mock.patch(drawing, lambda *args, **kwargs: x):
-                out = pipeline(labels.tolist(), GUIDANCE, None, asked.steps, "np")
+            draw = "diffusers.pipelines.dit.pipeline_dit.randn_tensor"
+            with mock.patch(draw, lambda *args, **kwargs: x):
+                out = pipeline(labels.tolist(), GUIDANCE, None, options.steps, "np")
             return out.images
 
         return sample
 
     methods = {THEIRS: method(pipeline)}
-    if asked.compile:
+    if options.compile:
         compiled = torch.compile(pipeline.transformer)
-        other = diffusers.DiTPipeline(compiled, pipeline.vae, pipeline.scheduler)
-        other.set_progress_bar_config(disable=True)
-        methods[COMPILED] = method(other)
+        compiled_pipeline = diffusers.DiTPipeline(compiled, pipeline.vae, pipeline.scheduler)
+        compiled_pipeline.set_progress_bar_config(disable=True)
+        methods[COMPILED] = method(compiled_pipeline)
     return methods
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """Of pictures in uint8 and in [0, 1], in grey levels; contrast: their standard deviation."""
+    """Differences in gray levels of images in uint8 and in [0, 1]; contrast: their std."""
     theirs = 255 * theirs.astype(np.float64)
     error = np.abs(ours - theirs.round())
     return {"mean": error.mean(), "largest": error.max(), "contrast": theirs.std()}
 
 
-def summarise(seconds: dict[str, np.ndarray], batch: int, clock: int) -> dict:
-    """Rows, and the shares of the time that are not the denoiser's as (median, least, most).
+def summarize(seconds: dict[str, np.ndarray], batch: int, clock: int) -> dict:
+    """Rows, and the shares of time outside the denoiser as (median, min, max).
 
-    clock: 0 to go by time, 1 by CPU time. A row's speed is relative to diffusers'. What is relative
-    is taken in each repetition first: the load of a machine changes more slowly than that.
+    clock: 0 to compare wall time, 1 CPU time. A row's speed is relative to diffusers'. Ratios are
+    taken within each repetition, because the load of a machine changes more slowly.
     """
     used, rows = {name: values[:, clock] for name, values in seconds.items()}, []
     for name, values in seconds.items():
@@ -230,9 +231,9 @@ def summarise(seconds: dict[str, np.ndarray], batch: int, clock: int) -> dict:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="S/4", help="of the DiT, as model.size")
+    parser.add_argument("--size", default="S/4", help="size of the DiT, as model.size")
     parser.add_argument("--depth", type=int, default=0, help="blocks; 0: those of the size")
-    parser.add_argument("--batch", type=int, default=4, help="pictures at a time")
+    parser.add_argument("--batch", type=int, default=4, help="images at a time")
     parser.add_argument("--steps", type=int, default=10, help="a divisor of 1000")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=LIMITS)
@@ -240,14 +241,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cores", default="", help="to run on, as 0,1; all by default")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
-    asked = parser.parse_args(arguments)
-    if asked.steps < 1 or 1000 % asked.steps:
-        parser.error("--steps must divide 1000, where diffusers' DDIM steps as ours")
-    return asked
+    options = parser.parse_args(arguments)
+    if options.steps < 1 or 1000 % options.steps:
+        parser.error("--steps must divide 1000, where diffusers' DDIM steps are ours")
+    return options
 
 
 def report(record: dict) -> None:
-    """Print what was measured."""
+    """Print a record."""
     print(f"{'':<38}{'images/s':>10}{'per CPU s':>11}{'extremes, s':>16}{'speed':>8}")
     for row in record["rows"]:
         rates = f"{row['images_per_second']:>10.2f}{row['images_per_cpu_second']:>11.2f}"
@@ -258,43 +259,45 @@ def report(record: dict) -> None:
     for name, (median, least, most) in record["outside"].items():
         print(f"outside the denoiser, {name}: {median:.1%} ({least:.1%} to {most:.1%})")
     for name, error in record["pictures"].items():
-        print(f"pictures, ours and {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in error.items()))
+        print(f"images, ours and {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in error.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 if the pictures differ, 2 for what `timing.start` refuses."""
-    asked = parse(arguments)
+    """Return the exit code: 0, 1 if the images differ, 2 for bad input to `timing.start`."""
+    options = parse(arguments)
     try:
-        gpu = timing.start(asked.cores)
+        gpu = timing.start(options.cores)
     except ConfigError as error:
         return fail(error)
     vae = create_autoencoder()
     with tempfile.TemporaryDirectory() as folder:
         vae.save_pretrained(folder)
-        objective = create_system(asked, folder)
+        objective = create_objective(options, folder)
         frozen = objective.load_frozen()
     params = create_params(objective)
-    labels = np.random.default_rng(0).integers(CLASSES, size=asked.batch)
-    keys = noise_keys(objective.config.sampling.seed, jnp.arange(asked.batch))[:, 1]
+    labels = np.random.default_rng(0).integers(CLASSES, size=options.batch)
+    keys = noise_keys(objective.config.sampling.seed, jnp.arange(options.batch))[:, 1]
     x = initial_noise(keys, objective.latent_shape)
     record = timing.surroundings() | {
-        "settings": vars(asked) | {"guidance": GUIDANCE, "latents": objective.latent_shape}
+        "settings": vars(options) | {"guidance": GUIDANCE, "latents": objective.latent_shape}
     }
-    with timing.precision(asked.dtype):
+    with timing.precision(options.dtype):
         methods = our_methods(objective, params, frozen, labels, x)
-        methods |= their_methods(create_pipeline(objective, params, vae), asked, labels, x)
-        made, record["left_out"] = timing.warm_up(methods)
-        seconds = timing.measure(methods, asked.repetitions)
-    record |= summarise(seconds, asked.batch, clock=0 if gpu else 1)
+        methods |= their_methods(create_pipeline(objective, params, vae), options, labels, x)
+        images, record["left_out"] = timing.warm_up(methods)
+        seconds = timing.measure(methods, options.repetitions)
+    record |= summarize(seconds, options.batch, clock=0 if gpu else 1)
     record["pictures"] = {
-        name: difference(made[OURS], made[name]) for name in (THEIRS, COMPILED) if name in made
+        name: difference(images[OURS], images[name])
+        for name in (THEIRS, COMPILED)
+        if name in images
     }
     report(record)
-    if asked.save:
+    if options.save:
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    if max(error["mean"] for error in record["pictures"].values()) < LIMITS[asked.dtype]:
+    if max(error["mean"] for error in record["pictures"].values()) < LIMITS[options.dtype]:
         return 0
-    print(f"error: pictures differ, the limit is {LIMITS[asked.dtype]}", file=sys.stderr)
+    print(f"error: images differ, the limit is {LIMITS[options.dtype]}", file=sys.stderr)
     return 1
 
 

@@ -1,8 +1,8 @@
-"""Trains the classifier behind `frechet_shapes`: `python -m benchmarks.shapes_classifier`.
+"""Training of the classifier of `frechet_shapes`: `python -m benchmarks.shapes_classifier`.
 
-Writes condiff_jax/metrics/shapes_features.safetensors and, with its accuracy on unseen
-combinations of colour, shape and position, benchmarks/results/shapes_classifier.json. Another
-training makes other features, so distances measured before and after do not compare.
+Writes condiff_jax/evaluation/metrics/shapes_features.safetensors and, with its accuracy on held-out
+combinations of color, shape and position, benchmarks/results/shapes_classifier.json. A new training
+changes the features, so distances measured before and after are not comparable.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ RESOLUTIONS = (16, 24, 32, 48, 64)  # one a batch, in turn
 SIZES = (12, 96)  # short sides of the originals
 STEPS, BATCH, RATE, EMA = 5000, 64, 2e-3, 0.998
 SIZE_WEIGHT = 4.0  # of the squared error of log_size, which is small beside cross-entropies
-HELD_OUT = 500  # pictures a resolution
-UNKNOWN = -1  # target of an attribute that a picture does not have or show
+HELD_OUT = 500  # images per resolution
+UNKNOWN = -1  # target of an attribute that is not in the image
 
 
 def example(split: str, index: int, resolution: int, *, train: bool) -> tuple[np.ndarray, dict]:
-    """Picture uint8 (R, R, 3) of a scene and its target by head; augmented, or centre-cropped."""
+    """Image uint8 (R, R, 3) of a scene and its target by head; augmented if train, else cropped."""
     scene, rng = shapes.make_scene(split, index, SIZES), np.random.default_rng([index, resolution])
     picture = shapes.render(scene)
     if train and rng.random() < 0.5:
@@ -68,7 +68,7 @@ def example(split: str, index: int, resolution: int, *, train: bool) -> tuple[np
 
 
 def batch(split: str, start: int, count: int, resolution: int, *, train: bool):
-    """Pictures (count, R, R, 3) and targets by head (count,) of the scenes from `start`."""
+    """Images (count, R, R, 3) and targets by head (count,) of the scenes from `start` on."""
     images, targets = zip(
         *(example(split, start + i, resolution, train=train) for i in range(count)), strict=True
     )
@@ -88,7 +88,7 @@ def loss_fn(params: dict, images: jax.Array, targets: dict) -> jax.Array:
 
 
 def scores(params: dict, images: np.ndarray, targets: dict) -> dict[str, float]:
-    """Accuracy by head, among known targets; of log_size the root-mean-square error."""
+    """Accuracy by head, among known targets; for log_size the root-mean-square error."""
     _, logits = shapes_features.apply(params, images)
     error = np.asarray(logits["log_size"])[:, 0] - targets["log_size"]
     out = {"log_size_error": float(np.sqrt(np.square(error).mean()))}
@@ -103,37 +103,37 @@ def scores(params: dict, images: np.ndarray, targets: dict) -> dict[str, float]:
 def held_out(params: dict, count: int = HELD_OUT, resolutions=RESOLUTIONS) -> dict[str, dict]:
     """`scores` on the validation split, by resolution."""
     data = {n: batch("validation", 0, count, n, train=False) for n in resolutions}
-    return {str(n): scores(params, *pictures) for n, pictures in data.items()}
+    return {str(n): scores(params, *examples) for n, examples in data.items()}
 
 
 def train() -> dict:
-    """Averaged parameters after STEPS; the scenes of step i come from i alone."""
+    """Train for STEPS and return the EMA parameters; the scenes of step i depend on i alone."""
     images = np.zeros((1, SIDE, SIDE, 3), np.uint8)
     params = ShapesClassifier().init(jax.random.key(0), images)["params"]
     rate = optax.warmup_cosine_decay_schedule(0, RATE, STEPS // 20, STEPS)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-3))
 
     @jax.jit
-    def step(params, opt_state, average, images, targets):
+    def step(params, opt_state, ema, images, targets):
         loss, grads = jax.value_and_grad(loss_fn)(params, images, targets)
         updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        average = optax.incremental_update(params, average, 1 - EMA)
-        return params, opt_state, average, loss
+        ema = optax.incremental_update(params, ema, 1 - EMA)
+        return params, opt_state, ema, loss
 
     def make(i):
         return batch("train", i * BATCH, BATCH, RESOLUTIONS[i % len(RESOLUTIONS)], train=True)
 
-    opt_state, average = tx.init(params), params
+    opt_state, ema = tx.init(params), params
     with ThreadPoolExecutor(1) as pool, tqdm(total=STEPS, desc="shapes classifier") as bar:
         ahead = pool.submit(make, 0)
         for i in range(STEPS):
             data, ahead = ahead.result(), pool.submit(make, i + 1)
-            params, opt_state, average, loss = step(params, opt_state, average, *data)
+            params, opt_state, ema, loss = step(params, opt_state, ema, *data)
             bar.update()
             if i % 50 == 0:
                 bar.set_postfix(loss=f"{float(loss):.3f}")
-    return average
+    return ema
 
 
 def main() -> None:

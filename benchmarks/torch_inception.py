@@ -1,8 +1,8 @@
-"""FID's Inception-v3 in plain PyTorch, what the tests compare with.
+"""FID's Inception-v3 in plain PyTorch, the reference of the tests.
 
-Written from the architecture: torch-fidelity, whose network it is, cannot be imported without
-torchvision, and PyPI's builds of that do not load beside a CPU build of PyTorch. fidelity.py, in
-this folder, compares with torch-fidelity itself.
+Written from the architecture, because torch-fidelity, which has this network, cannot be imported
+without torchvision, and PyPI's builds of that do not load beside a CPU build of PyTorch.
+fidelity.py, in this folder, compares with torch-fidelity itself.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def resize(images: np.ndarray, side: int = 299) -> np.ndarray:
-    """(N, H, W, 3) -> f64 (N, side, side, 3): pixel i of an axis is read off at i * n / side."""
+    """(N, H, W, 3) -> f64 (N, side, side, 3): pixel i of an axis is at i * n / side."""
 
     def matrix(n):
         out = np.zeros((side, n))
@@ -27,7 +27,7 @@ def resize(images: np.ndarray, side: int = 299) -> np.ndarray:
 
 
 class Network:
-    """Calls by name into a state dict; pictures f64 (N, 299, 299, 3) in 0..255."""
+    """Inception-v3 on a state dict; images f64 (N, 299, 299, 3) in 0..255."""
 
     def __init__(self, state: dict[str, np.ndarray]):
         self.state = {name: torch.tensor(a) for name, a in state.items()}
@@ -40,8 +40,8 @@ class Network:
     def units(self, x, block, *steps):
         """Units in turn, each (name, stride, padding) or a name for a 1 x 1 convolution."""
         for step in steps:
-            name, *rest = (step,) if isinstance(step, str) else step
-            x = self.unit(x, f"{block}.{name}", *rest)
+            name, *settings = (step,) if isinstance(step, str) else step
+            x = self.unit(x, f"{block}.{name}", *settings)
         return x
 
     def pooled(self, x, block, largest=False):
@@ -101,9 +101,9 @@ class Network:
         )
 
     @torch.no_grad()
-    def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features (N, 2048) and logits (N, 1008)."""
-        x = torch.tensor(pictures.transpose(0, 3, 1, 2), dtype=torch.float32) / 128 - 1
+        x = torch.tensor(images.transpose(0, 3, 1, 2), dtype=torch.float32) / 128 - 1
         x = self.unit(x, "Conv2d_1a_3x3", 2)
         x = self.unit(x, "Conv2d_2a_3x3")
         x = F.max_pool2d(self.unit(x, "Conv2d_2b_3x3", 1, 1), 3, 2)
@@ -123,7 +123,7 @@ class Network:
 
 
 def random_state(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights f32 of these shapes, by name, that keep the size of what passes through."""
+    """Random weights f32 by name, with scales that preserve the variance of activations."""
     rng, out = np.random.default_rng(seed), {}
     for name, shape in shapes.items():
         if len(shape) > 1:

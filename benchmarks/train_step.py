@@ -1,17 +1,17 @@
-"""How fast a train step is: `python -m benchmarks.train_step [--cores=0] [--save]`.
+"""Speed of a train step against PyTorch: `python -m benchmarks.train_step [--cores=0] [--save]`.
 
-Latent diffusion for 1000 classes on one device: our `compile_step` against what one would
-write in PyTorch around diffusers' DiT or UNet, eager and compiled. Same weights, shapes, type and
-objective (a sample of the latents' moments, t, noise, dropped labels, squared error), Adam, moving
-average of the parameters and norm of the gradient; the batch is on the device. Before anything is
-timed, the loss and the norm of the gradient of one step with the same noise must agree.
-Then they take turns; compiling is not counted. FLOPs are three times those of the forward pass;
-what --remat computes again is not counted.
+Latent diffusion for 1000 classes on one device: our `compile_step` against a usual PyTorch loop
+around diffusers' DiT or UNet, eager and compiled. Weights, shapes, dtype and objective are the same
+(a sample of the latents' moments, t, noise, dropped labels, squared error), as are Adam, the EMA of
+the parameters and the norm of the gradient; the batch is on the device. Before timing, the loss and
+the norm of the gradient of one step with the same noise must agree. The methods take turns;
+compilation is not counted. FLOPs are three times those of the forward pass, without the
+recomputation of --remat.
 
-On CPUs, CPU time is what counts: other processes take little of it. On a GPU:
-`--size=XL/2 --dtype=bfloat16 --attention=auto --batch=128 --largest --save` looks for the largest
-batch of each method, from 128 on, and times each at its own and all at the least of them. Each
-has the GPU for itself, in processes one after the other, or they could not have the same memory.
+On CPUs, speeds are compared by CPU time, which other processes affect little. On a GPU:
+`--size=XL/2 --dtype=bfloat16 --attention=auto --batch=128 --largest --save` searches the largest
+batch of each method, from 128 on, and times each at its own and all at the smallest of them. Each
+method has the GPU to itself, in one process after the other, so that all have the same memory.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from benchmarks.train_methods import (
     NAMES,
     create_batch,
     create_methods,
+    create_objective,
     create_params,
-    create_system,
 )
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.models.attention import BACKENDS
@@ -51,25 +51,25 @@ from condiff_jax.runtime.process import fail
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 # Largest relative differences of the loss and of the norm of the gradient.
 LIMITS = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 2e-2)}
-UNIT = 8  # largest batches are multiples of it
+UNIT = 8  # largest batches are multiples of this
 NO_MEMORY = 3  # exit code
 SIGNS = ("RESOURCE_EXHAUSTED", "out of memory", "ALLOC_FAILED")  # of XLA, CUDA, cuBLAS and cuDNN
 
 
 class BenchmarkError(Exception):
-    """What ends the command with a line and an exit code."""
+    """An error that ends the command with one line and an exit code."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
 
 
-def agreement(made: dict[str, dict[str, float]], expected: str) -> dict[str, dict[str, float]]:
-    """What each method made, with its relative differences from the one that is expected."""
-    first = made.get(expected, {})
+def agreement(outputs: dict[str, dict[str, float]], expected: str) -> dict[str, dict[str, float]]:
+    """Outputs of each method, with relative differences from those of the method `expected`."""
+    first = outputs.get(expected, {})
     return {
-        name: found | {f"{key}_error": abs(found[key] / first[key] - 1) for key in first}
-        for name, found in made.items()
+        name: values | {f"{key}_error": abs(values[key] / first[key] - 1) for key in first}
+        for name, values in outputs.items()
     }
 
 
@@ -88,24 +88,24 @@ def with_backend(objective: DiffusionObjective, backend: str) -> DiffusionObject
 
 
 def compare_attention(objective: DiffusionObjective, size: int) -> dict[str, dict[str, float]]:
-    """Our first loss and norm of the gradient by the backend of attention: plain XLA, and ours."""
+    """First loss and gradient norm of our step, with attention by plain XLA and by our backend."""
     batch, noise = create_batch(objective, size), objective.draw_noise(jax.random.key(0), size)
-    params, made = jax.device_put(create_params(objective), jax.devices()[0]), {}
+    params, outputs = jax.device_put(create_params(objective), jax.devices()[0]), {}
     for backend in ("xla", objective.model.backend):
         loss_fn = with_backend(objective, backend).loss
         (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, noise)
-        made[backend] = {"loss": float(loss), "grad_norm": float(optax.global_norm(grads))}
-    return agreement(made, "xla")
+        outputs[backend] = {"loss": float(loss), "grad_norm": float(optax.global_norm(grads))}
+    return agreement(outputs, "xla")
 
 
-def summarise(record: dict, cases: dict) -> list[dict]:
+def summarize(record: dict, cases: dict) -> list[dict]:
     """A row for each of cases {method: (batch, seconds of steps (repetitions, 2), peak bytes)}.
 
-    On CPUs it is CPU time that is compared. speed: relative to each of diffusers', by picture; what
-    is relative is taken in each repetition first, the load of a machine changes more slowly.
+    On CPUs, CPU time is compared. speed: relative to each of diffusers' methods, per image. Ratios
+    are taken within each repetition, because the load of a machine changes more slowly.
     """
     clock = int(record["device"] == "cpu")
-    used = {name: seconds[:, clock] / batch for name, (batch, seconds, _) in cases.items()}
+    per_image = {name: seconds[:, clock] / batch for name, (batch, seconds, _) in cases.items()}
     rows = []
     for name, (batch, seconds, memory) in cases.items():
         wall, cpu = np.median(seconds, axis=0)
@@ -115,11 +115,13 @@ def summarise(record: dict, cases: dict) -> list[dict]:
             "images_per_cpu_second": batch / cpu, "seconds": wall, "cpu_seconds": cpu,
             "least": seconds[:, clock].min(), "most": seconds[:, clock].max(), "tflops": tflops,
             "speed": {
-                other: np.median(used[other] / used[name])
-                for other in (THEIRS, COMPILED) if other in used
+                other: np.median(per_image[other] / per_image[name])
+                for other in (THEIRS, COMPILED) if other in per_image
             },
         }  # fmt: skip
-        if record["peak_tflops"] and record["settings"]["dtype"] == "bfloat16":  # whose it is
+        if (
+            record["peak_tflops"] and record["settings"]["dtype"] == "bfloat16"
+        ):  # the peak is that of bfloat16
             row["mfu"] = tflops / record["peak_tflops"]
         if memory:
             row["memory_gib"] = memory / 2**30
@@ -127,55 +129,55 @@ def summarise(record: dict, cases: dict) -> list[dict]:
     return rows
 
 
-def run(asked: argparse.Namespace) -> dict:
-    """The record of methods that take turns in this process; not timed if they do not agree."""
-    alone = asked.only in ("eager", "compile")  # a GPU is PyTorch's then
-    if alone:
+def run(options: argparse.Namespace) -> dict:
+    """Return the record of methods that take turns in this process, untimed if they disagree."""
+    torch_only = options.only in ("eager", "compile")  # then PyTorch has the GPU
+    if torch_only:
         jax.config.update("jax_platforms", "cpu")
-    gpu = timing.start(asked.cores) or (alone and torch.cuda.is_available())
-    with timing.precision(asked.dtype):
-        objective = create_system(asked)
+    gpu = timing.start(options.cores) or (torch_only and torch.cuda.is_available())
+    with timing.precision(options.dtype):
+        objective = create_objective(options)
         gflop = objective.forward_flops() / 1e9
-        record = timing.surroundings() | {"settings": vars(asked), "gflop_forward": gflop}
+        record = timing.surroundings() | {"settings": vars(options), "gflop_forward": gflop}
         record |= {"peak_tflops": flops.peak_tflops(), "attention": {}, "rows": []}
-        if not asked.only and objective.model.backend != "xla":
-            record["attention"] = compare_attention(objective, min(asked.batch, UNIT))
-        methods = create_methods(asked, objective, "cuda" if gpu else "cpu")
-        made, record["left_out"] = timing.warm_up({n: m.first for n, m in methods.items()})
-        record["agreement"] = agreement(made, OURS)
-        if not asked.repetitions or not agree(record, asked.dtype):
+        if not options.only and objective.model.backend != "xla":
+            record["attention"] = compare_attention(objective, min(options.batch, UNIT))
+        methods = create_methods(options, objective, "cuda" if gpu else "cpu")
+        outputs, record["left_out"] = timing.warm_up({n: m.first for n, m in methods.items()})
+        record["agreement"] = agreement(outputs, OURS)
+        if not options.repetitions or not agree(record, options.dtype):
             return record
-        record["memory"] = {name: methods[name].peak() for name in made}
-        seconds = timing.measure({name: methods[name].run for name in made}, asked.repetitions)
-    seconds = {name: values / asked.steps for name, values in seconds.items()}
-    cases = {name: (asked.batch, seconds[name], record["memory"][name]) for name in made}
+        record["memory"] = {name: methods[name].peak() for name in outputs}
+        seconds = timing.measure({name: methods[name].run for name in outputs}, options.repetitions)
+    seconds = {name: values / options.steps for name, values in seconds.items()}
+    cases = {name: (options.batch, seconds[name], record["memory"][name]) for name in outputs}
     record["seconds"] = {name: values.tolist() for name, values in seconds.items()}
-    return record | {"rows": summarise(record, cases)}
+    return record | {"rows": summarize(record, cases)}
 
 
-def child(asked: argparse.Namespace, **changes) -> dict | None:
-    """The record of this command with other flags, by another process; None: memory ran out."""
-    settings, memory = vars(asked) | {"largest": False} | changes, {}
+def child(options: argparse.Namespace, **changes) -> dict | None:
+    """Run this command with other flags in a process: its record, or None if out of memory."""
+    settings, memory = vars(options) | {"largest": False} | changes, {}
     if settings["only"] == "ours":  # PyTorch needs none
         memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     elif settings["only"]:
-        settings["attention"] = "xla"  # of ours, which is not run
+        settings["attention"] = "xla"  # a setting of ours, which does not run
     with tempfile.TemporaryDirectory() as folder:
         settings["save"] = f"{folder}/record.json"
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "benchmarks.train_step", *to_flags(settings)],
             cwd=Path(__file__).parents[1], env=memory | os.environ, capture_output=True, text=True,
         )  # fmt: skip
-        if done.returncode == NO_MEMORY:
+        if process.returncode == NO_MEMORY:
             return None
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            raise BenchmarkError(lines[-1].removeprefix("error: "), done.returncode)
+        if process.returncode:
+            lines = process.stderr.strip().splitlines() or ["no message"]
+            raise BenchmarkError(lines[-1].removeprefix("error: "), process.returncode)
         return json.loads(Path(settings["save"]).read_text())
 
 
 def to_flags(settings: dict) -> list[str]:
-    """The command line of what `parse` gives."""
+    """The command line that `parse` turns into these settings."""
     return [
         f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
         for name, value in settings.items()
@@ -194,46 +196,46 @@ def find_largest(fits: Callable[[int], bool], begin: int) -> int:
     return low * UNIT
 
 
-def run_largest(asked: argparse.Namespace) -> dict:
-    """The record of methods at the largest batches that fit, in processes that take turns."""
-    record = child(asked, batch=UNIT, repetitions=0)
+def run_largest(options: argparse.Namespace) -> dict:
+    """Return the record of methods at the largest batches that fit, in processes in turn."""
+    record = child(options, batch=UNIT, repetitions=0)
     if record is None:
-        raise BenchmarkError(f"not even batches of {UNIT} fit beside each other", NO_MEMORY)
-    if record["device"] == "cpu" and not asked.most:
+        raise BenchmarkError(f"batches of {UNIT} of all methods do not fit together", NO_MEMORY)
+    if record["device"] == "cpu" and not options.most:
         raise BenchmarkError("--largest is for GPUs; on a CPU give --most, too", 2)
     names = [name for name, title in METHODS.items() if title in record["agreement"]]
-    sizes, begin = {}, asked.batch
+    sizes, begin = {}, options.batch
     for name in names:
 
         def fits(batch: int, name: str = name) -> bool:
-            if asked.most and batch > asked.most:
+            if options.most and batch > options.most:
                 return False
-            found = child(asked, only=name, batch=batch, steps=2, repetitions=1)
-            print(f"{METHODS[name]}: {batch} {'do not fit' if found is None else 'fit'}")
-            return found is not None
+            trial = child(options, only=name, batch=batch, steps=2, repetitions=1)
+            print(f"{METHODS[name]}: {batch} {'do not fit' if trial is None else 'fit'}")
+            return trial is not None
 
         begin = sizes[name] = find_largest(fits, begin)
         if not begin:
             raise BenchmarkError(f"not even {UNIT} fit in {METHODS[name]}", NO_MEMORY)
-    record |= {"settings": vars(asked), "largest": {METHODS[n]: sizes[n] for n in names}}
+    record |= {"settings": vars(options), "largest": {METHODS[n]: sizes[n] for n in names}}
     common = dict.fromkeys(names, min(sizes.values()))
-    found = {case: [] for case in (*common.items(), *sizes.items())}
-    for _ in range(asked.turns):
-        for (name, batch), records in found.items():
-            one = child(asked, only=name, batch=batch)
-            if one is None:
+    turns = {case: [] for case in (*common.items(), *sizes.items())}
+    for _ in range(options.turns):
+        for (name, batch), records in turns.items():
+            turn = child(options, only=name, batch=batch)
+            if turn is None:
                 raise BenchmarkError(
                     f"{batch} fit once in {METHODS[name]}, but not again", NO_MEMORY
                 )
-            records.append(one)
-    cases = {case: together(METHODS[case[0]], records) for case, records in found.items()}
+            records.append(turn)
+    cases = {case: merge_turns(METHODS[case[0]], records) for case, records in turns.items()}
     for label, batches in (("common", common), ("largest", sizes)):
         chosen = {METHODS[n]: (batch, *cases[n, batch]) for n, batch in batches.items()}
-        record["rows"] += [row | {"batches": label} for row in summarise(record, chosen)]
+        record["rows"] += [row | {"batches": label} for row in summarize(record, chosen)]
     return record
 
 
-def together(method: str, records: list[dict]) -> tuple[np.ndarray, int | None]:
+def merge_turns(method: str, records: list[dict]) -> tuple[np.ndarray, int | None]:
     """(seconds of steps, peak bytes) of a method from the records of its turns."""
     seconds = np.concatenate([record["seconds"][method] for record in records])
     return seconds, records[-1]["memory"][method]
@@ -245,30 +247,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", default="dit", choices=NAMES)
     add("--size", default="S/2", help="as model.size: of a DiT S/2, of a UNet class or tiny")
-    add("--batch", type=int, default=8, help="pictures a step; with --largest where to begin")
-    add("--side", type=int, default=32, help="of the latents")
-    add("--dtype", default="float32", choices=LIMITS, help="of compute; parameters are f32")
+    add("--batch", type=int, default=8, help="images per step; with --largest the first to try")
+    add("--side", type=int, default=32, help="side of the latents")
+    add("--dtype", default="float32", choices=LIMITS, help="of the computation; parameters are f32")
     add("--attention", default="auto", choices=BACKENDS, help="of ours, as model.attention")
     add("--remat", default="none", choices=REMAT, help="of ours, as model.remat")
     add("--unroll", type=int, default=1, help="of ours, as model.unroll")
     add("--repetitions", type=int, default=7, help="0: compare only")
-    add("--steps", type=int, default=2, help="in a repetition")
+    add("--steps", type=int, default=2, help="steps in a repetition")
     add("--cores", default="", help="to run on, as 0,1; all by default")
     add("--compile", action=switch, default=True)
     add("--largest", action=switch, default=False, help="GPUs: with the largest batches that fit")
     add("--most", type=int, default=0, help="--largest: largest batch to try; 0: no bound")
     add("--turns", type=int, default=2, help="--largest: processes of each method and batch")
-    add("--only", default="", choices=("", *METHODS), help="one method, compared with no other")
+    add("--only", default="", choices=("", *METHODS), help="run one method, without comparison")
     add("--save", nargs="?", default="", const=str(RESULTS), help=f"file, {RESULTS.name} if none")
-    asked = parser.parse_args(arguments)
-    for name, least in (("batch", 1), ("side", 1), ("repetitions", 0), ("steps", 1), ("turns", 1)):
-        if getattr(asked, name) < least:
-            parser.error(f"--{name} must be at least {least}")
-    return asked
+    options = parser.parse_args(arguments)
+    for name, minimum in (
+        ("batch", 1),
+        ("side", 1),
+        ("repetitions", 0),
+        ("steps", 1),
+        ("turns", 1),
+    ):
+        if getattr(options, name) < minimum:
+            parser.error(f"--{name} must be at least {minimum}")
+    return options
 
 
 def report(record: dict) -> None:
-    """Print what was measured."""
+    """Print a record."""
     if record["rows"]:
         titles = ("batch", "images/s", "per CPU s", "s/step, extremes", "TFLOP/s", "MFU", "GiB")
         widths = (7, 10, 11, 18, 9, 7, 7)
@@ -286,20 +294,20 @@ def report(record: dict) -> None:
         )
     for name, reason in record["left_out"].items():
         print(f"{name}: left out, {reason}")
-    for name, found in (record["agreement"] | record["attention"]).items():
-        print(f"first step, {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
+    for name, values in (record["agreement"] | record["attention"]).items():
+        print(f"first step, {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in values.items()))
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a framework means by this error that memory ran out."""
+    """Whether this error of a framework means that memory ran out."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0; 1 if the methods disagree, 2 for bad input, 3 if memory ran out."""
-    asked = parse(arguments)
+    """Return the exit code: 0; 1 if methods disagree, 2 for bad input, 3 if out of memory."""
+    options = parse(arguments)
     try:
-        record = run_largest(asked) if asked.largest else run(asked)
+        record = run_largest(options) if options.largest else run(options)
     except ConfigError as error:
         return fail(error)
     except BenchmarkError as error:
@@ -308,14 +316,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        fail(f"out of memory at --batch={asked.batch}: {str(error)[:200]}")
+        fail(f"out of memory at --batch={options.batch}: {str(error)[:200]}")
         return NO_MEMORY
     report(record)
-    if not agree(record, asked.dtype):
-        fail(f"the methods disagree; the limits are {LIMITS[asked.dtype]}")
+    if not agree(record, options.dtype):
+        fail(f"the methods disagree; the limits are {LIMITS[options.dtype]}")
         return 1
-    if asked.save:
-        Path(asked.save).write_text(json.dumps(record, indent=1) + "\n")
+    if options.save:
+        Path(options.save).write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -16,12 +16,12 @@ from condiff_jax.studies import flags as studies
 MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "reference", "summary",
     "plan", "prepare", "encode", "import", "export", *studies.FLAGS], "What to do.")  # fmt: skip
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; rerunning resumes.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Mode plan: such as v5e:8x8, or several with ','.")
-TIMES = flags.DEFINE_bool("times", True, "Mode plan: estimate times, too; they take the longest.")
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
-PROCESSES = flags.DEFINE_integer("processes", None, "How many; TPU VMs, Slurm, Open MPI tell.")
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
-CONFIG_FLAGS = flags.FlagValues()  # loaded after the flags above: a study reads its file itself
+TOPOLOGY = flags.DEFINE_string("topology", None, "Mode plan: v5e:8x8, or several, by commas.")
+TIMES = flags.DEFINE_bool("times", True, "Mode plan: estimate times, which takes longest.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with several.")
+PROCESSES = flags.DEFINE_integer("processes", None, "Number; automatic on TPU VMs, Slurm, MPI.")
+PROCESS = flags.DEFINE_integer("process", None, "Index of this process, from 0.")
+CONFIG_FLAGS = flags.FlagValues()  # parsed after the flags above: studies load their tables
 CONFIG = config_flags.DEFINE_config_file("config", None, flag_values=CONFIG_FLAGS)
 
 
@@ -29,10 +29,10 @@ def main(study: dict[str, Any]) -> int | None:
     """Initialize distributed JAX, then run the mode; bad input is one line and exit code 2."""
     if MODE.value in ("plan", "report"):
         compile_only()
-    # Imported here so that bad flags are reported at once, not after loading JAX.
+    # Imported here so that bad flags are reported before JAX is loaded.
     from condiff_jax.runtime.distributed import abort_on_error, initialize, is_multiprocess
 
-    if MODE.value not in ("plan", "summary", "report"):  # which use no device
+    if MODE.value not in ("plan", "summary", "report"):  # these use no device
         initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     with (
         stoppable(coordinated=MODE.value in ("train", "sweep") and is_multiprocess()),
@@ -46,7 +46,7 @@ def main(study: dict[str, Any]) -> int | None:
 
 def dispatch(mode: str, workdir: str | None, study: dict[str, Any]) -> int | None:
     """Run a mode and return its exit code, None for 0; ConfigError for bad input."""
-    if mode in studies.FLAGS:  # matplotlib is loaded by mode report alone
+    if mode in studies.FLAGS:  # only mode report loads matplotlib
         return importlib.import_module(f"condiff_jax.studies.{mode}").run(workdir, **study)
     from condiff_jax.data.builders import prepare
     from condiff_jax.evaluation import evaluate, image_quality
@@ -74,9 +74,9 @@ def dispatch(mode: str, workdir: str | None, study: dict[str, Any]) -> int | Non
 
 
 def parse(argv: list[str]) -> dict[str, Any]:
-    """Parse the flags and load the config, with errors in one line; the arguments of a study."""
+    """Parse the flags and load the config, with one-line errors; return a study's arguments."""
     try:
-        flags.FLAGS.set_gnu_getopt()  # flags of the config may stand before those of all modes
+        flags.FLAGS.set_gnu_getopt()  # config flags may precede the others
         rest = flags.FLAGS(argv, known_only=True)
         if MODE.value in studies.FLAGS:
             return studies.parse(MODE.value, rest[1:])
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
             raise flags.Error(f"unexpected argument {unexpected[0]!r}")
         if CONFIG.value is None:
             raise flags.Error("--config is missing, try --config=configs/quickstart.py")
-        CONFIG.value.keys()  # a file that failed to load says so on first use
+        CONFIG.value.keys()  # raises the error of a file that failed to load
         return {}
     except (KeyError, AttributeError) as error:
         message = f"--config: unknown field {error.args[0]}; condiff_jax/config/schema.py lists all"

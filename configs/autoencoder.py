@@ -1,9 +1,9 @@
-"""An autoencoder to run diffusion in, trained from nothing: minutes on two CPU cores, no downloads.
+"""An autoencoder for latent diffusion, trained from scratch in minutes on two CPU cores.
 
 --config=configs/autoencoder.py:reg=vq
 
-The result, DIR/autoencoder, is what configs/latent_shapes.py and others take as autoencoder.path;
-diffusers reads it too. Set evaluation.lpips for sharper pictures.
+No downloads. The result, DIR/autoencoder, is autoencoder.path of configs/latent_shapes.py and
+others; diffusers reads it too. Set evaluation.lpips for sharper images.
 """
 
 from configs import base
@@ -29,7 +29,7 @@ def get_config(args: str | None = None):
     config.reconstruction.critic_start = 1000
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup = 100
-    config.optimizer.b1 = 0.5  # usual where a critic takes part
+    config.optimizer.b1 = 0.5  # usual with a discriminator
     config.optimizer.b2 = 0.9
     config.optimizer.clip_norm = 1.0
     config.optimizer.ema = 0.995

@@ -1,4 +1,4 @@
-"""The start of all other configs, and what reads their arguments.
+"""Defaults of all configs, and helpers that parse their arguments.
 
 `condiff_jax/config/schema.py` declares every field. Override any of them on the command line:
 `--config.optimizer.learning_rate=3e-4`.
@@ -12,7 +12,7 @@ from condiff_jax.config.schema import Config
 
 
 def arguments(text: str | None, **defaults) -> ConfigDict:
-    """Config arguments as in `--config=configs/X.py:key=value,other=value`, typed by `defaults`."""
+    """Parse `key=value,other=value` of `--config=configs/X.py:...`, typed by `defaults`."""
     values = ConfigDict(defaults)
     for item in filter(None, (text or "").split(",")):
         key, _, value = item.partition("=")
@@ -30,12 +30,12 @@ def arguments(text: str | None, **defaults) -> ConfigDict:
 
 
 def choose(name: str, value, choices) -> None:
-    """ValueError that names the config argument and the values it can have."""
+    """Check a config argument; the ValueError names it and its choices."""
     if value not in choices:
         known = ", ".join(map(str, choices))
         raise ValueError(f"config argument {name}={value} is unknown; choose from {known}")
 
 
 def get_config() -> ConfigDict:
-    """The paper's model and recipe on the embedded data; a place to start, not an experiment."""
+    """Return the defaults: the paper's model and recipe on the embedded data."""
     return ConfigDict(dataclasses.asdict(Config()))

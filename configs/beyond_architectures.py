@@ -2,7 +2,8 @@
 
 --config=configs/beyond_architectures.py:arch=unet,data=cc12m,weighting=cos8,scale=small
 
-Table 2a compares them in one. All learn from ImageNet-1k and, where they can, from CC12M.
+Table 2a compares the weights in one architecture. All train on ImageNet-1k, and those that take
+captions on CC12M.
 """
 
 from configs import base, recipes

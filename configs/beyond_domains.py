@@ -2,8 +2,8 @@
 
 --config=configs/beyond_domains.py:data=emoji,init=shapes,path=DATA,scale=small
 
-`shapes` is embedded; DATA is a folder of webdataset tars with small captioned pictures, such as
-emoji. Both at 32 pixels, with captions.
+`shapes` is embedded; DATA is a folder of webdataset tars with small captioned images, such as
+emoji. Both are at 32 pixels, with captions.
 """
 
 from configs import base, recipes

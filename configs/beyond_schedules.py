@@ -3,13 +3,13 @@
 --config=configs/beyond_schedules.py:schedule=linear,weighting=cos8,scale=small
 --config=configs/beyond_schedules.py:schedule=cosine,rescale=true,scale=small
 
-With `weighting` (Eq. 1): Table 2a's model at 256 pixels, and with `control_guidance` (Eq. 2) the
-same. With `rescale` (Eq. 3): Fig. 8b's, at 512 after 256.
+Rows with `weighting` (Eq. 1) or `control_guidance` (Eq. 2): Table 2a's model at 256 pixels. Rows
+with `rescale` (Eq. 3): Fig. 8b's, at 512 pixels after 256.
 """
 
 from configs import base, recipes
 
-SCHEDULES = {  # the paper's, that of DDPM, and that of arXiv:2102.09672 (which has no betas)
+SCHEDULES = {  # the paper's, DDPM's, and that of arXiv:2102.09672 (without betas)
     "scaled_linear": {},
     "linear": {"beta_start": 1e-4, "beta_end": 0.02},
     "cosine": {},

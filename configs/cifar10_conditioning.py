@@ -1,17 +1,17 @@
-r"""CIFAR-10 conditioning benchmark: which way of telling a UNet its class gives the best FID?
+r"""CIFAR-10 conditioning benchmark: which class conditioning of a UNet gives the best FID?
 
 --config=configs/cifar10_conditioning.py:method=film,size=small --config.data.path=CIFAR10 \
   --config.evaluation.inception=WEIGHTS
 --config=configs/cifar10_conditioning.py:method=weighted_attn,size=small,scale=small
 
-A method is a module of condiff_jax/models/conditioners, known by its file's name.
+A method is a module of condiff_jax/models/conditioners, by its file name.
 """
 
 from configs import base
 
 SOURCE = "benchmark"
 SIZES = ("small", "medium", "large")
-# What they are at the smaller scales: a quarter as wide, one block a level.
+# Sizes at the smaller scales: a quarter of the width, one block per level.
 NARROW = {"small": "tiny", "medium": "tiny2", "large": "tiny4"}
 _PUBLISHED = {
     "film": (19.39, 11.50, 10.52),
@@ -26,7 +26,7 @@ PAPER = {
     for size, value in zip(SIZES, values, strict=True)
 }
 ROWS = tuple(PAPER)
-# The best that language models found there, each by methods of their own.
+# The benchmark's best results by language models, each with its own method.
 CITED = {
     "agent, claude-opus-4.6": {"small": 19.16, "medium": 11.44, "large": 9.93},
     "agent, deepseek-reasoner": {"small": 19.53, "medium": 11.15, "large": 10.43},
@@ -67,7 +67,7 @@ def get_config(args: str | None = None):
     config.data.crop = (1.0, 1.0)
     config.data.flip = False
     config.conditioning.control = ()
-    config.conditioning.alpha = 1.0  # weighted_attn alone: details fade in from early on
+    config.conditioning.alpha = 1.0  # only of weighted_attn: details act from early noise levels on
     config.conditioning.drop_semantics = 0.0
     config.conditioning.drop_control = 0.0
     config.diffusion.schedule = "linear"
@@ -95,8 +95,8 @@ def get_config(args: str | None = None):
 
 
 def _small(config) -> None:
-    """In place: half an hour on a slow CPU core, without files."""
-    config.steps = 6000  # after 2000 many pictures are still noise
+    """Change a config in place to half an hour on a slow CPU core, without files."""
+    config.steps = 6000  # after 2000 many images are still noise
     config.batch_size = 8
     config.model.size = NARROW[config.model.size]
     config.data.name = "shapes"

@@ -1,10 +1,10 @@
-r"""A classifier of noised pictures, which guides the sampling of a denoiser (arXiv:2105.05233).
+r"""A classifier of noised images for classifier guidance (arXiv:2105.05233).
 
     python -m condiff_jax.main --config=configs/classifier.py --workdir=runs/classifier
     python -m condiff_jax.main --config=configs/classifier_guidance.py --workdir=runs/guided \
       --config.sampling.classifier=runs/classifier
 
-It fits denoisers of the same classes, resolution, noise levels and latents. Minutes on two CPU
+It guides denoisers with the same classes, resolution, noise levels and latents. Minutes on two CPU
 cores, no downloads.
 """
 
@@ -12,7 +12,7 @@ from configs import base, quickstart
 
 
 def get_config(args: str | None = None):
-    """Arguments: classes (10: warm or cool shapes | 30: colour and shape)."""
+    """Arguments: classes (10: warm or cool shapes | 30: color and shape)."""
     row = base.arguments(args, classes=10)
     config = quickstart.get_config()
     config.objective = "classification"

@@ -7,15 +7,15 @@ r"""Classifier guidance on the embedded data: accuracy of the class by the guida
       --config.evaluation.grid="guidance=0,1;classifier_guidance=0,1,2,4,8"
     python -m condiff_jax.main --mode=report --workdir=runs/guided --html=guided.html
 
-The denoiser hears the class in nine pictures of ten. With guidance=0 (Eq. 2) it is asked for no
-class, and only the classifier knows which one is wanted; with guidance=1 both do.
+The denoiser is trained with the class dropped from one image in ten. With guidance=0 (Eq. 2) it is
+unconditional and only the classifier conditions on the class; with guidance=1 both do.
 """
 
 from configs import base, quickstart
 
 
 def get_config(args: str | None = None):
-    """Arguments: classes (10: warm or cool shapes | 30: colour and shape)."""
+    """Arguments: classes (10: warm or cool shapes | 30: color and shape)."""
     row = base.arguments(args, classes=10)
     config = quickstart.get_config()
     config.steps = 20_000

@@ -1,6 +1,6 @@
-"""The paper's model on small real pictures with captions: webdataset tars in data.path.
+"""The paper's model on small real images with captions: webdataset tars in data.path.
 
-Written for emoji-sized sets (a few thousand 64 px PNGs with alpha, captions of 1 to 14 words).
+Meant for emoji-sized sets (a few thousand 64 px PNGs with alpha, captions of 1 to 14 words).
 """
 
 from configs import base
@@ -22,11 +22,11 @@ def get_config(args: str | None = None):
     config.data.resolution = 64
     config.data.crop = (0.9, 1.0)
     config.data.flip = True
-    config.diffusion.prediction = "v"  # layout sooner than with epsilon, see configs/quickstart.py
+    config.diffusion.prediction = "v"  # learns layout sooner, see configs/quickstart.py
     if row.space == "pixels":
         config.autoencoder.scale = 2.0
-        # Noise levels made for latents of unit variance leave the layout of pictures visible at
-        # t = T; Eq. 3 from 16 to 64 pixels hides it, so that the text is needed.
+        # Noise levels for latents of unit variance leave the layout of images visible at t = T;
+        # Eq. 3 from 16 to 64 pixels hides it, so that the model has to use the text.
         config.diffusion.base_resolution = 16
     else:
         config.autoencoder.name = row.space

@@ -11,7 +11,7 @@ from configs import base, quickstart
 
 
 def get_config(args: str | None = None):
-    """Arguments: reg (kl | vq, as the autoencoder)."""
+    """Arguments: reg (kl | vq, that of the autoencoder)."""
     row = base.arguments(args, reg="kl")
     base.choose("reg", row.reg, ("kl", "vq"))
     config = quickstart.get_config()

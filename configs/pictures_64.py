@@ -1,4 +1,4 @@
-"""The paper's model on pictures of your own, or COCO's, as mode prepare makes them: 64 pixels.
+"""The paper's model at 64 pixels on your own images or COCO, converted by mode prepare.
 
 --mode=prepare --config=configs/pictures_64.py --config.prepare.source=SRC --config.data.path=OUT
 """
@@ -7,7 +7,7 @@ from configs import base, emoji_64
 
 
 def get_config(args: str | None = None):
-    """Arguments: semantics (text | class), what the pictures are made from."""
+    """Arguments: semantics (text | class), the conditioning."""
     row = base.arguments(args, semantics="text")
     config = emoji_64.get_config()
     config.data.name = "tfds"

@@ -4,19 +4,19 @@ from configs import base
 
 
 def get_config(args: str | None = None):
-    """No arguments."""
+    """Return the config; it takes no arguments."""
     base.arguments(args)
     config = base.get_config()
     config.steps = 9000
-    config.batch_size = 8  # position after 14k images 99%; of 32 (and twice the rate) 48%
+    config.batch_size = 8  # position 99% after 14k images; batches of 32 (twice the rate): 48%
     config.model.size = "tiny/4"
     config.model.unroll = 4
     config.data.resolution = 16
     config.data.sizes = (12, 48)
-    config.data.flip = False  # captions speak of left and right
+    config.data.flip = False  # captions contain left and right
     config.conditioning.control = ("crop", "size")
-    # Not the paper's: in minutes epsilon learns colours but no layout (position after 26k images
-    # in batches of 64: epsilon 17%, v 53%). Like those of the batch size, one run each, at tiny/2.
+    # Not the paper's: in minutes epsilon learns colors but no layout (position after 26k images
+    # in batches of 64: epsilon 17%, v 53%). One run each at tiny/2, as for the batch size.
     config.diffusion.prediction = "v"
     config.text_encoder.length = 16
     config.optimizer.learning_rate = 2e-3

@@ -1,19 +1,19 @@
-"""What the tables share: the paper's recipes (Sec. 3.1, App. C) and their smaller scales."""
+"""The paper's recipes (Sec. 3.1, App. C), shared by all tables, and their smaller scales."""
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-# Classes of the paper's data sets (Sec. 3.1); captions instead have 0.
+# Number of classes of the paper's data sets (Sec. 3.1); 0: captions.
 CLASSES = {"imagenet1k": 1000, "imagenet22k": 21_841, "cc12m": 0}
-# Sec. 3.1 trains 500k to 1M iterations on ImageNet-1k and 300k to 500k on CC12M: the least of each.
+# Lowest of Sec. 3.1: 500k to 1M iterations on ImageNet-1k, 300k to 500k on CC12M.
 # ImageNet-22k from scratch: Table 4a.
 STEPS = {"imagenet1k": 500_000, "imagenet22k": 375_000, "cc12m": 300_000}
 PRETRAIN_STEPS = 600_000  # on ImageNet-1k before other data (Table 4a)
-# At 512 pixels after 256: the longest the paper mentions (Fig. 8a); Table 1 gives none.
+# At 512 pixels after 256: the longest that the paper mentions (Fig. 8a); Table 1 gives no number.
 FINETUNE_STEPS = 130_000
 CROPS = {"global": (0.9, 1.0), "local": (0.4, 0.6), "mix": (0.4, 1.0)}  # Fig. 8c
-DIVERGED = float("nan")  # the paper's cross: the run broke down
+DIVERGED = float("nan")  # the paper's cross: the run diverged
 # gamma_c of Eq. 1 by its name in Tables 2a and A6.
 WEIGHTINGS = {
     "zero": {"weighting": "zero"},
@@ -23,7 +23,7 @@ WEIGHTINGS = {
     **{f"step{k}": {"weighting": "step", "k": float(k)} for k in (1, 2, 6)},
 }
 SCALES = ("paper", "small", "tiny")
-SHRINK = 16  # pixels of the paper to one of the smaller scales: 256 becomes 16
+SHRINK = 16  # resolutions of the smaller scales are divided by it: 256 -> 16
 RESOLUTIONS = (
     "data.resolution",
     "model.base_resolution",
@@ -35,9 +35,9 @@ RESOLUTIONS = (
 def paper(arch: str, data: str, resolution: int, init: str = "none") -> ConfigDict:
     """An architecture on Stable Diffusion's latents, as the paper trains it (Sec. 3.1, App. C).
 
-    `ours` gets the paper's conditioning and transfer; the others what it compares with: control
-    with uniform weights (SDXL's), zero padding, extrapolated positions and noise levels as they
-    are. init: none | low_res (at 512: the same at 256 pixels) | imagenet1k | imagenet22k.
+    `ours` has the paper's conditioning and transfer; the baselines have control with uniform
+    weights (SDXL's), zero padding, extrapolated positions and no rescaled noise levels. init: none
+    | low_res (at 512: the same at 256 pixels) | imagenet1k | imagenet22k.
     """
     base.choose("data", data, CLASSES)
     base.choose("resolution", resolution, (256, 512))
@@ -51,7 +51,7 @@ def paper(arch: str, data: str, resolution: int, init: str = "none") -> ConfigDi
     config.model.size = ("text" if text else "class") if arch == "unet" else "XL/2"
     config.model.base_resolution = 256
     config.model.dtype = "bfloat16"
-    # docs/plan.md: what a UNet keeps fits; of the others dots, where there is room, is 5% faster.
+    # docs/plan.md: UNets fit without remat; for the others `dots` is 5% faster but needs memory.
     config.model.remat = "none" if arch == "unet" else "block"
     config.parallel.fsdp = 0
     config.data.name = "tfds"
@@ -60,8 +60,8 @@ def paper(arch: str, data: str, resolution: int, init: str = "none") -> ConfigDi
     config.data.semantics = "text" if text else "class"
     config.data.classes = CLASSES[data]
     config.data.workers = 8
-    # Sec. 3.1 gives 10^-4 and, for 256 pixels, "10 x 10^-4". We take the former: it is stated for
-    # all training, and is the usual one of these architectures.
+    # Sec. 3.1 gives 10^-4 for all training and, for 256 pixels, "10 x 10^-4". We take the former,
+    # which is usual for these architectures.
     config.optimizer.learning_rate = 1e-4
     config.autoencoder.name = "kl"
     config.autoencoder.scale = 0.18215
@@ -71,7 +71,7 @@ def paper(arch: str, data: str, resolution: int, init: str = "none") -> ConfigDi
     config.sampling.steps = 250
     config.sampling.guidance = 1.5
     config.sampling.base_resolution = 256  # Eq. 4: 2.0 at 512 pixels
-    config.sampling.size = "train"  # Table 2b: the sizes that the numbers of Table 2a are with
+    config.sampling.size = "train"  # Table 2b: the sizes with which Table 2a was measured
     # ImageNet-22k: App. C. CC12M: Table 1 says FID_val.
     references = {"imagenet1k": "train", "imagenet22k": "train_200k", "cc12m": "validation"}
     config.evaluation.reference = references[data]
@@ -83,7 +83,7 @@ def paper(arch: str, data: str, resolution: int, init: str = "none") -> ConfigDi
         config.diffusion.base_resolution = 256  # Eq. 3
         config.sampling.control_guidance = 1.375  # Fig. 7
     else:
-        config.conditioning.control = ("crop", "size")  # the six scalars of Table A1's parameters
+        config.conditioning.control = ("crop", "size")  # six scalars, as in Table A1
         config.conditioning.weighting = "uniform"
         config.conditioning.padding = "zero"
         config.model.position = "extrapolate"
@@ -110,14 +110,15 @@ def weighted(name: str) -> ConfigDict:
     config = paper("ours", "imagenet1k", 256)
     config.steps = 120_000
     config.sampling.control_guidance = 1.0
-    # What the weighting is for: sizes tell content. Real pictures' do; those of `shapes` if asked.
+    # The weighting is for data in which size and content are correlated. In real images they are;
+    # in `shapes` only with this field.
     config.data.entangled = 0.9
     weigh(config, name)
     return config
 
 
 def validated(config: ConfigDict) -> ConfigDict:
-    """In place: evaluation on the validation set with 50 steps (Figs. 8 and A2)."""
+    """Set, in place, evaluation on the validation set with 50 steps (Figs. 8 and A2)."""
     config.sampling.steps = 50
     config.evaluation.reference = "validation"
     return config
@@ -129,7 +130,7 @@ def resolution_shift() -> ConfigDict:
 
 
 def all_stages(config: ConfigDict) -> list[ConfigDict]:
-    """The config and those of its earlier stages, to change a field in each."""
+    """The config followed by those of its earlier stages."""
     earlier = config.init.pretrain
     return [config, *(all_stages(earlier) if earlier else ())]
 
@@ -137,18 +138,18 @@ def all_stages(config: ConfigDict) -> list[ConfigDict]:
 def scaled(config: ConfigDict, scale: str, keep: tuple[str, ...] = ()) -> ConfigDict:
     """A recipe of `paper` at another scale: paper | small (CPU, an hour) | tiny (a few steps).
 
-    Both are the same experiment on `shapes`, without files. keep: fields (dotted names) that the
-    rows of a table are about, left as they are.
+    The smaller ones are the same experiment on `shapes`, without files. keep: dotted names of
+    fields that the rows of a table vary, which stay as they are.
     """
     base.choose("scale", scale, SCALES)
     if scale == "paper":
         return config
     for stage in all_stages(config):
-        kept = {field: _get(stage, field) for field in keep}
+        unchanged = {field: _get(stage, field) for field in keep}
         _small(stage)
         if scale == "tiny":
             _tiny(stage)
-        stage.update_from_flattened_dict(kept)
+        stage.update_from_flattened_dict(unchanged)
     return config
 
 
@@ -159,9 +160,9 @@ def _get(config: ConfigDict, field: str):
 
 
 def _small(config: ConfigDict) -> None:
-    """In place: 16 and 32 pixels for 256 and 512, configs/quickstart.py's model and optimizer."""
+    """Set, in place, 16 pixels for 256, 32 for 512, and configs/quickstart.py's model."""
     text = config.data.semantics == "text"
-    # 75,000 for 500k: 40 minutes on two cores; fewer than 6000 teach next to nothing
+    # 75,000 for 500k: 40 minutes on two cores; below 6000 the model learns next to nothing
     config.steps = max(6000, config.steps * 3 // 20)
     config.batch_size = 8
     unet = config.model.name == "unet"
@@ -190,7 +191,7 @@ def _small(config: ConfigDict) -> None:
     config.text_encoder.width = 128
     config.sampling.steps = 50 if config.sampling.steps == 250 else 20
     if text:
-        config.sampling.guidance = 3.0  # captions of `shapes` say more than a class does
+        config.sampling.guidance = 3.0  # captions of `shapes` have more information than a class
     if config.sampling.control.height:
         config.sampling.control.height /= SHRINK
         config.sampling.control.width /= SHRINK
@@ -210,8 +211,8 @@ def _small(config: ConfigDict) -> None:
 
 
 def _tiny(config: ConfigDict) -> None:
-    """In place, after `_small`: as little to compile and to compute as can be."""
-    config.steps = max(2, config.steps // 3000)  # rows that differ in steps still do
+    """Reduce, in place and after `_small`, compilation and computation to a minimum."""
+    config.steps = max(2, config.steps // 3000)  # rows with different steps still differ
     if config.model.name != "unet":
         config.model.size = "tiny/8"
         config.model.unroll = 1

@@ -2,7 +2,7 @@
 
 --config=configs/table1.py:arch=mmdit,data=cc12m,resolution=256,scale=small
 
-The 512 pixel models continue from those of 256 pixels, which are trained first.
+The 512 pixel models start from those of 256 pixels, which are trained first.
 """
 
 from configs import base, recipes
@@ -37,7 +37,7 @@ PAPER = {
     **_captions("ours", 6.79, 26.60, 6.27, 6.69, 26.17),
 }
 ROWS = tuple(PAPER)
-# The first block: numbers the paper takes from others, with other recipes; not ours to train.
+# The first block: numbers that the paper cites, with other recipes; not trained here.
 CITED = {
     "UNet (SD/LDM-G4) [39]": {
         "imagenet1k 256 FID_train": 3.60,

@@ -1,8 +1,8 @@
-"""Table 2b: the sizes that samples ask for, with uniform and cosine weights (ImageNet-1k, 256).
+"""Table 2b: size control of samples, with uniform and cosine weights (ImageNet-1k, 256).
 
 --config=configs/table2b.py:size=untied,weighting=cos8,scale=small
 
-The models are two of Table 2a; rows of one weighting differ in sampling alone.
+The models are two of Table 2a; rows with the same weighting differ in sampling alone.
 """
 
 from configs import base, recipes

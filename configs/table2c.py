@@ -23,6 +23,6 @@ def get_config(args: str | None = None):
     row = base.arguments(args, control="crop+flip", scale="paper")
     config = recipes.paper("ours", "cc12m", 256)
     config.steps = 124_000
-    config.conditioning.padding = "zero"  # Table A3 comes to noisy padding after this
+    config.conditioning.padding = "zero"  # Table A3 adds noisy padding later
     config.conditioning.control = tuple(row.control.split("+"))
     return recipes.scaled(config, row.scale)

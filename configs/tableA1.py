@@ -6,7 +6,7 @@
 from configs import base, recipes
 
 HEADINGS = ("parameters (M)", "forward GFLOP")
-_CELLS = {  # the paper gives parameters once a model
+_CELLS = {  # the paper gives parameters once per model
     "arch=unet,data=imagenet1k,resolution=256": (401.75, 95.38),
     "arch=unet,data=imagenet1k,resolution=512": (401.75, 390),
     "arch=pixart,data=imagenet1k,resolution=256": (611.7, 275.14),

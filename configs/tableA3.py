@@ -1,4 +1,4 @@
-"""Table A3: the paper's changes one on top of the other, for conditioning and for transfer.
+"""Table A3: the paper's changes added one by one, for conditioning and for transfer.
 
 --config=configs/tableA3.py:ladder=conditioning,step=4,data=cc12m,scale=small
 --config=configs/tableA3.py:ladder=transfer,step=5,scale=small

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs a command with a platform's compiler flags; the entry point of the images.
+# Runs a command with the compiler flags of a platform; the entry point of the images.
 #
 #   launch/run.sh gpu|tpu COMMAND...
 set -euo pipefail

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# stoppable COMMAND...: runs it, passes SIGTERM on to it and waits while it saves. Its exit code, or
-# 143 if it was stopped: a run that saves ends with 0, which job managers would take for its end.
+# stoppable COMMAND...: runs it, passes SIGTERM on to it and waits while it saves. Returns its exit
+# code, or 143 if it was stopped: a stopped run ends with 0, like a finished one.
 
 stoppable() {
   local status=0 child=
@@ -12,7 +12,7 @@ stoppable() {
   if [[ -n $stopped ]]; then kill -TERM "$child"; fi
   wait "$child" || status=$?
   while [[ -n $stopped ]] && kill -0 "$child" 2>/dev/null; do
-    wait "$child" || true # the signal has ended the first `wait`, not yet the command
+    wait "$child" || true # the signal ended the first `wait`, not the command
   done
   if [[ -n $stopped ]]; then status=143; fi
   return "$status"

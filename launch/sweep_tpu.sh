@@ -1,12 +1,12 @@
 #!/bin/bash
-# All rows of a table on several Cloud TPU VMs (of one host each), one shard of the sweep on each.
+# Runs all rows of a table on several Cloud TPU VMs (of one host each), one shard of the sweep on each.
 #
 #   ZONE=us-central2-b launch/sweep_tpu.sh tpu-a,tpu-b --config=configs/table3.py \
 #     --workdir=gs://BUCKET/table3 --scale=small
 #
-# The VMs come from `launch/tpu_vm.sh create` and `install`. Logs come back here as sweep-NAME.log; a
-# VM that is lost loses the steps since its last checkpoint: run the same command again. PROJECT is
-# gcloud's default if it is not set.
+# Create the VMs with `launch/tpu_vm.sh create` and `install`. Their logs are written here as
+# sweep-NAME.log. If a VM is lost, run the same command again; it resumes from the last checkpoints.
+# PROJECT: gcloud's default if not set.
 set -euo pipefail
 
 if (($# < 2)) || [[ -z ${ZONE:-} ]]; then

@@ -1,24 +1,24 @@
 #!/bin/bash
-# A Cloud TPU slice of one or many hosts, from its creation to its deletion, and a command on it.
+# Creates a Cloud TPU slice of one or many hosts, runs a command on it and deletes it.
 #
 #   export ZONE=us-east5-b TYPE=v6e-16 CAPACITY=spot DELETE=1
 #   launch/tpu_vm.sh up NAME python -m condiff_jax.main --config=configs/table1.py:arch=ours \
 #     --config.data.path=DATA --config.autoencoder.path=VAE --workdir=gs://BUCKET/RUN
 #
-#   up NAME COMMAND...   all of the following but delete; again when the slice is preempted or fails,
-#                        until the command ends. After a lost connection: the same command again
-#   create NAME          ask for the slice and wait until it is there
+#   up NAME COMMAND...   create, install and run; repeated when the slice is preempted or fails, until
+#                        the command ends. After a lost connection, run the same command again
+#   create NAME          request the slice and wait until it is ready
 #   install NAME         copy this folder's tracked files to condiff_jax on all hosts, and install
 #   run NAME COMMAND...  start the command on all hosts, and follow it
-#   follow NAME          show the log of host 0; end with the command's exit code
-#   stop NAME            SIGTERM: training saves and ends
-#   delete NAME          delete the slice and its place in the queue
+#   follow NAME          show the log of host 0; exit with the command's exit code
+#   stop NAME            send SIGTERM: training saves and ends
+#   delete NAME          delete the slice and its queued resource
 #
-# CAPACITY: on-demand (default), queued (a place in the queue), spot (likewise; may be preempted).
-# DELETE=1: up deletes the slice after the command, however it ends. PROJECT: gcloud's default if not
-# set. VERSION: the VMs' image. OPTIONS: more for the creation, such as --network=... With several hosts,
-# gcloud asks for the key in ssh-agent: ssh-add ~/.ssh/google_compute_engine.
-# Before anything else, up and run check the command here (check.sh); CHECK=0 leaves that out.
+# CAPACITY: on-demand (default), queued (a queued resource), spot (queued; may be preempted).
+# DELETE=1: up deletes the slice after the command, also if it fails. PROJECT: gcloud's default if not
+# set. VERSION: the VMs' image. OPTIONS: further flags of the creation, such as --network=... With
+# several hosts, gcloud needs the key in ssh-agent: ssh-add ~/.ssh/google_compute_engine.
+# up and run first check the command on this machine (check.sh); CHECK=0 skips that.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=launch/check.sh
@@ -36,8 +36,8 @@ shift 2
 place=(--zone="$ZONE" ${PROJECT:+"--project=$PROJECT"})
 folder=condiff_jax
 
-# look KIND FIELD: the state of the slice (tpu-vm) or of its place in the queue (queued-resources).
-look() {
+# describe KIND FIELD: the state of the slice (tpu-vm) or of its queued resource (queued-resources).
+describe() {
   local out
   if out=$(gcloud compute tpus "$1" describe "$name" "${place[@]}" --format="value($2)" 2>&1); then
     echo "${out##*$'\n'}"
@@ -45,14 +45,14 @@ look() {
     echo MISSING
   else
     echo "$out" >&2
-    echo UNKNOWN # the connection, most often
+    echo UNKNOWN # most often a lost connection
   fi
 }
 
 state() {
   local node
-  node=$(look tpu-vm state)
-  if [[ $node == MISSING ]]; then look queued-resources state.state; else echo "$node"; fi
+  node=$(describe tpu-vm state)
+  if [[ $node == MISSING ]]; then describe queued-resources state.state; else echo "$node"; fi
 }
 
 request() {
@@ -77,9 +77,9 @@ request() {
 }
 
 remove() {
-  [[ $(look queued-resources state.state) == MISSING ]] ||
+  [[ $(describe queued-resources state.state) == MISSING ]] ||
     gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
-  [[ $(look tpu-vm state) == MISSING ]] ||
+  [[ $(describe tpu-vm state) == MISSING ]] ||
     gcloud compute tpus tpu-vm delete "$name" "${place[@]}" --quiet
 }
 
@@ -89,7 +89,7 @@ create() {
     case $now in
       MISSING) request ;;
       PREEMPTED | TERMINATED | SUSPENDED) remove || sleep "${POLL:-30}" ;;
-      FAILED) fail "$name: the request has failed; look at it, then: $0 delete $name" ;;
+      FAILED) fail "$name: the request has failed; see its state in gcloud, then: $0 delete $name" ;;
       *)
         echo "$name: $now" >&2
         sleep "${POLL:-30}"
@@ -100,7 +100,7 @@ create() {
 
 check() { (cd "$root" && check_command "$@"); }
 
-# on WORKERS COMMAND: in a shell on hosts of the slice.
+# on WORKERS COMMAND: runs a command in a shell on hosts of the slice.
 on() {
   gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --quiet --worker="$1" --command="$2" </dev/null
 }
@@ -123,19 +123,19 @@ start() {
   worker all "start$words"
 }
 
-# The command's exit code; 143 where it was stopped, or the slice was lost.
+# follow: returns the command's exit code, or 143 if it was stopped or the slice was lost.
 follow() {
   local codes code
   until worker 0 log && codes=$(worker all wait); do
     case $(state) in
-      READY | UNKNOWN) sleep "${POLL:-30}" ;; # the connection
+      READY | UNKNOWN) sleep "${POLL:-30}" ;; # only the connection was lost
       *) return 143 ;;
     esac
   done
-  # A host that is stopped makes the others fail.
+  # If one host was stopped, the others fail.
   if grep -qx -e 143 -e lost <<<"$codes"; then return 143; fi
   while read -r code; do
-    # Digits first: bash's arithmetic would run a command in anything else.
+    # Check for digits first: bash's arithmetic would run commands in other values.
     if [[ ! $code =~ ^(0|[1-9][0-9]{0,2})$ ]] || ((code > 255)); then
       printf 'error: tpu_vm.sh: %s: the exit code of a host is unreadable: %q\n' "$name" "$code" >&2
       return 2
@@ -151,11 +151,11 @@ up() {
   while true; do
     create
     code=0
-    # One that is running already was started by an earlier call.
+    # A command that is running already was started by an earlier call.
     { [[ $(worker 0 status 2>/dev/null) == running ]] || { install && start "$@"; }; } && follow || code=$?
-    now=$(state) # of a slice that is lost, anything may fail
+    now=$(state) # if the slice is lost, any exit code is possible
     if ((code != 143)) && [[ $code == 0 || $now == READY || $now == UNKNOWN ]]; then break; fi
-    echo "$name: stopped or lost; going on" >&2
+    echo "$name: stopped or lost; resuming" >&2
     sleep "${POLL:-30}"
   done
   if [[ -n ${DELETE:-} ]]; then remove; fi

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The part of tpu_vm.sh that runs on each host of a slice: a command that outlives the connection.
+# Part of tpu_vm.sh that runs on each host of a slice: starts a command that survives a lost connection.
 #
 #   launch/tpu_worker.sh install | start COMMAND... | status | log | wait | stop
 set -euo pipefail
@@ -9,10 +9,10 @@ mkdir -p .run
 action=${1:-}
 shift || true
 
-# `go` holds the lock while the command runs; a lock cannot be left behind, as a process id can.
+# `go` holds the lock while the command runs. Unlike a file with a process id, a lock ends with it.
 busy() { ! flock --nonblock .run/lock true; }
 
-# running; the exit code; empty (of a full disk); or lost, where the host or the command was killed
+# Prints running; the exit code; empty (full disk); or lost (the host or the command was killed).
 status() {
   local code
   if busy; then
@@ -39,7 +39,7 @@ case $action in
     PATH=$PWD/.venv/bin:$PATH nohup setsid launch/tpu_worker.sh go "$@" </dev/null >>.run/log 2>&1 &
     echo $! >.run/pid
     ;;
-  go) # only through start
+  go) # called only by start
     code=0
     # shellcheck source=launch/xla_flags.sh
     . launch/xla_flags.sh tpu

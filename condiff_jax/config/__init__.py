@@ -1,1 +1,1 @@
-"""Configurations: what fields there are, how they are read, and which make two runs the same."""
+"""Configurations: their fields, how they are read, and which fields identify a training."""

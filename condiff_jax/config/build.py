@@ -1,6 +1,6 @@
-"""ConfigDict or config.json -> `Config`: types, choices and bounds of each field by itself.
+"""ConfigDict or config.json -> `Config`: type, choices and bounds of each single field.
 
-What fields must agree on is checked in `objectives/validate.py`, whose `create_config` does both.
+`objectives/validate.py` checks fields against each other; its `create_config` does both.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ RENAMED = {(Conditioning, "dropping"): "drop_mode"}
 
 
 def build(values: Mapping[str, Any]) -> Config:
-    """The `Config` of nested mappings; a missing field takes its default.
+    """Build a `Config` from nested mappings; a missing field takes its default.
 
-    ConfigError for an unknown field, a value of another type, out of bounds or not among the
+    ConfigError for an unknown field, or a value of another type, out of bounds or not among the
     choices.
     """
     return _section(Config, values, "")
@@ -34,7 +34,7 @@ def get(config: Config, field: str) -> Any:
 
 
 def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with other values by dotted field name; ConfigError as from `build`."""
+    """Return the config with new values by dotted field name; ConfigError as from `build`."""
     sections = dataclasses.asdict(config)
     for field, value in values.items():
         *parents, name = field.split(".")
@@ -46,7 +46,7 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def from_text(field: str, text: str) -> Any:
-    """The value of a field as the command line gives it; ConfigError as from `build`."""
+    """Parse the value of a field from the command line; ConfigError as from `build`."""
     hint: Any = Config
     for part in field.split("."):
         hint = Config if hint == Config | None else hint
@@ -80,19 +80,21 @@ def _kind(hint: Any) -> type:
 def _section(section: type, values: Mapping[str, Any], prefix: str):
     if not hasattr(values, "keys"):
         raise ConfigError(prefix.removesuffix("."), f"must have fields, got {values!r}")
-    hints, found = _hints(section), {}
+    hints = _hints(section)
+    fields = {}
     for key in values:
         name = RENAMED.get((section, key), key)
         if name not in hints:
             raise ConfigError(prefix + key, f"unknown field; choose from {', '.join(hints)}")
-        found[name] = _value(hints[name], values[key], prefix + key)
-    return section(**found)
+        fields[name] = _value(hints[name], values[key], prefix + key)
+    return section(**fields)
 
 
 def _value(hint: Any, value: Any, field: str) -> Any:
     if isinstance(hint, types.UnionType):  # Config | None
-        whole = value is None or isinstance(value, Config)
-        return value if whole else _section(Config, value, field + ".")
+        if value is None or isinstance(value, Config):
+            return value
+        return _section(Config, value, field + ".")
     if dataclasses.is_dataclass(hint):
         return _section(hint, value, field + ".")
     if get_origin(hint) is tuple:

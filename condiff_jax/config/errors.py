@@ -1,4 +1,4 @@
-"""Bad input: one line that names the field or file and the fix."""
+"""Errors of bad input: one line that names the field or file and what to do."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 
 class ConfigError(ValueError):
-    """Bad input of a user: "FIELD: REASON" in one line.
+    """Bad input of a user, as one line "FIELD: REASON".
 
     field: a dotted field of the configuration, a flag or a path. reason: what is wrong with its
     value, and what to do.
     """
 
     def __init__(self, field: str, reason: str):
-        super().__init__(field, reason)  # as arguments: processes pickle it
+        super().__init__(field, reason)  # both are arguments, so that it can be pickled
         self.field, self.reason = field, reason
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ def one_line(error: BaseException | str) -> str:
 
 @contextlib.contextmanager
 def config_errors(field: str) -> Iterator[None]:
-    """Turn errors in reading what a field names into a ConfigError of that field."""
+    """Convert errors while reading the file of a field into a ConfigError of that field."""
     try:
         yield
     except ConfigError:  # it names a field already

@@ -1,4 +1,4 @@
-"""Which fields make two trainings the same one."""
+"""Fields that identify a training and must agree within a work directory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from condiff_jax.config.schema import Config
 
-# What may differ between the runs that share a work directory: it changes neither the parameters'
-# meaning nor the sequence of training steps.
+# Fields that may differ between runs of one work directory: they change neither the meaning of the
+# parameters nor the sequence of training steps.
 FREE_SECTIONS = {
     "sampling",
     "evaluation",
@@ -34,6 +34,7 @@ FREE_FIELDS = {
     "model.unroll",
 }
 
+# Fields added after folders were named by `digest`.
 LATER = ("data.color",)
 
 
@@ -44,19 +45,19 @@ def stages(config: Config) -> list[Config]:
 
 
 def stage_prefixes(config: Config) -> list[tuple[str, Config]]:
-    """The stages, the last one first, with what precedes their fields' names: "init.pretrain."."""
+    """Pairs (prefix of field names such as "init.pretrain.", stage), the last stage first."""
     return [("init.pretrain." * i, stage) for i, stage in enumerate(stages(config)[::-1])]
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The fields by dotted name that must agree within one work directory."""
+    """The fields, by dotted name, that must agree within one work directory."""
     fields = flatten(dataclasses.asdict(config))
     return {field: value for field, value in fields.items() if not _is_free(field, config)}
 
 
 def _is_free(field: str, config: Config) -> bool:
     if field == "steps":
-        return config.optimizer.schedule != "cosine"  # whose decay ends at the last step
+        return config.optimizer.schedule != "cosine"  # its decay ends at the last step
     while field.startswith("init.pretrain."):
         field = field.removeprefix("init.pretrain.")
     return field in FREE_FIELDS or field.split(".")[0] in FREE_SECTIONS
@@ -73,24 +74,24 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def digest(config: Config) -> str:
-    """8 hex digits that two configs share if their trainings differ in the number of steps only."""
-    # It names the folders of sweeps, so a field counts by the name that it had first.
+    """8 hex digits, equal for configs whose trainings differ in the number of steps only."""
+    # Digests name the folders of sweeps, so a renamed field enters by its first name.
     renamed = ("conditioning.drop_mode", "conditioning.dropping")
     fields = {field.replace(*renamed): value for field, value in identity(config).items()}
-    # A field that came later counts where it is not at its default.
+    # A later field enters only with a value other than its default.
     fields = {field: value for field, value in fields.items() if value or not field.endswith(LATER)}
-    # Of a training that starts from a folder outside of the experiment, that folder matters.
+    # A training may start from a folder outside of the experiment.
     fields["init.path"] = stages(config)[0].init.path
     text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted names."""
-    out = {}
+    """Flatten nested mappings into one with dotted names."""
+    flat = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            out |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            out[prefix + key] = value
-    return out
+            flat[prefix + key] = value
+    return flat

@@ -1,8 +1,8 @@
 """Every field of a configuration: its type, default, bounds, choices and meaning.
 
-The only declaration: `configs/base.py` takes its defaults from here, `build.py` its checks. A field
-of type `Literal` is closed, and a test holds its choices equal to the registry of that kind; a
-`str` whose comment names a registry can have any key of it. Override a field on the command line:
+This is the only declaration: `configs/base.py` takes its defaults from here, `build.py` its checks.
+A field of type `Literal` has fixed choices, which a test keeps equal to the registry of that kind;
+a `str` whose comment names a registry takes any key of it. Override a field on the command line:
 `--config.optimizer.learning_rate=3e-4`.
 """
 
@@ -54,17 +54,17 @@ class Model:
     name: Literal["unet", "unet2d", "dit_ln", "dit_att", "mdtv2", "pixart", "mmdit", "ours"] = (
         "ours"
     )
-    # NAME/PATCH: tiny, S, B, L or XL, and the patch size; of a unet: tiny, class or text; of a
-    # unet2d: tiny, tiny2, tiny4, small, medium or large
+    # NAME/PATCH: tiny, S, B, L or XL, and the patch size; unet: tiny, class or text; unet2d: tiny,
+    # tiny2, tiny4, small, medium or large
     size: str = "tiny/4"
     # unet2d: how it is conditioned on the class; a module of models/conditioners:
     # film | cross_attn | adanorm | weighted_attn | ours_none
     conditioner: str = "film"
     # mmdit, ours: weights that image and text share; auto: the paper's, shared for classes else qkv
     streams: Literal["auto", "shared", "qkv", "full"] = "auto"
-    # mdtv2: least share of tokens that its second pass hides; 0: no second pass
+    # mdtv2: minimum share of tokens hidden in its second pass; 0: no second pass
     mask_ratio: Annotated[float, Between(0, 0.8)] = 0.3
-    # RMSNorm of queries and keys where attention sees conditions; the paper's runs diverge without
+    # RMSNorm of queries and keys in attention to conditioning; the paper's runs diverge without it
     qk_norm: bool = True
     # positions at another resolution: pseudocode 1 | the baseline of Fig. 8a
     position: Literal["resample", "extrapolate"] = "resample"
@@ -80,7 +80,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """What to start from; by default random parameters."""
+    """Initial parameters; random by default."""
 
     # The config of an earlier stage. It is trained first, by the same command, in the folder
     # pretrain/ of the work directory or in init.path; this stage starts from the result.
@@ -106,7 +106,7 @@ class Data:
     crop: tuple[float, ...] = (0.9, 1.0)  # range of the crop's side / the short side (Fig. 8c)
     flip: bool = True  # random horizontal flips
     # strength s of a color jitter: factors of brightness, contrast and saturation, each uniform in
-    # 1 - s..1 + s (Sec. 2.1)
+    # [1 - s, 1 + s] (Sec. 2.1)
     color: Fraction = 0.0
     sizes: tuple[int, ...] = (24, 96)  # shapes: range of the originals' short sides, pixels
     entangled: Fraction = 0.0  # shapes: share of images whose size depends on the background's tone
@@ -121,7 +121,7 @@ class Prepare:
     source: str = ""  # folder of the downloaded archives
     boxes: str = ""  # JSON of faces to blur: {key: [[left, top, right, bottom], ...]}, pixels
     shard_mb: Positive = 256  # approximate size of an output file
-    processes: Count = 0  # worker processes; 0: one a core
+    processes: Count = 0  # worker processes; 0: one per core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,8 @@ class Encode:
     path: str = ""  # folder of the cache
     views: Positive = 1  # crops of each image, each with both flips if data.flip
     text: bool = False  # store text features too (text_encoder.name=clip), in bfloat16
-    records: Count = 0  # encode the first so many images; 0: all. shapes is endless: needs a number
-    batch_size: Positive = 64  # images at a time, with flips, over all devices of a host
+    records: Count = 0  # number of images to encode; 0: all. shapes is endless and needs a number
+    batch_size: Positive = 64  # images at once, flips included, over all devices of a host
     shard_mb: Positive = 256  # approximate size of an output file
 
 
@@ -146,7 +146,7 @@ class Conditioning:
     weighting: str = "cosine"
     alpha: NonNegative = 8.0  # power of weighting=cosine (Table 2a)
     k: NonNegative = 1.0  # noise level of weighting=step (Table A6)
-    # of the text, a key of conditioning.text.PADDINGS: zero | replicate | noisy_replicate (Table 3)
+    # of text, a key of conditioning.text.PADDINGS: zero | replicate | noisy_replicate (Table 3)
     padding: str = "noisy_replicate"
     beta_txt: NonNegative = 0.02  # Eq. 7; the paper says "small" and gives no value
     drop_semantics: Fraction = 0.1  # probability of dropping semantics
@@ -163,8 +163,8 @@ class Diffusion:
     schedule: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"  # paper; DDPM; iDDPM
     beta_start: Fraction = 0.00085
     beta_end: Fraction = 0.012
-    base_resolution: Count = 0  # Eq. 3: the resolution the schedule is for; 0: data.resolution
-    # the paper's | arXiv:2202.00512 with its own loss weight
+    base_resolution: Count = 0  # Eq. 3: the schedule's resolution; 0: data.resolution
+    # epsilon: the paper's | v: arXiv:2202.00512 with its own loss weight
     prediction: Literal["epsilon", "v"] = "epsilon"
 
 
@@ -182,27 +182,27 @@ class Optimizer:
     b2: Fraction = 0.999
     eps: float = 1e-8
     weight_decay: NonNegative = 0.0  # adamw
-    clip_norm: NonNegative = 0.0  # bound of the global gradient norm; 0: none
-    accumulate: Positive = 1  # parts of a batch, one after the other
+    clip_norm: NonNegative = 0.0  # maximum of the global gradient norm; 0: none
+    accumulate: Positive = 1  # parts of a batch, computed one after the other
     ema: Fraction = 0.9999  # decay of the parameters' EMA
-    ema_warmup: bool = True  # use the decay (1 + step) / (10 + step) while that is lower
+    ema_warmup: bool = True  # use the decay (1 + step) / (10 + step) while it is lower
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-    """The space of the diffusion."""
+    """The space in which diffusion runs."""
 
     # pixels | the latents of a frozen autoencoder: diffusers' AutoencoderKL | VQModel
     name: Literal["pixels", "kl", "vq"] = "pixels"
     path: str = ""  # kl, vq: .safetensors, or a folder with one
     size: Literal["tiny", "sd"] = "sd"  # kl, vq; sd: Stable Diffusion's, 8 x smaller, 4 channels
-    scale: float = 1.0  # the denoiser sees (x - shift) * scale, of images in [-1, 1]
+    scale: float = 1.0  # the denoiser's input is (x - shift) * scale, of images in [-1, 1]
     shift: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """objective=reconstruction: weights of the loss's terms beside that of L1, 1."""
+    """objective=reconstruction: weights of the loss terms; that of L1 is 1."""
 
     lpips: NonNegative = 1.0  # LPIPS, if evaluation.lpips has its weights
     kl: NonNegative = 1e-6  # kl: divergence from a standard normal
@@ -211,17 +211,17 @@ class Reconstruction:
     # vq: distance of each code to the nearest latent, times `codebook` (arXiv:2307.15139)
     anchor: NonNegative = 0.25
     critic: NonNegative = 0.1  # generator loss of the patch discriminator
-    critic_start: Annotated[int, AtLeast(0)] = 10_000  # steps before that term is on
+    critic_start: Annotated[int, AtLeast(0)] = 10_000  # number of steps before that term is on
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """What makes tokens of prompts."""
+    """The encoder of prompts."""
 
     # words: a word embedding, trained with the model | clip: frozen text tower of CLIP ViT-L/14
     name: Literal["words", "clip"] = "words"
     path: str = ""  # clip: a folder as transformers writes it, or a hub id owner/name
-    length: Positive = 24  # T, tokens after padding
+    length: Positive = 24  # T, number of tokens after padding
     width: Positive = 128  # channels
 
 
@@ -251,10 +251,10 @@ class Sampling:
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
     eta: Fraction = 0.0  # ddim: 0 deterministic, 1 ancestral
     guidance: float = 1.5  # lambda of Eq. 2
-    base_resolution: Count = 0  # Eq. 4: the resolution the guidance is for; 0: data.resolution
+    base_resolution: Count = 0  # Eq. 4: the guidance's resolution; 0: data.resolution
     control_guidance: float = 1.0  # beta of Eq. 2
     # Classifier guidance (arXiv:2105.05233): a work directory with objective=classification, and
-    # its weight, of epsilon's shift (ddim) or the mean's (ddpm); 1: Bayes' rule
+    # the weight of the shift of epsilon (ddim) or the mean (ddpm); 1: Bayes' rule
     classifier: str = ""
     classifier_guidance: float = 1.0
     clip: bool = True  # keep the predicted image in range (pixel space)
@@ -263,7 +263,7 @@ class Sampling:
     batch_size: Positive = 64
     n: Positive = 16  # images; prompts or labels are repeated or cut to this number
     prompts: str = ""  # mode sample: prompts, separated by ";"
-    prompt_file: str = ""  # mode sample: a text file with a prompt a line
+    prompt_file: str = ""  # mode sample: a text file with one prompt per line
     labels: tuple[int, ...] = ()  # mode sample: labels, e.g. "(1,2)"; empty: all in turn
     control: ControlValues = ControlValues()
     # Where height and width come from (Table 2b). fixed: sampling.control | tied: a square, uniform
@@ -272,7 +272,7 @@ class Sampling:
     size_range: tuple[int, ...] = (512, 1024)  # pixels
 
 
-# The fields that name the networks of metrics; other metrics need none.
+# Fields with the networks of metrics; other metrics need none.
 NETWORK_FIELDS = {
     "fid": "evaluation.inception",
     "kid": "evaluation.inception",
@@ -283,7 +283,7 @@ NETWORK_FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What is measured, and against what."""
+    """Metrics, and the reference images they compare with."""
 
     # prompt_accuracy and frechet_shapes are for data.name=shapes
     metrics: tuple[
@@ -306,34 +306,34 @@ class Evaluation:
     size_prompts: Positive = 16  # size_response: prompts, or labels
     sizes: tuple[int, ...] = (12, 24, 48)  # size_response: originals' sizes to sample with, pixels
     lpips: str = ""  # weights for LPIPS in size_response, beside the pixels' distance
-    inception: str = ""  # FID's network, pytorch-fid's .pth; random: untrained, to try
-    # to the network's 299 pixels: FID's own (bilinear of TensorFlow 1) | clean-fid's bicubic
+    inception: str = ""  # FID's network, pytorch-fid's .pth; random: untrained, for trials
+    # to the network's 299 pixels by FID's own (bilinear of TensorFlow 1) | clean-fid's bicubic
     resize: Literal["tf", "clean"] = "tf"
     clip: str = ""  # CLIP score: a folder as transformers writes it, or a hub id
     path: str = ""  # another data set of mode prepare as the reference; empty: data.path
-    # .npz of mode reference, pytorch-fid, clean-fid or ADM as FID's reference instead
+    # FID's reference as .npz of mode reference, pytorch-fid, clean-fid or ADM, instead of images
     statistics: str = ""
-    save: Literal["", "png", "npz"] = ""  # keep the images; npz: arr_0, as ADM's evaluator reads
+    save: Literal["", "png", "npz"] = ""  # save the images; npz: arr_0, for ADM's evaluator
     # mode evaluate: all combinations of fields of sampling, "guidance=1,1.5,2;size=train,fixed"
     grid: str = ""
     # mode evaluate: replaces metrics, reference and settings of sampling; see protocols.py
     protocol: Literal["", "imagenet_fid50k", "val_fid", "coco_clip", "lpips_size"] = ""
     every: Count = 0  # steps between evaluations in training; 0: only at the end
-    every_samples: Annotated[int, AtLeast(2)] = 1024  # evaluation.samples of those
+    every_samples: Annotated[int, AtLeast(2)] = 1024  # evaluation.samples in those evaluations
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """When to save, and what to keep."""
+    """When to save checkpoints, and which to keep."""
 
     every: Positive = 1000  # steps
     keep: Positive = 2  # newest checkpoints
-    keep_best: Count = 1  # checkpoints with the lowest mean loss, besides
+    keep_best: Count = 1  # additional checkpoints with the lowest mean loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """What training reports."""
+    """What training logs."""
 
     every: Positive = 50  # steps between lines of metrics.jsonl
     samples_every: Count = 1000  # steps between sample grids; 0: only at the end
@@ -351,10 +351,10 @@ class Convert:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How devices share the work."""
+    """Sharding over devices."""
 
-    # devices that share one copy of the parameters; the others are data-parallel. 0: 8, or as many
-    # of these as divide their number
+    # number of devices over which one copy of the parameters is sharded; the rest is data-parallel.
+    # 0: the greatest common divisor of 8 and the number of devices
     fsdp: Count = 1
 
 
@@ -366,8 +366,8 @@ class Config:
     steps: Positive = 1000
     batch_size: Positive = 64  # images a step, over all devices and accumulated parts
     profile: tuple[int, ...] = ()  # first and last step of a trace, for xprof or TensorBoard
-    # what is trained: a denoiser | config.autoencoder (configs/autoencoder.py) | a classifier of
-    # noised images, to guide sampling (configs/classifier.py)
+    # trains a denoiser | config.autoencoder (configs/autoencoder.py) | a classifier of noised
+    # images for classifier guidance (configs/classifier.py)
     objective: Literal["diffusion", "reconstruction", "classification"] = "diffusion"
     model: Model = Model()
     init: Init = Init()

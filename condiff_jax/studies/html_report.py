@@ -1,4 +1,4 @@
-"""A report as one HTML file: table, figures (SVG), sample images, provenance; nothing remote."""
+"""A report as one HTML file without remote content: table, SVG figures, images, provenance."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from condiff_jax.studies.results import ResultRow, Table, is_inside, metric_names, without_root
 
-# Titles of an evaluation's images by kind, in the order in which they are shown.
+# Titles of an evaluation's images by kind, in display order.
 IMAGE_TITLES = {
     "sizes": "Same noise, different size control (the paper's Fig. 2)",
     "flip": "Same noise, without and with flip control (the paper's Fig. 6)",
     "grid": "Samples",
 }
 PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG file
-# Hues that color-blind readers tell apart; curves differ by markers and dashes, too.
+# Colors for color-blind readers; curves also differ by markers and dashes.
 SERIES = ("#0072b2", "#c04f00", "#007a5a", "#a3478a", "#806600", "#59626b")
 MARKERS, DASHES = "os^DvP", ("-", "--", ":")
 INK, SOFT, RULE, PAPER = "#1c2024", "#60676f", "#d9dde2", "#ffffff"
-# Colors of the figures -> variables of the page, which have other values on a dark screen.
+# Colors of the figures -> CSS variables of the page, which differ in dark mode.
 VARIABLES = {INK: "var(--ink)", SOFT: "var(--soft)", RULE: "var(--rule)", PAPER: "var(--paper)"}
 VARIABLES |= {color: f"var(--series-{i})" for i, color in enumerate(SERIES)}
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "condiff_jax",
-    "text.parse_math": False,  # a $ in a row's name is a $
+    "text.parse_math": False,  # show a $ in a row's name as it is
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -65,7 +65,7 @@ STYLE = {
 
 
 def render(table: Table, rows: Sequence[ResultRow]) -> str:
-    """The whole page; `rows` are the results behind the table, none for computed ones."""
+    """Render the page; `rows` are the results of the table, none for a computed table."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
         autoescape=True, trim_blocks=True,
@@ -92,7 +92,7 @@ def caption(row: ResultRow, record: dict[str, Any]) -> str:
 def figures(rows: Sequence[ResultRow]) -> Iterator[tuple[str, Markup]]:
     """(caption, SVG) of each metric: curves over a numeric argument, else bars of several rows.
 
-    Rows with other arguments are another experiment, with a figure of its own.
+    Rows with different argument names are separate experiments with separate figures.
     """
     for metric in metric_names(rows):
         experiments: dict[tuple, list[ResultRow]] = {}
@@ -110,7 +110,7 @@ def figures(rows: Sequence[ResultRow]) -> Iterator[tuple[str, Markup]]:
 
 
 def finite(row: ResultRow, metric: str) -> list[float]:
-    """The values of a metric that can be drawn."""
+    """The finite values of a metric."""
     return [value for value in row.values(metric) if math.isfinite(value)]
 
 
@@ -120,7 +120,7 @@ def arguments(row: ResultRow) -> dict[str, str]:
 
 
 def numeric_argument(rows: Sequence[ResultRow]) -> str:
-    """The argument with the most values if these are three numbers or more, else ""."""
+    """The argument with the most values, if they are three or more numbers; else ""."""
     values = {name: {arguments(row)[name] for row in rows} for name in arguments(rows[0])}
     numeric = [name for name in values if len(values[name]) > 2 and all(map(_number, values[name]))]
     return max(numeric, key=lambda name: len(values[name]), default="")
@@ -134,7 +134,7 @@ def _number(text: str) -> bool:
 
 
 def bars(rows: Sequence[ResultRow], metric: str) -> Figure:
-    """Horizontal bars from zero, each under the name of its row, with a dot for each seed."""
+    """Horizontal bars from zero, each below its row's name, with a dot for each seed."""
     titles = [textwrap.fill(printable(row.title), 48) for row in rows]
     height = 0.26 + 0.16 * max(title.count("\n") + 1 for title in titles)  # inches of a row
     figure = Figure(figsize=(3.3, height * len(rows)))
@@ -154,15 +154,15 @@ def bars(rows: Sequence[ResultRow], metric: str) -> Figure:
 
 
 def curves(rows: Sequence[ResultRow], metric: str, axis: str) -> Figure:
-    """The metric against an argument: a curve for each choice of the others, named at its end."""
+    """The metric over an argument: a labeled curve for each combination of the others."""
     common = set.intersection(*(set(arguments(row).items()) for row in rows))
     series: dict[str, list[tuple[float, list[float]]]] = {}
     for row in rows:
-        others = [
+        differing = [
             f"{k}={v}" for k, v in arguments(row).items() if k != axis and (k, v) not in common
         ]
         point = float(arguments(row)[axis]), finite(row, metric)
-        series.setdefault(printable(", ".join([*others, *row.changed])), []).append(point)
+        series.setdefault(printable(", ".join([*differing, *row.changed])), []).append(point)
     figure = Figure(figsize=(2.9, 2))
     axes = figure.add_axes((0, 0, 1, 1))
     ends = []
@@ -175,12 +175,12 @@ def curves(rows: Sequence[ResultRow], metric: str, axis: str) -> Figure:
         seeds = [(x, value) for x, values in points for value in values]
         axes.plot(*zip(*seeds, strict=True), marker, color=color)
         ends.append((means[-1], label, color))
-    places = [x for points in series.values() for x, _ in points]
+    positions = [x for points in series.values() for x, _ in points]
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    if min(places) > 0 and max(places) >= 10 * min(places):
+    if min(positions) > 0 and max(positions) >= 10 * min(positions):
         axes.set_xscale("log")
-        few = max(places) <= 100 * min(places)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        short = max(positions) <= 100 * min(positions)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if short else (1,)))
         axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -196,19 +196,19 @@ def curves(rows: Sequence[ResultRow], metric: str, axis: str) -> Figure:
 
 
 def spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Rising heights moved at least a gap apart, none above the top."""
+    """Move sorted heights at least `gap` apart, none above `top`."""
     apart = list(itertools.accumulate(heights, lambda below, height: max(below + gap, height)))
     return [min(height, top - gap * i) for i, height in enumerate(reversed(apart))][::-1]
 
 
 def printable(text: str) -> str:
-    """A row's text that may break after its commas, without characters that XML lacks."""
+    """Text of a row with a space after each comma, without characters invalid in XML."""
     text = "".join(character if character.isprintable() else " " for character in text)
     return ", ".join(part.strip() for part in text.split(","))
 
 
 def to_svg(figure: Figure, label: str) -> Markup:
-    """A figure as an SVG element in the page's colors; the same bytes for the same figure."""
+    """A figure as an SVG element with the page's color variables; deterministic bytes."""
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.03, metadata=metadata)
@@ -216,7 +216,7 @@ def to_svg(figure: Figure, label: str) -> Markup:
     root.attrib |= {"role": "img", "aria-label": printable(label)}
     for element in root.iter():
         if element.tag.endswith("}g"):
-            element.attrib.pop("id", None)  # figure_1 and so on, the same in every figure
+            element.attrib.pop("id", None)  # figure_1 and so on repeat in every figure
         for color, variable in VARIABLES.items():
             if color in element.get("style", ""):
                 element.set("style", element.get("style").replace(color, variable))
@@ -226,7 +226,7 @@ def to_svg(figure: Figure, label: str) -> Markup:
 
 
 def image_sections(rows: Sequence[ResultRow]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(title, [(caption, PNG in base64)]) of each kind of image: one a row, of its first seed."""
+    """(title, [(caption, PNG in base64)]) of each kind of image; one per row, of its first seed."""
     kinds = [kind for row in rows for record in row.done for kind in record["pictures"]]
     for kind in dict.fromkeys([*IMAGE_TITLES, *kinds]):
         images = []
@@ -238,10 +238,10 @@ def image_sections(rows: Sequence[ResultRow]) -> Iterator[tuple[str, list[tuple[
 
 
 def image(record: dict[str, Any], kind: str) -> str:
-    """A PNG of a result in base64, "" where the file is missing (as for recorded results).
+    """A PNG of a result in base64; "" if the file is missing, as for recorded results.
 
-    Results may come from others: a page must not show other files of this machine, whatever they
-    link to.
+    Results may come from other people, so only PNG files inside the run's folder are read; links
+    that lead out of it are not followed.
     """
     if kind not in record["pictures"]:
         return ""

@@ -4,10 +4,10 @@ r"""Mode `report`: the results of a sweep beside the published numbers, or those
       --html=table3.html
     python -m condiff_jax.main --mode=report --workdir=runs/guided --html=guided.html
 
-The first command shows a table with the results of mode sweep: those in --workdir and --results,
-by default the recorded ones in benchmarks/results. Table A1 needs none: its values are computed.
-The second one shows the evaluations of one run, such as over evaluation.grid. In its place,
---results=FILE.json names a file that --save made of some.
+The first command shows a table with results of mode sweep: those in --workdir and --results, by
+default the recorded ones in benchmarks/results. Table A1 needs none: its values are computed. The
+second command shows the evaluations of one run, such as over evaluation.grid. Instead of --workdir,
+--results=FILE.json names a file written by --save.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def size_and_flop(config: Config) -> tuple[float, float]:
     return measures["parameters"] / 1e6, measures["gflop_forward"]
 
 
-# Tables whose values are computed, not trained for; the values are in the order of the paper's.
+# Tables with computed values, in the order of the paper's columns.
 COMPUTED: dict[str, Callable] = {"tableA1": size_and_flop}
 
 
 def computed_table(name: str, module: dict) -> Table:
-    """A computed table: for each value the paper's, ours, and the difference."""
+    """A computed table: the paper's value, ours and the difference, for each column."""
     names = list(next(iter(module["PAPER"].values())))
     columns = [("", "row")]
     columns += [(name, kind) for name in names for kind in ("paper", "ours", "difference")]
@@ -66,7 +66,7 @@ def title(name: str, module: dict) -> str:
 
 
 def aggregate(rows: Iterable[str], records: Iterable[dict[str, Any]]) -> list[ResultRow]:
-    """The results of each row (none if it has none), separate by scale, overrides and steps."""
+    """Group results by row, scale, overrides and steps; a row without results has no records."""
     groups: dict[tuple, list[dict]] = {}
     for record in records:
         overrides = json.dumps(record["overrides"], sort_keys=True)
@@ -83,7 +83,7 @@ def aggregate(rows: Iterable[str], records: Iterable[dict[str, Any]]) -> list[Re
 
 
 def shared_overrides(groups: Iterable[Sequence[dict[str, Any]]]) -> list[str]:
-    """The overrides "field=value" that all groups of results have; each group has the same."""
+    """The overrides "field=value" common to all groups; results of a group have equal ones."""
     overrides = [
         [f"{field}={value}" for field, value in group[0]["overrides"].items()]
         for group in groups
@@ -93,11 +93,12 @@ def shared_overrides(groups: Iterable[Sequence[dict[str, Any]]]) -> list[str]:
 
 
 def results_table(heading: str, module: dict, rows: Sequence[ResultRow]) -> Table:
-    """The published values, ours, and the provenance of ours, in a group of columns each.
+    """A table with groups of columns: published values, ours, and the provenance of ours.
 
-    Published by the paper, or by what the module's SOURCE names.
+    The published values are the paper's, or of the source that the module's SOURCE names.
     """
-    source, paper = module.get("SOURCE", "paper"), module["PAPER"]
+    source = module.get("SOURCE", "paper")
+    paper = module["PAPER"]
     published = list(dict.fromkeys(name for values in paper.values() for name in values))
     measured = results.metric_names(rows)
     columns = [("", "row"), *((source, name) for name in published)]
@@ -121,7 +122,7 @@ def results_table(heading: str, module: dict, rows: Sequence[ResultRow]) -> Tabl
 
 
 def evaluations_table(place: str, rows: Sequence[ResultRow], common: dict[str, str]) -> Table:
-    """The evaluations of one run: a row for each combination of settings."""
+    """A table of the evaluations of one run: a row for each combination of settings."""
     names = results.metric_names(rows)
     columns = [("", "setting"), *(("measured", name) for name in names), ("provenance", "seeds")]
     cells = [[row.title, *(measured_cell(row, n) for n in names), seeds_cell(row)] for row in rows]
@@ -133,14 +134,14 @@ def evaluations_table(place: str, rows: Sequence[ResultRow], common: dict[str, s
 
 
 def published_cell(value: float | None) -> str:
-    """A published value; NaN is the paper's cross."""
+    """A published value; NaN, the paper's cross, is "diverged"."""
     if value is None:
         return EMPTY
     return "diverged" if math.isnan(value) else f"{value:g}"
 
 
 def measured_cell(row: ResultRow, name: str) -> str:
-    """Mean over seeds with half of their range, or the status where no seed was finished."""
+    """Mean over seeds ± half of their range, or the status if no seed is done."""
     values = row.values(name)
     if not values:
         return row.records[0]["status"] if row.records and not row.done else EMPTY
@@ -149,13 +150,13 @@ def measured_cell(row: ResultRow, name: str) -> str:
 
 
 def seeds_cell(row: ResultRow) -> str:
-    """The seeds, with the status of those that are not done."""
+    """The seeds, with the status of unfinished ones."""
     marks = {"done": "", "diverged": " diverged", "failed": " failed"}
     return ", ".join(f"{record['seed']}{marks[record['status']]}" for record in row.records)
 
 
 def provenance(row: ResultRow) -> dict[str, str]:
-    """Cells by column: the origins of a row's results, different ones separated by commas."""
+    """Cells by column: where a row's results come from; different values separated by commas."""
     commits = [record.get("commit", "") for record in row.records]
     values = {
         "scale": [record["scale"] for record in row.records],
@@ -171,12 +172,12 @@ def provenance(row: ResultRow) -> dict[str, str]:
 def remarks(
     published: Sequence[str], measured: Sequence[str], rows: Sequence[ResultRow], source: str
 ) -> list[str]:
-    """Notes on how far numbers are comparable, on the spread over seeds, and on failures."""
+    """Notes on comparability, the spread over seeds, and failures."""
     notes = []
     records = [record for row in rows for record in row.records]
     at_paper_scale = {record["scale"] for record in records} == {"paper"}
     if not records:
-        notes.append("No results of ours yet: --mode=sweep makes them.")
+        notes.append("No results of ours yet; run --mode=sweep.")
     if measured and not (at_paper_scale and set(measured) <= set(published)):
         small = "" if at_paper_scale else " of smaller models on embedded data"
         notes.append(
@@ -196,17 +197,17 @@ def remarks(
 
 
 def to_text(table: Table) -> str:
-    """The table in aligned columns, each group's name above its first column."""
+    """Format a table as text in aligned columns, each group's name above its first column."""
     headers = []
     for group, columns in itertools.groupby(table.columns, key=lambda column: column[0]):
-        first, *others = (name for _, name in columns)
-        headers += [f"{group}\n{first}", *(f"\n{name}" for name in others)]
+        first, *rest = (name for _, name in columns)
+        headers += [f"{group}\n{first}", *(f"\n{name}" for name in rest)]
     notes = [textwrap.fill(f"- {note}", 100, subsequent_indent="  ") for note in table.notes]
     return "\n".join([table.title, "", _aligned(headers, table.rows, "simple"), "", *notes])
 
 
 def to_markdown(table: Table) -> str:
-    """The table in Markdown, with the group in each heading."""
+    """Format a table as Markdown, with the group in each heading."""
     headers = [f"{group}: {name}" if group else name for group, name in table.columns]
     headers, *rows = [[cell.replace("|", r"\|") for cell in row] for row in (headers, *table.rows)]
     return "\n".join([_aligned(headers, rows, "pipe"), "", *(f"- {note}" for note in table.notes)])
@@ -229,7 +230,7 @@ def without_paths(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def table_report(path: str, places: Sequence[str]) -> tuple[Table, list[ResultRow], list[dict]]:
-    """A table of the paper with its rows of results, and the records that are shown."""
+    """A table of the paper, its result rows, and their records."""
     module, name = results.load_table(path), Path(path).stem
     if "PAPER" not in module:
         raise ConfigError(path, "has no PAPER, the published values of its rows")
@@ -247,9 +248,9 @@ def table_report(path: str, places: Sequence[str]) -> tuple[Table, list[ResultRo
 
 
 def run_report(places: Sequence[str]) -> tuple[Table, list[ResultRow], list[dict]]:
-    """The evaluations of one run, their rows and records."""
+    """A table of the evaluations of one run, its result rows, and their records."""
     if not places:
-        raise ConfigError("--config", "missing; give a table, or --workdir of a run's evaluations")
+        raise ConfigError("--config", "missing; give a table, or --workdir of an evaluated run")
     if len(places) > 1:
         raise ConfigError("--results", "takes several places only with --config, a table")
     records = results.read_evaluations(places[0])
@@ -258,7 +259,7 @@ def run_report(places: Sequence[str]) -> tuple[Table, list[ResultRow], list[dict
 
 
 def write(path: str, content: str) -> None:
-    """Write a file, with its folder; ConfigError where that fails."""
+    """Write a file and create its folder; ConfigError if that fails."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(content.rstrip() + "\n", encoding="utf-8", errors="replace")
@@ -275,9 +276,9 @@ def run(
     markdown: str = "",
     save: str = "",
 ) -> None:
-    """Report a table or a run's evaluations; the arguments are those of the command line.
+    """Report a table or a run's evaluations; the arguments are the flags of mode report.
 
-    The table is printed unless --html or --markdown writes it.
+    The table is printed unless it is written by --html or --markdown.
     """
     places = [workdir, *results] if workdir else list(results)
     if (places or save) and Path(table).stem in COMPUTED:

@@ -33,7 +33,7 @@ DETAIL = re.compile(r"sharpness_\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text: columns are (group, name), the first column has the rows' names."""
+    """A table of text; columns are (group, name), and the first one has the row names."""
 
     title: str
     columns: list[tuple[str, str]]
@@ -47,11 +47,11 @@ class ResultRow:
 
     row: str
     records: list[dict[str, Any]]
-    changed: tuple[str, ...] = ()  # overrides "field=value" that not all rows share
+    changed: tuple[str, ...] = ()  # overrides "field=value" that other rows lack
 
     @property
     def title(self) -> str:
-        """The row's arguments and the overrides that set it apart."""
+        """The row's arguments and its changed overrides."""
         title = self.row or "the only row"
         return f"{title} [{', '.join(self.changed)}]" if self.changed else title
 
@@ -73,14 +73,14 @@ def metric_names(rows: Iterable[ResultRow]) -> list[str]:
 
 
 def load_table(path: str) -> dict[str, Any]:
-    """The module of a table's config file; ConfigError where it has no rows or does not load."""
+    """Load a table's config file: its module; ConfigError if it has no rows or does not load."""
     if not path:
         raise ConfigError("--config", "missing; name a table, such as configs/table3.py")
     if not path.endswith(".py"):
         raise ConfigError(path, "is not a config file; try configs/table3.py")
     try:
         module = runpy.run_path(path)
-    except Exception as error:  # whatever the file does
+    except Exception as error:  # the file can raise anything
         raise ConfigError(path, f"{type(error).__name__}: {error}") from error
     if not module.get("ROWS"):
         raise ConfigError(path, "is not a table: it has no ROWS")
@@ -88,31 +88,31 @@ def load_table(path: str) -> dict[str, Any]:
 
 
 def identify(record: dict[str, Any]) -> tuple:
-    """The key of a result: of several with the same key, the latest counts."""
+    """The key of a result; of several results with the same key, the latest counts."""
     overrides = json.dumps(record.get("overrides", {}), sort_keys=True)
     return tuple(record[name] for name in ("table", "row", "seed", "scale")) + (overrides,)
 
 
 def is_inside(path: epath.Path, folder: str | epath.Path) -> bool:
-    """Whether it is a regular file in the folder: no link out of it, no pipe that blocks."""
+    """Whether the path is a regular file in the folder, not a link out of it or a pipe."""
     if "://" in os.fspath(path):
         return path.exists()
-    # Of epath's own, `is_file` is true for pipes and `resolve` follows no links.
+    # epath's `is_file` is true for pipes, and its `resolve` follows no links.
     file = Path(path)
     return file.is_file() and file.resolve().is_relative_to(Path(folder).resolve())
 
 
 def checked(path: epath.Path) -> epath.Path:
-    """The path of a file; ConfigError where something else exists there, see `is_inside`."""
+    """Return the path; ConfigError if it exists and is not a regular file, see `is_inside`."""
     if path.exists() and not is_inside(path, path.parent):
         raise ConfigError(str(path), "not a regular file of its folder; copy it there")
     return path
 
 
 def read_records(path: epath.Path, required: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file or a .json list; a torn last line is left out.
+    """Read the objects of a JSON-lines file or a .json list; skips an incomplete last line.
 
-    ConfigError for another file, or where an object lacks one of the required names.
+    ConfigError for other files, or if an object lacks a required name.
     """
     try:
         is_list = path.suffix == ".json"
@@ -126,12 +126,12 @@ def read_records(path: epath.Path, required: Sequence[str] = ()) -> list[dict[st
 
 
 def without_root(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A result as it was in its file, see `read`."""
+    """A result without "root", as it was in its file; see `read`."""
     return {name: value for name, value in record.items() if name != "root"}
 
 
 def read(places: Iterable[str]) -> list[dict[str, Any]]:
-    """The results of sweeps' work directories (results*.jsonl) and of files, one per `identify`.
+    """Read results of sweeps' work directories (results*.jsonl) and files, one per `identify`.
 
     Each gets "root", the parent of its run's folder. Of several results of the same row the last
     one counts, but a failure never replaces a finished result.
@@ -152,23 +152,23 @@ def read(places: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def read_evaluations(place: str) -> list[dict[str, Any]]:
-    """The evaluations of a run's work directory, or of a .json file made of some by --save.
+    """Read the evaluations of a run's work directory, or of a .json file written by --save.
 
-    Each gets "root", the folder of its images. ConfigError where there are none.
+    Each gets "root", the folder of its images. ConfigError if there are none.
     """
     path = epath.Path(place)
     if not path.exists():
         raise ConfigError(place, "is not a work directory or a .json of evaluations")
     records = read_records(checked(Workdir(place).evaluation) if path.is_dir() else path)
-    # Autoencoders and classifiers have other lines there.
+    # Autoencoders and classifiers write other records to this file.
     evaluations = [record for record in records if {"metrics", "sampling"} <= record.keys()]
     if not evaluations:
-        raise ConfigError(place, "no evaluations here; --mode=evaluate makes them")
+        raise ConfigError(place, "no evaluations here; run --mode=evaluate")
     return [record | {"root": place} for record in evaluations]
 
 
 def settings(record: Mapping[str, Any]) -> dict[str, str]:
-    """All that an evaluation's numbers depend on except the seed: text by field name."""
+    """Settings of an evaluation that determine its numbers, except the seed: text by field."""
     values = {"step": record["step"], **record["sampling"], **record["evaluation"]}
     return {name: _text(value) for name, value in flatten(values).items() if name != "seed"}
 
@@ -184,14 +184,15 @@ def _text(value: Any) -> str:
 def group_evaluations(
     records: Sequence[Mapping[str, Any]],
 ) -> tuple[list[ResultRow], dict[str, str]]:
-    """A row for each combination of settings, named by those that vary; and the common settings.
+    """Group evaluations into a row for each combination of settings; also the common settings.
 
-    Of several evaluations with the same settings and seed the last one counts.
+    Rows are named by the settings that vary. Of several evaluations with the same settings and seed
+    the last one counts.
     """
     all_settings = [settings(record) for record in records]
     shared = set(all_settings[0].items()).intersection(*(fields.items() for fields in all_settings))
     common = {name: value for name, value in all_settings[0].items() if (name, value) in shared}
-    by_row: dict[str, dict[int, dict]] = {}  # and seed
+    by_row: dict[str, dict[int, dict]] = {}  # row -> seed -> record
     for record, fields in zip(records, all_settings, strict=True):
         row = ",".join(f"{name}={value}" for name, value in fields.items() if name not in common)
         seed = record["sampling"]["seed"]
@@ -206,12 +207,12 @@ def group_evaluations(
 
 
 def commit() -> str:
-    """The git commit of this package's checkout, with -dirty if it is changed; "" without one."""
+    """The git commit of this package's checkout, with -dirty if changed; "" without a checkout."""
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        # An installed package may lie in some other project's checkout, which does not track it.
+        # An installed package may be in another project's checkout, which does not track it.
         for arguments in (
             ["ls-files", "--error-unmatch", here.name],
             ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -1,6 +1,7 @@
-"""Trainings that rows of a sweep share: their folders, and a longer one that starts from a shorter.
+"""Folders of the trainings that rows of a sweep share.
 
-Two rows share a training if they differ only in how it is sampled and evaluated.
+Two rows share a training if they differ only in sampling and evaluation. A longer training starts
+from a copy of a shorter one.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ def folder_prefix(config: Config) -> str:
 
 
 def folder_name(config: Config) -> str:
-    """The folder of a training in the sweep's: equal for configs that share the training."""
+    """The folder name of a training, equal for configs that share the training."""
     return f"{folder_prefix(config)}-{config.steps}"
 
 
 def with_stage_folders(config: Config, workdir: epath.Path) -> Config:
-    """The config with every earlier stage in its own folder of the sweep."""
+    """The config with init.path of every stage set to a folder of the sweep."""
     earlier = config.init.pretrain
     if earlier is None:
         return config
@@ -39,10 +40,10 @@ def with_stage_folders(config: Config, workdir: epath.Path) -> Config:
 
 
 def start_from_shorter(config: Config, workdir: epath.Path) -> str:
-    """Copy the longest finished shorter training as the start of this one; the copied folder.
+    """Copy the longest finished shorter training as the start of this one; return its folder.
 
-    The copy resumes exactly where the shorter one ended, and that one stays as it is, to be
-    evaluated or started from. "" where there is none, or this training has begun.
+    The copy resumes exactly where the shorter one ended. The shorter one is not changed. Returns ""
+    if there is none or if this training has begun.
     """
     path = workdir / folder_name(config)
     prefix = folder_prefix(config)
@@ -63,12 +64,12 @@ def start_from_shorter(config: Config, workdir: epath.Path) -> str:
     _copy(source.checkpoints / str(steps), partial.checkpoints / str(steps))
     for name in ("vocabulary", "control", "metrics", "config"):
         _copy(getattr(source, name), getattr(partial, name))
-    partial.path.rename(path)  # in one step: complete or absent
+    partial.path.rename(path)  # atomic: complete or absent
     return source.path.name
 
 
 def _copy(old: epath.Path, new: epath.Path) -> None:
-    """Copy a file or a folder, if it exists; remote ones too."""
+    """Copy a local or remote file or folder, if it exists."""
     if old.is_dir():
         new.mkdir(parents=True, exist_ok=True)
         for child in old.iterdir():
@@ -79,8 +80,9 @@ def _copy(old: epath.Path, new: epath.Path) -> None:
 
 
 def training_seconds(config: Config, path: epath.Path) -> float:
-    """Seconds that the training steps of all stages took, without compilation."""
-    total, previous = 0.0, 0
+    """Seconds of the training steps of all stages, without compilation."""
+    total = 0.0
+    previous = 0
     if config.init.pretrain is not None:
         total = training_seconds(config.init.pretrain, epath.Path(config.init.path))
     for values in read_json_lines(Workdir(path).metrics):

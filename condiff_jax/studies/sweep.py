@@ -2,10 +2,10 @@
 
     python -m condiff_jax.main --mode=sweep --config=configs/table3.py --workdir=runs/table3
 
-WORKDIR/results.jsonl gets a line for each row and seed; mode report shows them beside the paper's
-numbers. Rows that differ only in sampling share a training, rows that start from the same earlier
-stage share that stage, and a training resumes from a shorter one of the same kind. The same
-command resumes an interrupted sweep.
+WORKDIR/results.jsonl gets a line for each row and seed, which mode report shows beside the paper's
+numbers. Rows that differ only in sampling share a training; rows with the same earlier stage share
+that stage; a training resumes from a shorter one with the same config. The same command resumes an
+interrupted sweep.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from condiff_jax.studies import results, shared_runs
 from condiff_jax.training import loop
 
 STAGES = r"(init\.pretrain\.)*"
-# Where data lies changes no result; of other files, results record the name alone.
+# Paths of data change no result and are not recorded; of other files only the name is recorded.
 DATA_PATH = re.compile(STAGES + r"(data|autoencoder|text_encoder)\.path")
 FILE = re.compile(
     STAGES + r"(evaluation\.lpips|sampling\.(prompt_file|classifier)|convert\.source)"
@@ -68,7 +68,7 @@ class Run:
 def create(
     module: dict, row: str, scale: str, seed: int | None, overrides: Mapping[str, str]
 ) -> tuple[Config, dict[str, Any]]:
-    """A row's config, with the seed (if any) in all stages, and the values of its overrides.
+    """Create a row's config, with the seed (if any) in all stages, and the values of its overrides.
 
     Overrides of init.pretrain are left out of rows without an earlier stage.
     """
@@ -94,7 +94,7 @@ def create(
 
 
 def select(rows: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The rows that match one of the patterns, or all; ConfigError for a pattern without a row."""
+    """The rows that match a pattern, or all without patterns; ConfigError for an unused pattern."""
     matches = {pattern: fnmatch.filter(rows, pattern) for pattern in patterns}
     for pattern in patterns:
         if not matches[pattern]:
@@ -110,7 +110,7 @@ def plan(
     scale: str,
     overrides: Mapping[str, str],
 ) -> tuple[list[list[Run]], dict[str, Any]]:
-    """Groups of runs that share a stage, and the overrides' values."""
+    """Groups of runs that share a stage, and the values of the overrides."""
     values: dict[str, Any] = {}
     groups: list[tuple[set[str], list[Run]]] = []  # (digests of the stages, runs)
     for seed, row in itertools.product(seeds, rows):
@@ -118,21 +118,23 @@ def plan(
         values |= row_values
         folder = shared_runs.folder_name(config)
         run = Run(row, config.seed, shared_runs.with_stage_folders(config, workdir), folder)
-        digests, runs, others = {digest(stage) for stage in stages(config)}, [run], []
+        digests = {digest(stage) for stage in stages(config)}
+        runs = [run]
+        unrelated = []
         for group_digests, group_runs in groups:
             if group_digests & digests:
                 digests, runs = digests | group_digests, group_runs + runs
             else:
-                others.append((group_digests, group_runs))
-        groups = [*others, (digests, runs)]
+                unrelated.append((group_digests, group_runs))
+        groups = [*unrelated, (digests, runs)]
     for field in overrides:
         if field not in values:
-            raise ConfigError(field, "no row has an earlier stage to set it of")
+            raise ConfigError(field, "no row has an earlier stage with this field")
     return [sorted(runs, key=lambda run: run.length) for _, runs in groups], values
 
 
 def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
-    """Train and evaluate one run: its result, or None if SIGTERM stopped the training."""
+    """Train and evaluate one run; return its result, or None if SIGTERM stopped the training."""
     path = workdir / run.folder
     if jax.process_index() == 0:
         for stage in stages(run.config):
@@ -145,7 +147,7 @@ def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
         evaluation = outcome.record
     elif run.config.evaluation.metrics:  # the training was there, with another evaluation
         (evaluation,) = evaluate.run(run.config, str(path))
-    else:  # as on the paper's data: the grid of the training is the only result
+    else:  # the sample grid of the training is the only result
         evaluation = dict.fromkeys(RECORDED) | {"metrics": {}, "seconds": 0.0}
         evaluation["pictures"] = {"grid": f"samples/{run.config.steps}.png"}
     training = round(shared_runs.training_seconds(run.config, path), 1)
@@ -154,14 +156,14 @@ def measure(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
 
 
 def attempt(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
-    """`measure`, with errors as results, so that the other rows run."""
+    """Run `measure`, with errors as results, so that the other rows run."""
     try:
         return measure(run, workdir)
     except FloatingPointError as error:
         return {"status": "diverged", "reason": one_line(error)}
     except ConfigError as error:
         return {"status": "failed", "reason": one_line(error)}
-    except Exception as error:  # such as too little memory; later rows may need less
+    except Exception as error:  # such as out of memory; later rows may need less
         traceback.print_exc()
         return {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
     finally:
@@ -169,17 +171,18 @@ def attempt(run: Run, workdir: epath.Path) -> dict[str, Any] | None:
 
 
 def release() -> None:
-    """Free a row's device memory: arrays in reference cycles, compiled programs."""
+    """Free a row's device memory: arrays in reference cycles and compiled programs."""
     gc.collect()
     jax.clear_caches()
 
 
 def execute(statuses: Mapping[Run, str], path: epath.Path, common: dict[str, Any]) -> int:
-    """Run what is not finished, with a line of progress each; exit code 1 if a row failed.
+    """Run all unfinished rows and print their progress; return exit code 1 if a row failed.
 
-    path: the file of results, in the work directory. common: what all results share.
+    path: the file of results, in the work directory. common: fields of all results.
     """
-    provenance, begin = results.provenance(), time.monotonic()
+    provenance = results.provenance()
+    begin = time.monotonic()
     remaining = sum(status not in results.FINISHED for status in statuses.values())
     attempted = failed = 0
     for number, (run, status) in enumerate(statuses.items(), 1):
@@ -207,8 +210,9 @@ def execute(statuses: Mapping[Run, str], path: epath.Path, common: dict[str, Any
 
 
 def describe(groups: Sequence[Sequence[Run]], statuses: Mapping[Run, str]) -> str:
-    """The plan of a sweep as text: each run with its training and the stages that it shares."""
-    lines, first_user = [], {}
+    """Describe a sweep: each run with its training and the stages it shares."""
+    lines = []
+    first_user: dict[str, Run] = {}
     for number, runs in enumerate(groups):
         lines.append(f"group {number}")
         for run in runs:
@@ -250,7 +254,7 @@ def run(
     dry_run: bool,
     overrides: Mapping[str, str],
 ) -> int:
-    """Sweep a table; the arguments are those of the command line. The exit code."""
+    """Sweep a table and return the exit code; the arguments are the flags of mode sweep."""
     module = results.load_table(table)
     if not workdir:
         raise ConfigError("--workdir", "missing; mode sweep needs it")
@@ -271,7 +275,7 @@ def run(
         if not DATA_PATH.fullmatch(field)
     }
     common = {"table": Path(table).stem, "scale": scale or "paper", "overrides": recorded}
-    # A result of another recipe, which has another folder, does not count.
+    # Results of a changed recipe have another folder and do not count.
     known = {
         (results.identify(record), record["folder"]): record["status"]
         for record in (results.read([workdir]) if folder.exists() else [])

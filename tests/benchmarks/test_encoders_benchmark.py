@@ -1,4 +1,4 @@
-"""The command that compares real encoders with their originals, on tiny random ones."""
+"""benchmarks.encoders, on tiny random encoders."""
 
 import diffusers
 import pytest
@@ -45,7 +45,7 @@ def test_other_numbers_fail(folders, capsys, monkeypatch):
     assert "NOT equal" in capsys.readouterr().out
 
 
-def test_what_cannot_be_read_ends_in_a_line(capsys, tmp_path):
+def test_unreadable_folders_are_one_line(capsys, tmp_path):
     clips.write(tmp_path)
     (tmp_path / "merges.txt").unlink()
     for argument in ("--clip=/no/such", "--vae=/no/such", f"--clip={tmp_path}"):

@@ -1,4 +1,4 @@
-"""The table of recipes and slices: every cell once, gone on from where it was stopped."""
+"""benchmarks.plan: every cell of the table once, also after an interrupt."""
 
 import json
 import re
@@ -15,15 +15,15 @@ TIMES = {"seconds": 0.5, "images_per_sec": 4096, "mfu": 0.25}
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs the command with cells that are not compiled; (cells asked for, those in the file)."""
+    """Run the command without compiling: (measured cells, cells in the file)."""
 
     def command(*arguments, stop=None):
-        asked = []
+        measured = []
 
         def measure(recipe, changes, name, times):
-            if len(asked) == stop:
+            if len(measured) == stop:
                 raise KeyboardInterrupt
-            asked.append((recipe, name, tuple(changes.items())))
+            measured.append((recipe, name, tuple(changes.items())))
             fits = name != "v5e-64"
             return FIGURES | {"fits": fits} | (TIMES if times and fits else {})
 
@@ -34,16 +34,16 @@ def run(monkeypatch, tmp_path):
             plan.main()
         except KeyboardInterrupt:
             assert stop is not None
-        return asked, [json.loads(line) for line in out.read_text().splitlines()]
+        return measured, [json.loads(line) for line in out.read_text().splitlines()]
 
     return command
 
 
-def test_a_stopped_table_goes_on(run):
+def test_a_stopped_table_resumes(run):
     first, cells = run(stop=5)
     assert len(cells) == len(first) == 5
     rest, cells = run()
-    each = len(plan.CHOICES) - 1  # UNets know no `dots`, the others need a policy
+    each = len(plan.CHOICES) - 1  # UNets have no `dots`, the others need remat
     assert len(cells) == 5 + len(rest) == 4 * 8 * each
     assert len(set(first + rest)) == len(cells) == len({cell["name"] for cell in cells})
     assert run()[0] == []
@@ -51,13 +51,13 @@ def test_a_stopped_table_goes_on(run):
 
 @pytest.mark.parametrize("arch, remat", [("unet", {"block", "none"}), ("ours", {"block", "dots"})])
 def test_a_part_of_the_table(run, arch, remat):
-    asked, _ = run(f"--only=cc12m_512:arch={arch} v4-32")
-    assert len(asked) == len(plan.CHOICES) - 1
-    assert {(recipe, name) for recipe, name, _ in asked} == {(f"cc12m_512:arch={arch}", "v4-32")}
-    assert {dict(changes)["model.remat"] for *_, changes in asked} == remat
+    measured, _ = run(f"--only=cc12m_512:arch={arch} v4-32")
+    assert len(measured) == len(plan.CHOICES) - 1
+    assert {(recipe, name) for recipe, name, _ in measured} == {(f"cc12m_512:arch={arch}", "v4-32")}
+    assert {dict(changes)["model.remat"] for *_, changes in measured} == remat
 
 
-def test_rows_tell_what_does_not_fit(run, capsys):
+def test_rows_name_cells_that_do_not_fit(run, capsys):
     run("--only=imagenet1k_256:arch=ours (v5e-64|v4-32) model.remat=dots parallel.fsdp=8")
     run("--table")
     rows = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
@@ -70,11 +70,11 @@ def test_rows_tell_what_does_not_fit(run, capsys):
 
 def test_times_are_added_to_cells_without_them(run, capsys):
     part = "--only=cc12m_256:arch=ours .* model.remat=block parallel.fsdp=8 data.name=latents"
-    asked, cells = run("--no-times", part)
-    assert len(asked) == len(cells) == 4 and not any("seconds" in cell for cell in cells)
+    measured, cells = run("--no-times", part)
+    assert len(measured) == len(cells) == 4 and not any("seconds" in cell for cell in cells)
     assert run("--no-times", part)[0] == []
-    asked, _ = run(part)
-    assert {name for _, name, _ in asked} == set(plan.SLICES) - {"v5e-64"}  # does not fit anyway
+    measured, _ = run(part)
+    assert {name for _, name, _ in measured} == set(plan.SLICES) - {"v5e-64"}  # does not fit anyway
     assert run(part)[0] == run("--no-times", part)[0] == []
     run("--table")
     rows = capsys.readouterr().out.splitlines()[2:]

@@ -1,4 +1,4 @@
-"""The command that compares the results of two checkouts, on small folders made by hand."""
+"""benchmarks.same_results, on small handmade folders."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ ALL = ("*.jsonl", "vocabulary.json", "control.npy", "samples/**/*", "export/**/*
 METRICS = [{"step": step, "loss": step / 10, "step_time": 0.5} for step in (10, 20, 30)]
 INDEX = {
     "_class_name": ["pipeline", "Ours"],
-    "network": ["twin", "Network"],
+    "network": ["models", "Network"],
     "scheduler": ["a", "b"],
 }
 TENSORS = {"bias": np.zeros(3, np.float32), "weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
@@ -41,14 +41,14 @@ def folders(tmp_path):
     (before / "samples/30-seed0/captions.txt").write_text("red\n")
     save_file(TENSORS, before / "export/30/model.safetensors", metadata={"format": "pt"})
     (before / "export/30/model_index.json").write_text(json.dumps(INDEX))
-    (before / "export/30/twin.py").write_text("VALUE = 1\n")
+    (before / "export/30/models.py").write_text("VALUE = 1\n")
     after = tmp_path / "after" / "run"
     shutil.copytree(before, after)
     return before, after
 
 
-def told(folders, capsys, patterns=ALL):
-    """Whether all is equal, and the lines that do not say so."""
+def compare(folders, capsys, patterns=ALL):
+    """Whether all files are equal, and the printed differences and notes."""
     outcomes = same_results.compare(*folders, patterns)
     lines = capsys.readouterr().out.splitlines()
     other = [line for line in lines if not line.startswith("equal: run: ")]
@@ -60,16 +60,16 @@ def told(folders, capsys, patterns=ALL):
 def test_equal_folders(folders, capsys):
     assert len(same_results.compare(*folders, ALL)) == 9
     capsys.readouterr()
-    assert told(folders, capsys) == (True, [])
+    assert compare(folders, capsys) == (True, [])
 
 
-def test_the_clock_may_differ(folders, capsys):
+def test_time_measurements_may_differ(folders, capsys):
     slower = [record | {"step_time": 0.75} for record in METRICS]
     write_lines(folders[1] / "metrics.jsonl", slower)
     write_lines(folders[1] / "evaluation.jsonl", [{"step": 30, "fid": 1.5, "seconds": 3.0}])
-    assert told(folders, capsys) == (True, [])
+    assert compare(folders, capsys) == (True, [])
     write_lines(folders[1] / "metrics.jsonl", [r | {"step_time_s": 1} for r in METRICS])
-    assert not told(folders, capsys)[0]  # but its fields may not
+    assert not compare(folders, capsys)[0]  # but its fields may not
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_clock_may_differ(folders, capsys):
 )
 def test_other_metrics(folders, capsys, records, message):
     write_lines(folders[1] / "metrics.jsonl", records)
-    assert told(folders, capsys) == (False, [f"DIFFERENT: run: metrics.jsonl: {message}"])
+    assert compare(folders, capsys) == (False, [f"DIFFERENT: run: metrics.jsonl: {message}"])
 
 
 def test_equal_nans_are_equal():
@@ -104,11 +104,11 @@ def test_equal_nans_are_equal():
 def test_a_missing_file(folders, capsys, index, where):
     (folders[index] / "samples/30-seed0/000000.png").unlink()
     line = f"DIFFERENT: run: samples/30-seed0/000000.png: only {where}"
-    assert told(folders, capsys) == (False, [line])
+    assert compare(folders, capsys) == (False, [line])
 
 
-def test_what_neither_has_is_not_equal(folders, capsys):
-    assert told(folders, capsys, ["none.jsonl"]) == (
+def test_a_pattern_without_files_is_a_difference(folders, capsys):
+    assert compare(folders, capsys, ["none.jsonl"]) == (
         False,
         ["DIFFERENT: run: none.jsonl: in neither"],
     )
@@ -116,15 +116,17 @@ def test_what_neither_has_is_not_equal(folders, capsys):
 
 def test_a_changed_pixel(folders, capsys):
     path = folders[1] / "samples/30-seed0/000000.png"
-    Image.fromarray(PIXELS).save(path, compress_level=0)  # other bytes, the same picture
-    assert told(folders, capsys) == (True, [])
+    Image.fromarray(PIXELS).save(path, compress_level=0)  # other bytes, the same image
+    assert compare(folders, capsys) == (True, [])
     changed = PIXELS.copy()
     changed[2, 1, 0] += 1
     Image.fromarray(changed).save(path)
     line = "samples/30-seed0/000000.png: 1 of 48 values, at [2, 1, 0] 27, then 28"
-    assert told(folders, capsys) == (False, [f"DIFFERENT: run: {line}"])
+    assert compare(folders, capsys) == (False, [f"DIFFERENT: run: {line}"])
     Image.fromarray(PIXELS).convert("L").save(path)
-    assert told(folders, capsys)[1] == ["DIFFERENT: run: samples/30-seed0/000000.png: RGB, then L"]
+    assert compare(folders, capsys)[1] == [
+        "DIFFERENT: run: samples/30-seed0/000000.png: RGB, then L"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_a_changed_pixel(folders, capsys):
             {"weight": TENSORS["weight"].reshape(3, 2)},
             "weight: float32 (2, 3), then float32 (3, 2)",
         ),
-        ({"scale": np.ones(1, np.float32)}, "scale is in one alone"),
+        ({"scale": np.ones(1, np.float32)}, "scale is in one file only"),
     ],
     ids=["sign", "bit", "type", "shape", "name"],
 )
@@ -154,14 +156,14 @@ def test_changed_tensors(folders, capsys, changed, message):
     path = folders[1] / "export/30/model.safetensors"
     save_file(TENSORS | changed, path, metadata={"format": "pt"})
     line = f"DIFFERENT: run: export/30/model.safetensors: {message}"
-    assert told(folders, capsys) == (False, [line])
+    assert compare(folders, capsys) == (False, [line])
 
 
 def test_changed_arrays_words_and_captions(folders, capsys):
     np.save(folders[1] / "control.npy", np.full((2, 8), 2, np.float32))
     (folders[1] / "vocabulary.json").write_text('{"words": ["red", "blue"]}')
     (folders[1] / "samples/30-seed0/captions.txt").write_text("blue\n")
-    assert told(folders, capsys) == (
+    assert compare(folders, capsys) == (
         False,
         [
             "DIFFERENT: run: vocabulary.json: .words[0] blue, then red",
@@ -175,20 +177,20 @@ def test_own_names_and_source_are_notes(folders, capsys):
     export = folders[1] / "export/30"
     index = {**INDEX, "_class_name": ["pipeline", "Theirs"]}
     (export / "model_index.json").write_text(json.dumps(index))
-    (export / "twin.py").rename(export / "other.py")
-    assert told(folders, capsys) == (
+    (export / "models.py").rename(export / "other.py")
+    assert compare(folders, capsys) == (
         True,
         [
             "note: run: export/30/model_index.json: ._class_name[1] Ours, then Theirs",
+            "note: run: export/30/models.py: only before",
             "note: run: export/30/other.py: only after",
-            "note: run: export/30/twin.py: only before",
         ],
     )
-    (export / "twin.py").write_text("VALUE = 2\n")
-    assert "note: run: export/30/twin.py: other source" in told(folders, capsys)[1]
-    for other in ({"scheduler": ["a", "c"]}, {"network": ["twin", 1]}):
+    (export / "models.py").write_text("VALUE = 2\n")
+    assert "note: run: export/30/models.py: other source" in compare(folders, capsys)[1]
+    for other in ({"scheduler": ["a", "c"]}, {"network": ["models", 1]}):
         (export / "model_index.json").write_text(json.dumps(INDEX | other))
-        assert not told(folders, capsys)[0]
+        assert not compare(folders, capsys)[0]
 
 
 MAIN = """
@@ -206,7 +208,7 @@ with open(workdir / "metrics.jsonl", "a") as file:
 
 @pytest.fixture
 def checkouts(tmp_path, monkeypatch):
-    """Two checkouts of a program that writes a line a run; what is run and compared of it."""
+    """Two checkouts of a program that writes one line per run; patches what is run and compared."""
     for name in ("one", "two"):
         (tmp_path / name / "condiff_jax").mkdir(parents=True)
         (tmp_path / name / "condiff_jax/main.py").write_text("VALUE = 1" + MAIN)
@@ -220,30 +222,30 @@ def checkouts(tmp_path, monkeypatch):
     return tmp_path / "one", tmp_path / "two"
 
 
-def test_runs_go_on_in_copies_and_are_compared(checkouts, tmp_path, capsys):
+def test_runs_resume_in_copies_and_are_compared(checkouts, tmp_path, capsys):
     out = tmp_path / "out"
     assert same_results.main([*map(str, checkouts), f"--out={out}"]) == 0
     lines = (out / "after/continued/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["steps"] for line in lines] == ["10", "20"]
     assert len((out / "before/begun/metrics.jsonl").read_text().splitlines()) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("before: train begun ... ")
-    assert told[-2:] == ["equal: resumed, continued: metrics.jsonl", "all 3 equal"]
+    compare = capsys.readouterr().out.splitlines()
+    assert compare[0].startswith("before: train begun ... ")
+    assert compare[-2:] == ["equal: resumed, continued: metrics.jsonl", "all 3 equal"]
 
 
 def test_other_results_and_failures_have_exit_codes(checkouts, tmp_path, capsys, monkeypatch):
     (checkouts[1] / "condiff_jax/main.py").write_text("VALUE = 2" + MAIN)
     assert same_results.main([*map(str, checkouts)]) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert "DIFFERENT: begun: metrics.jsonl: [0].value 1, then 2" in told
-    assert "DIFFERENT: resumed, continued: metrics.jsonl: [1].value 1, then 2" in told
-    assert told[-1] == "3 of 3 DIFFERENT"
+    compare = capsys.readouterr().out.splitlines()
+    assert "DIFFERENT: begun: metrics.jsonl: [0].value 1, then 2" in compare
+    assert "DIFFERENT: resumed, continued: metrics.jsonl: [1].value 1, then 2" in compare
+    assert compare[-1] == "3 of 3 DIFFERENT"
     monkeypatch.setattr(same_results, "RUNS", [same_results.Run("begun", "broken")])
     assert same_results.main([*map(str, checkouts)]) == 2
     assert "ended with code 1: no such mode" in capsys.readouterr().err
 
 
-def test_folders_must_be_checkouts_and_new(checkouts, tmp_path, capsys):
+def test_folders_must_be_checkouts_and_out_must_be_empty(checkouts, tmp_path, capsys):
     for arguments, message in (
         ([str(checkouts[0]), str(tmp_path)], "is no checkout"),
         ([*map(str, checkouts), f"--out={tmp_path}"], "is not empty"),
@@ -253,7 +255,7 @@ def test_folders_must_be_checkouts_and_new(checkouts, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_command_lines_name_fields_that_there_are():
+def test_command_lines_name_existing_fields():
     runs = (*same_results.RUNS, *same_results.CONTINUED)
     for flag in {*same_results.COMMON, *(flag for run in runs for flag in run.flags)}:
         field = flag.partition("=")[0].removeprefix("--config.")

@@ -1,4 +1,4 @@
-"""The command that times our sampler against diffusers' pipeline, on a tiny model; its record."""
+"""benchmarks.sampling on a tiny model, and its record."""
 
 import json
 
@@ -18,7 +18,7 @@ def few_layers():
 
 
 @pytest.mark.slow
-def test_both_make_the_same_pictures(capsys, tmp_path, monkeypatch):
+def test_both_samplers_give_the_same_images(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "RESULTS", tmp_path / "sampling.json")
     assert sampling.main([*TINY, "--save"]) == 0
     record = json.loads(sampling.RESULTS.read_text())
@@ -30,23 +30,23 @@ def test_both_make_the_same_pictures(capsys, tmp_path, monkeypatch):
     assert "outside the denoiser, sampling:" in capsys.readouterr().out
 
 
-def test_other_pictures_fail(capsys, monkeypatch):
+def test_different_images_fail(capsys, monkeypatch):
     ours = (sampling.OURS, sampling.UNDECODED, sampling.CALLS)
-    black, grey = np.zeros((2, 8, 8, 3), np.uint8), np.full((2, 8, 8, 3), 0.5)
+    black, gray = np.zeros((2, 8, 8, 3), np.uint8), np.full((2, 8, 8, 3), 0.5)
     monkeypatch.setattr(sampling, "our_methods", lambda *_: dict.fromkeys(ours, lambda: black))
-    monkeypatch.setattr(sampling, "their_methods", lambda *_: {sampling.THEIRS: lambda: grey})
+    monkeypatch.setattr(sampling, "their_methods", lambda *_: {sampling.THEIRS: lambda: gray})
     assert sampling.main(TINY) == 1
     out = capsys.readouterr()
-    assert "mean 128, largest 128" in out.out and "pictures differ" in out.err
+    assert "mean 128, largest 128" in out.out and "images differ" in out.err
 
 
-def test_what_does_not_compile_is_left_out():
+def test_a_method_that_does_not_compile_is_left_out():
     def broken():
         raise RuntimeError("no compiler\nhere")
 
     methods = {sampling.THEIRS: lambda: 1, sampling.COMPILED: broken}
-    made, left_out = timing.warm_up(methods)
-    assert made == {sampling.THEIRS: 1} and list(methods) == [sampling.THEIRS]
+    outputs, left_out = timing.warm_up(methods)
+    assert outputs == {sampling.THEIRS: 1} and list(methods) == [sampling.THEIRS]
     assert left_out == {sampling.COMPILED: "RuntimeError: no compiler"}
     with pytest.raises(RuntimeError):
         timing.warm_up({sampling.OURS: broken})
@@ -58,7 +58,7 @@ def test_steps_must_divide_the_schedule(capsys):
     assert "must divide 1000" in capsys.readouterr().err
 
 
-def test_record_is_of_equal_pictures():
+def test_recorded_images_are_equal():
     record = json.loads(sampling.RESULTS.read_text())
     assert all(
         error["mean"] < sampling.LIMITS[record["settings"]["dtype"]]

@@ -1,4 +1,4 @@
-"""The command that times our train step against diffusers' networks, on tiny ones; its records."""
+"""benchmarks.train_step on tiny networks, and its record."""
 
 import json
 from types import SimpleNamespace
@@ -22,20 +22,20 @@ def few_layers():
 
 
 @pytest.fixture(scope="module")
-def made():
-    """What `once` keeps."""
+def cache():
+    """The cache of `once`."""
     return {}
 
 
 @pytest.fixture
-def once(made, monkeypatch):
-    """Our train step and its parameters are made for the first of the commands alone."""
+def once(cache, monkeypatch):
+    """Create our train step and its parameters once for all tests."""
 
     def first(name, call):
         def create(*args):
-            if name not in made:
-                made[name] = call(*args)
-            return made[name]
+            if name not in cache:
+                cache[name] = call(*args)
+            return cache[name]
 
         return create
 
@@ -44,7 +44,7 @@ def once(made, monkeypatch):
 
 
 @pytest.mark.slow
-def test_both_make_the_same_step(once, capsys, tmp_path):
+def test_both_frameworks_take_the_same_step(once, capsys, tmp_path):
     path = tmp_path / "record.json"
     assert train_step.main([*TINY, f"--save={path}"]) == 0
     record = json.loads(path.read_text())
@@ -53,7 +53,7 @@ def test_both_make_the_same_step(once, capsys, tmp_path):
     assert theirs["speed"] == {THEIRS: 1.0} and ours["speed"][THEIRS] > 0
     expected = 3 * record["gflop_forward"] * 2 / ours["seconds"] / 1e3
     assert ours["tflops"] == pytest.approx(expected) and "mfu" not in ours
-    assert record["agreement"][THEIRS]["grad_norm_error"] > 0  # it was another's computation
+    assert record["agreement"][THEIRS]["grad_norm_error"] > 0  # computed by another framework
     assert "speed against" in capsys.readouterr().out
 
 
@@ -75,8 +75,8 @@ def test_another_network_fails(once, capsys, monkeypatch, tmp_path):
 def test_unets_are_compared_too(monkeypatch):
     small = unet.Size((8, 16), (False, True), 16, head_size=8, resnets=1)
     monkeypatch.setitem(unet.SIZES, "tiny", small)
-    asked = train_step.parse(["--model=unet", "--size=tiny", "--side=8", "--batch=2"])
-    objective = train_methods.create_system(asked)
+    options = train_step.parse(["--model=unet", "--size=tiny", "--side=8", "--batch=2"])
+    objective = train_methods.create_objective(options)
     params = parity.random_like(objective.shapes)
     network = train_methods.create_reference(objective, params)
     assert train_methods.count(params) == sum(p.numel() for p in network.parameters())
@@ -84,12 +84,12 @@ def test_unets_are_compared_too(monkeypatch):
     assert network(x, ones, ones).sample.shape == x.shape
 
 
-def test_their_step_is_adam_with_an_average():
-    """Of a gradient of one sign, Adam's first step moves every weight by the rate."""
-    asked = train_step.parse(TINY)
-    objective = train_methods.create_system(asked)
+def test_the_torch_step_is_adam_with_an_ema():
+    """Adam's first step changes every weight by the learning rate."""
+    options = train_step.parse(TINY)
+    objective = train_methods.create_objective(options)
     network = torch.nn.Conv2d(4, 4, 1)
-    step = train_methods.Theirs(network, objective, train_methods.create_batch(objective, 2), 1)
+    step = train_methods.TorchStep(network, objective, train_methods.create_batch(objective, 2), 1)
     step.call = lambda x, t, labels: SimpleNamespace(sample=network(x))
     before = [p.detach().clone() for p in network.parameters()]
     step.run()
@@ -109,16 +109,16 @@ def test_largest_batch_is_found(limit, begin):
 
 
 def fake_child(limits, calls):
-    """A stand-in for `child` on a GPU where batches up to `limits` fit."""
+    """A replacement of `child` for a GPU on which batches up to `limits` fit."""
 
-    def child(asked, **changes):
+    def child(options, **changes):
         calls.append(changes)
         if "only" not in changes:
             agreed = {train_step.METHODS[name]: {} for name in limits}
             return {
                 "device": "NVIDIA H100 80GB HBM3", "agreement": agreed, "attention": {},
                 "left_out": {}, "rows": [], "gflop_forward": 100.0, "peak_tflops": 989.0,
-                "settings": vars(asked),
+                "settings": vars(options),
             }  # fmt: skip
         name, batch = changes["only"], changes["batch"]
         if batch > limits[name]:
@@ -130,15 +130,15 @@ def fake_child(limits, calls):
     return child
 
 
-def test_largest_batches_are_timed_alone_and_at_the_common_one(monkeypatch, tmp_path):
+def test_each_method_is_timed_at_its_largest_and_at_the_common_batch(monkeypatch, tmp_path):
     calls, path = [], tmp_path / "record.json"
     monkeypatch.setattr(train_step, "child", fake_child({"ours": 50, "eager": 30}, calls))
     flags = ["--dtype=bfloat16", "--batch=16", "--largest", f"--save={path}"]
     assert train_step.main(flags) == 0
     record = json.loads(path.read_text())
     assert record["largest"] == {OURS: 48, THEIRS: 24}
-    found = [(row["batches"], row["method"], row["batch"]) for row in record["rows"]]
-    assert found == [
+    rows = [(row["batches"], row["method"], row["batch"]) for row in record["rows"]]
+    assert rows == [
         ("common", OURS, 24), ("common", THEIRS, 24),
         ("largest", OURS, 48), ("largest", THEIRS, 24),
     ]  # fmt: skip
@@ -157,13 +157,13 @@ def test_a_batch_that_never_fits_is_an_error(capsys, monkeypatch):
 
 
 def test_flags_go_to_children():
-    asked = train_step.parse([*TINY, "--largest", "--attention=xla"])
-    assert train_step.parse(train_step.to_flags(vars(asked))) == asked
+    options = train_step.parse([*TINY, "--largest", "--attention=xla"])
+    assert train_step.parse(train_step.to_flags(vars(options))) == options
 
 
 @pytest.mark.parametrize("text", ["RESOURCE_EXHAUSTED: Out of", "CUDA out of memory. Tried"])
 def test_no_memory_has_its_exit_code(capsys, monkeypatch, text):
-    def full(asked):
+    def full(options):
         raise RuntimeError(text)
 
     monkeypatch.setattr(train_step, "run", full)
@@ -192,7 +192,7 @@ def test_steps_are_at_least_one(capsys):
     assert "--steps must be at least 1" in capsys.readouterr().err
 
 
-def test_record_is_of_equal_steps():
+def test_recorded_steps_are_equal():
     record = json.loads(train_step.RESULTS.read_text())
     assert train_step.agree(record, record["settings"]["dtype"])
     assert {OURS, THEIRS} <= {row["method"] for row in record["rows"]}

@@ -1,4 +1,4 @@
-"""The stand-ins on PATH, and a checkout for the scripts."""
+"""Fixtures of the launch tests: fake commands on PATH, and a checkout of the scripts."""
 
 import os
 import shlex
@@ -14,7 +14,7 @@ from tests.launch.jobs import GCLOUD, LAUNCH, RECORD, SBATCH, STUB
 
 @pytest.fixture
 def stubs(tmp_path):
-    """(environment with stand-ins, function that reads their calls)."""
+    """(environment with fake commands on PATH, function that reads their calls)."""
     folder, calls, cloud = tmp_path / "bin", tmp_path / "calls", tmp_path / "cloud"
     folder.mkdir()
     cloud.mkdir()
@@ -34,7 +34,7 @@ def stubs(tmp_path):
         "CALLS": str(calls),
         "CLOUD": str(cloud),
         "POLL": "0.1",
-        "CHECK": "0",  # the commands of most tests are made up
+        "CHECK": "0",  # most tests have placeholder commands
         "XLA_FLAGS": "",
         "JAX_PLATFORMS": "cpu",
         "GIT_CONFIG_GLOBAL": os.devnull,
@@ -49,7 +49,7 @@ def stubs(tmp_path):
 
 @pytest.fixture
 def project(tmp_path):
-    """A checkout of the scripts alone."""
+    """A git repository with only the scripts."""
     folder = tmp_path / "project"
     shutil.copytree(LAUNCH, folder / "launch")
     git = ["git", "-C", str(folder)]

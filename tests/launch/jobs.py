@@ -1,7 +1,7 @@
-"""Stand-ins for what starts jobs, and what tests of the scripts in launch/ share.
+"""Fake job commands, and helpers of the tests of launch/.
 
-They record their calls and do what is asked, too, as far as one machine can: srun starts its
-processes, and the hosts of a TPU slice are folders in which ssh runs its commands.
+The fake commands record their calls and act as far as one machine can: srun starts its processes,
+and the hosts of a TPU slice are folders in which ssh runs its commands.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ RECORD = """#!/bin/bash
 echo "$(printf '%q ' "${0##*/}" "$@")" >>"$CALLS"
 """
 STUB = RECORD + 'eval "${DO:-}"\n'
-# The options of the file and then those of the command line, as Slurm has it; runs the job at once.
+# Reads the options of the file and then the command line, as Slurm does; runs the job at once.
 SBATCH = (
     RECORD
     + """
@@ -41,7 +41,7 @@ read_options $(sed -n 's/^#SBATCH //p' "$script") "${options[@]}"
 SLURM_JOB_ID=71 exec bash "$script" "$@"
 """
 )
-# As many processes as it is asked for, with Slurm's variables, all on this machine.
+# Starts --ntasks processes with Slurm's variables, all on this machine.
 SRUN = (
     RECORD
     + """
@@ -63,7 +63,7 @@ done
 exit "$status"
 """
 )
-# A slice of two hosts: states are files, hosts are folders. DROP: so many connections break.
+# A slice of two hosts: states are files, hosts are folders. A file `drop` breaks one connection.
 GCLOUD = """#!{python} -SE
 import json, os, shlex, shutil, subprocess, sys
 from pathlib import Path
@@ -119,7 +119,7 @@ def launch(name, *args, env, cwd):
 
 @contextlib.contextmanager
 def started(*command, **options):
-    """A process that is gone at the end, with all that it has started."""
+    """Start a process; at the end, kill it and everything it has started."""
     process = subprocess.Popen(command, start_new_session=True, **options)
     try:
         yield process
@@ -137,27 +137,27 @@ def wait_for(condition, process, seconds=30):
 
 
 MARKER = "MARKER"
-EVIL = f"PATH[$(touch${{IFS}}{MARKER})]"  # bash's arithmetic runs it
+EVIL = f"PATH[$(touch${{IFS}}{MARKER})]"  # bash's arithmetic would run this command
 
 
-def one_line(done, *words):
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+def one_line(process, *words):
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
+    assert all(word in process.stderr for word in words), process.stderr
 
 
 def actions(calls):
-    """What gcloud was asked for, in order, without looks: (kind, verb) or a worker's action."""
-    found = []
+    """The gcloud calls in order, without describe: "kind verb", or the action of a worker."""
+    names = []
     for call in calls:
         if call[0] == "gcloud" and call[4] != "describe":
             script = re.search(r"tpu_worker.sh (\w+)", call[-1])
-            found.append(script[1] if script else " ".join(call[3:5]))
-    return found
+            names.append(script[1] if script else " ".join(call[3:5]))
+    return names
 
 
 def readme_blocks():
-    """The commands of the README's section on clusters."""
+    """The code blocks of the README's section on clusters."""
     text = (ROOT / "README.md").read_text()
     section = text.split("## On a TPU VM, Slurm or Kubernetes")[1].split("\n## ")[0]
     return re.findall(r"```bash\n(.*?)```", section, re.S)

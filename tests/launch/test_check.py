@@ -1,4 +1,4 @@
-"""Commands that README and scripts print are ones that start; scripts check theirs beforehand."""
+"""Commands in README and scripts start, and scripts check a command before they use hardware."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import pytest
 from tests.launch.jobs import LAUNCH, ROOT, actions, launch, one_line, readme_blocks
 
 PYTHON = re.compile(r"python -m condiff_jax\.main [^\n`]*")
-# Reads commands, and says of each why it would not start: forks, because flags are parsed once.
+# Reads commands and prints the errors of those that do not start. Forks, as flags parse only once.
 CHECKER = """
 import json, os, sys
 from condiff_jax import main
@@ -26,7 +26,7 @@ def check(arguments):
     study = main.parse(sys.argv)
     if main.MODE.value == "sweep":
         sweep.run(main.WORKDIR.value, **study | {"dry_run": True})
-    elif main.MODE.value == "report":  # of results that are not here
+    elif main.MODE.value == "report":  # its results are not here
         assert not study["table"] or results.load_table(study["table"])["PAPER"]
     else:
         check_config(create_config(main.CONFIG.value))
@@ -51,41 +51,43 @@ BUCKET = "--workdir=gs://BUCKET/RUN"
 
 
 def printed():
-    """Commands by where they are printed: README's, and those of the scripts' headers."""
+    """(file, command) of README and of the scripts' headers."""
     texts = {"README.md": (ROOT / "README.md").read_text()}
     for path in LAUNCH.iterdir():
         lines = (line for line in path.read_text().splitlines() if line.startswith("#"))
         texts[path.name] = "\n".join(line.lstrip("# ") for line in lines)
-    found = []
+    commands_by_file = []
     for name, text in texts.items():
-        text = re.sub(r"\\\n\s*| \[--[^]]*\]", "", text)  # and what may be left out
+        text = re.sub(r"\\\n\s*| \[--[^]]*\]", "", text)  # and optional flags
         text = text.replace("$(JOB_COMPLETION_INDEX)", "0")
         for command in PYTHON.findall(text):
             words = shlex.split(re.split(r" (?:#|&&) ", command)[0])
             if "..." not in words:
-                found.append((name, words))
+                commands_by_file.append((name, words))
         for command in re.findall(r"COMMAND='(\[.*?\])'", text, re.S):
-            found.append((name, json.loads(command)))
-    return found
+            commands_by_file.append((name, json.loads(command)))
+    return commands_by_file
 
 
 def test_printed_commands_start():
-    found = printed()
-    names = [name for name, _ in found]
+    commands_by_file = printed()
+    names = [name for name, _ in commands_by_file]
     assert names.count("README.md") > 20 and {"tpu_vm.sh", "slurm.sbatch"} < set(names)
-    # Two have a condition in README: a file that the block writes, and "with these two files".
-    commands = [command for _, command in found if "cifar10_conditioning.py" not in str(command)]
-    assert len(commands) == len(found) - 2
-    done = subprocess.run(
+    # Two need something else in README: a file that the block writes, and "these two files".
+    commands = [
+        command for _, command in commands_by_file if "cifar10_conditioning.py" not in str(command)
+    ]
+    assert len(commands) == len(commands_by_file) - 2
+    process = subprocess.run(
         [sys.executable, "-c", CHECKER], input=json.dumps(commands), cwd=ROOT, capture_output=True,
         text=True,
     )  # fmt: skip
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert process.returncode == 0 and not process.stderr, process.stderr
 
 
 @pytest.fixture
-def whole(project, stubs):
-    """(checkout with the package, environment with checks, calls)."""
+def package(project, stubs):
+    """(checkout with the package, environment with CHECK on, function that reads the calls)."""
     for name in ("condiff_jax", "configs"):
         shutil.copytree(ROOT / name, project / name)
     env, calls = stubs
@@ -115,47 +117,47 @@ def whole(project, stubs):
         ),
     ],
 )
-def test_scripts_check_before_they_ask_for_hardware(whole, script, words):
-    project, env, calls = whole
+def test_scripts_check_before_they_request_hardware(package, script, words):
+    project, env, calls = package
     one_line(launch(*script, env=env, cwd=project), words)
     assert calls() == []
 
 
 @pytest.mark.parametrize("command", [["true"], [*COMMAND, "--mode=export"], [*COMMAND, *FILES]])
-def test_scripts_let_through_what_starts_or_is_not_checked(whole, command):
-    project, env, calls = whole
-    done = launch("slurm.sbatch", *command, "--workdir=x", env=env, cwd=project)
-    assert done.returncode == 0, done.stderr
+def test_scripts_run_commands_that_start_or_are_not_checked(package, command):
+    project, env, calls = package
+    process = launch("slurm.sbatch", *command, "--workdir=x", env=env, cwd=project)
+    assert process.returncode == 0, process.stderr
     assert calls()[-1][-len(command) - 1 : -1] == command
 
 
-def test_scripts_say_how_to_check_where_the_package_is_not_installed(whole, tmp_path):
-    project, env, calls = whole
+def test_scripts_say_how_to_check_where_the_package_is_not_installed(package, tmp_path):
+    project, env, calls = package
     python = tmp_path / "other"
     python.write_text(f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')  # without site-packages
     python.chmod(0o755)
-    for other in (python, tmp_path / "none"):
-        more = {"PYTHON": str(other), "PYTHONPATH": ""}
-        done = launch("slurm.sbatch", *COMMAND, *FILES, env=env | more, cwd=project)
-        one_line(done, "cannot be checked here (", "pip install -e .", "CHECK=0")
+    for interpreter in (python, tmp_path / "none"):
+        more = {"PYTHON": str(interpreter), "PYTHONPATH": ""}
+        process = launch("slurm.sbatch", *COMMAND, *FILES, env=env | more, cwd=project)
+        one_line(process, "cannot be checked here (", "pip install -e .", "CHECK=0")
     assert launch(
         "slurm.sbatch", *COMMAND, *FILES, env=env | more | {"CHECK": "0"}, cwd=project
     ).returncode == 0  # fmt: skip
     assert [call[0] for call in calls()] == ["srun"]
 
 
-def test_slurm_and_tpu_commands_of_the_readme(whole, tmp_path):
-    project, env, calls = whole
+def test_slurm_and_tpu_commands_of_the_readme(package, tmp_path):
+    project, env, calls = package
     venv = 'mkdir -p .venv/bin; printf \'#!/bin/bash\\necho "python $*" >>"%s"\\n\' "$CALLS" '
-    venv += ">.venv/bin/python; chmod +x .venv/bin/python"  # as `install` on a host
-    env |= {"DO": f"[[ $* != *venv* ]] || {{ {venv}; }}", "CHECK": "0"}  # they are checked above
+    venv += ">.venv/bin/python; chmod +x .venv/bin/python"  # as after `install` on a host
+    env |= {"DO": f"[[ $* != *venv* ]] || {{ {venv}; }}", "CHECK": "0"}  # checked above
     for block in readme_blocks():
         if "kubectl" in block:
             continue
-        done = subprocess.run(
+        process = subprocess.run(
             ["bash", "-euc", block], env=env, cwd=project, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
     srun, *_ = [call for call in calls() if call[0] == "srun"]
     assert "condiff_jax.main" in srun
     runs = [call for call in calls() if call[0] == "python"]

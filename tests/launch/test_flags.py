@@ -1,4 +1,4 @@
-"""Job scripts: compiler flags, and how a command is stopped."""
+"""launch/*.sh: compiler flags, and stopping a command."""
 
 import os
 import re
@@ -22,20 +22,20 @@ def test_scripts_parse_and_can_be_run(path):
 def flags(platform, variable, **env):
     command = f'. launch/xla_flags.sh {platform} && echo "${variable}"'
     env = {"PATH": os.environ["PATH"], **env}
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", command], env=env, cwd=ROOT, capture_output=True, text=True
     )
-    return done.stdout.strip() if done.returncode == 0 else done
+    return process.stdout.strip() if process.returncode == 0 else process
 
 
-def test_flags_of_the_user_win_and_all_are_known_to_the_compiler():
-    mine = "--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=3"
-    value = flags("gpu", "XLA_FLAGS", XLA_FLAGS=mine)
-    assert value.endswith(f"=false {mine}")
+def test_flags_of_the_user_win_and_the_compiler_knows_all():
+    user_flags = "--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=3"
+    value = flags("gpu", "XLA_FLAGS", XLA_FLAGS=user_flags)
+    assert value.endswith(f"=false {user_flags}")
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": value}
     count = "import jax; print(jax.device_count())"
-    done = subprocess.run([sys.executable, "-c", count], env=env, capture_output=True, text=True)
-    assert done.stdout == "3\n", done.stderr  # an unknown flag ends the process
+    process = subprocess.run([sys.executable, "-c", count], env=env, capture_output=True, text=True)
+    assert process.stdout == "3\n", process.stderr  # an unknown flag ends the process
 
 
 def test_flags_of_tpus_go_to_libtpu():
@@ -44,24 +44,24 @@ def test_flags_of_tpus_go_to_libtpu():
     assert re.fullmatch(r"(--xla\w+=\w+ )+--mine", value)
 
 
-def test_memory_of_gpus_keeps_what_the_user_asks_for():
+def test_memory_fraction_of_the_user_is_used():
     name, before = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
     assert flags("gpu", name) == "0.9"
     assert flags("gpu", name, **{name: "0.5"}) == "0.5"
-    assert flags("gpu", name, **{before: "0.5"}) == ""  # JAX takes one of the two names
+    assert flags("gpu", name, **{before: "0.5"}) == ""  # JAX accepts only one of the two names
 
 
-def test_flags_of_no_platform_are_refused():
+def test_an_unknown_platform_is_an_error():
     one_line(flags("cuda", "XLA_FLAGS"), "cuda", "gpu or tpu")
 
 
-def test_each_flag_says_why():
+def test_each_flag_has_a_comment():
     lines = [line.strip() for line in (LAUNCH / "xla_flags.sh").read_text().splitlines()]
-    found = [i for i, line in enumerate(lines) if line.startswith("--")]
-    assert found and all(lines[i - 1].startswith("#") for i in found)
+    indices = [i for i, line in enumerate(lines) if line.startswith("--")]
+    assert indices and all(lines[i - 1].startswith("#") for i in indices)
 
 
-def test_run_passes_sigterm_on_waits_and_does_not_look_finished(tmp_path):
+def test_run_forwards_sigterm_waits_and_exits_with_143(tmp_path):
     saves = 'trap "sleep 0.3; touch saved; exit 0" TERM; touch begun; while :; do sleep 0.05; done'
     command = ["bash", str(LAUNCH / "run.sh"), "tpu", "bash", "-c", saves]
     with started(*command, cwd=tmp_path) as job:
@@ -72,7 +72,9 @@ def test_run_passes_sigterm_on_waits_and_does_not_look_finished(tmp_path):
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_run_ends_as_its_command(tmp_path, code):
+def test_run_has_the_exit_code_of_its_command(tmp_path, code):
     check = f'[[ $LIBTPU_INIT_ARGS == --xla* && $1 == "a b" ]] && exit {code}; exit 9'
-    done = subprocess.run([LAUNCH / "run.sh", "tpu", "bash", "-c", check, "-", "a b"], cwd=tmp_path)
-    assert done.returncode == code
+    process = subprocess.run(
+        [LAUNCH / "run.sh", "tpu", "bash", "-c", check, "-", "a b"], cwd=tmp_path
+    )
+    assert process.returncode == code

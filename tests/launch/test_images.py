@@ -1,4 +1,4 @@
-"""Images and the Kubernetes job."""
+"""Container images and the Kubernetes job."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ def extras():
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_images_copy_what_exists_and_what_docker_sees(platform):
+def test_images_copy_files_that_exist_and_are_not_ignored(platform):
     lines = (LAUNCH / f"Dockerfile.{platform}").read_text().splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     sources = [s for step, rest in steps if step == "COPY" for s in rest.split()[:-1]]
@@ -42,10 +42,10 @@ def test_images_copy_what_exists_and_what_docker_sees(platform):
 def test_kubernetes_job_of_the_readme(stubs, platform):
     env, calls = stubs
     block = next(b for b in readme_blocks() if "kubectl" in b and f"Dockerfile.{platform}" in b)
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-euc", block], env=env, cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert [call[:2] for call in calls()] == [
         ["docker", "build"],
         ["docker", "push"],
@@ -72,7 +72,7 @@ def test_kubernetes_job_of_the_readme(stubs, platform):
     assert command[:3] == ["python", "-m", "condiff_jax.main"]
     assert any(arg.startswith("--workdir=gs://") for arg in command)
     name = job["metadata"]["name"]
-    if platform == "gpu":  # GKE tells TPUs who they are
+    if platform == "gpu":  # on TPUs, GKE sets the process index
         assert command[-3:] == [
             f"--coordinator={name}-{replicated['name']}-0-0.{name}:8476",
             f"--processes={hosts}",

@@ -1,4 +1,4 @@
-"""Slurm jobs: what they ask for, two processes that train, and sweeps."""
+"""Slurm jobs: their options, two processes that train, and sweeps."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ TASK = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID":
 
 
 @pytest.mark.parametrize("name", ["sweep.sbatch", "slurm.sbatch"])
-def test_slurm_asks_for_the_signal_before_the_limit_and_to_be_queued_again(name):
+def test_slurm_requests_a_signal_before_the_limit_and_requeueing(name):
     lines = (LAUNCH / name).read_text().splitlines()
     options = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
     assert {"--signal=B:TERM@300", "--requeue", "--open-mode=append"} <= options
@@ -23,9 +23,9 @@ def test_slurm_asks_for_the_signal_before_the_limit_and_to_be_queued_again(name)
 
 @pytest.mark.parametrize("name", ["sweep.sbatch", "slurm.sbatch"])
 @pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
-def test_slurm_saves_and_is_queued_again_unless_cancelled(stubs, project, name, state):
+def test_slurm_saves_and_is_requeued_unless_canceled(stubs, project, name, state):
     env, calls = stubs
-    # Saves for half a second when told to stop, as training does.
+    # Saves for half a second after SIGTERM, as training does.
     saves = (
         '[[ ${0##*/} == srun ]] || exit 0; trap "sleep 0.5; touch saved; exit 0" TERM; '
         "touch begun; while :; do sleep 0.05; done"
@@ -40,22 +40,24 @@ def test_slurm_saves_and_is_queued_again_unless_cancelled(stubs, project, name, 
 
 
 @pytest.mark.parametrize("name", ["sweep.sbatch", "slurm.sbatch"])
-def test_slurm_fails_as_the_command_does(stubs, project, name):
+def test_slurm_has_the_exit_code_of_the_command(stubs, project, name):
     env, calls = stubs
-    done = launch(name, "t.py", env=env | TASK | {"DO": "exit 2"}, cwd=project)
-    assert done.returncode == 2
+    process = launch(name, "t.py", env=env | TASK | {"DO": "exit 2"}, cwd=project)
+    assert process.returncode == 2
     assert [call[0] for call in calls()] == ["srun"]
 
 
-def test_slurm_runs_a_process_a_gpu_or_a_node(stubs, project):
+def test_slurm_runs_a_process_per_gpu_or_node(stubs, project):
     env, calls = stubs
     env["DO"] = 'echo "ids=${JAX_LOCAL_DEVICE_IDS:-} flags=$XLA_FLAGS"'
     command = ["sbatch", "--nodes=2", "launch/slurm.sbatch", "python", "-m", "x", "--name=a b"]
 
     def step(**more):
-        done = subprocess.run(command, env=env | more, cwd=project, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return calls()[-1], done.stdout
+        process = subprocess.run(
+            command, env=env | more, cwd=project, capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stderr
+        return calls()[-1], process.stdout
 
     call, out = step()
     assert {"--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12"} < set(call)
@@ -64,7 +66,7 @@ def test_slurm_runs_a_process_a_gpu_or_a_node(stubs, project):
     assert out.startswith("ids= flags=--xla_gpu")
     call, out = step(PROCESSES="node")
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=96"} < set(call)
-    assert out.startswith("ids=0,1,2,3,4,5,6,7 flags=--xla_gpu")  # JAX would take GPU 0 alone
+    assert out.startswith("ids=0,1,2,3,4,5,6,7 flags=--xla_gpu")  # JAX would use GPU 0 only
 
 
 @pytest.mark.parametrize(
@@ -78,10 +80,10 @@ def test_slurm_runs_a_process_a_gpu_or_a_node(stubs, project):
 )
 def test_slurm_bad_settings_are_one_line(stubs, project, command, words):
     env, calls = stubs
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", command], env=env, cwd=project, capture_output=True, text=True
     )
-    one_line(done, words)
+    one_line(process, words)
     assert "srun" not in [call[0] for call in calls()]
 
 
@@ -115,28 +117,28 @@ def test_slurm_sweep_runs_the_shard_of_the_array_task(stubs, project):
     env, calls = stubs
     args = ["--config=configs/table3.py", "--workdir=runs/table 3", "--rows=padding=*"]
     more = {**TASK, "SLURM_ARRAY_TASK_MAX": "3", "PYTHON": "python3.11"}
-    done = launch("sweep.sbatch", *args, env=env | more, cwd=project)
-    assert done.returncode == 0, done.stderr
+    process = launch("sweep.sbatch", *args, env=env | more, cwd=project)
+    assert process.returncode == 0, process.stderr
     expected = ["srun", "python3.11", "-m", "condiff_jax.main", "--mode=sweep", *args]
     assert calls() == [[*expected, "--shard=1/4"]]
 
 
 def test_slurm_sweep_without_an_array_runs_all(stubs, project):
     env, calls = stubs
-    done = launch("sweep.sbatch", "--config=t.py", env=env | {"SLURM_JOB_ID": "7"}, cwd=project)
-    assert done.returncode == 0, done.stderr
+    process = launch("sweep.sbatch", "--config=t.py", env=env | {"SLURM_JOB_ID": "7"}, cwd=project)
+    assert process.returncode == 0, process.stderr
     command = ["srun", "python", "-m", "condiff_jax.main", "--mode=sweep", "--config=t.py"]
     assert calls() == [[*command, "--shard=0/1"]]
 
 
-def test_slurm_sweep_one_task_again_keeps_the_number_of_shards(stubs, project):
+def test_slurm_sweep_of_one_task_keeps_the_number_of_shards(stubs, project):
     env, calls = stubs
     more = {**TASK, "SLURM_ARRAY_TASK_MAX": "1", "SWEEP_SHARDS": "4"}
     launch("sweep.sbatch", "--config=t.py", env=env | more, cwd=project)
     assert calls()[0][-1] == "--shard=1/4"
 
 
-def test_slurm_sweep_that_leaves_out_the_first_shards_is_refused(stubs, project):
+def test_slurm_sweep_without_the_first_shards_is_an_error(stubs, project):
     env, calls = stubs
     more = {**TASK, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "4"}
     one_line(launch("sweep.sbatch", "--config=t.py", env=env | more, cwd=project), "SWEEP_SHARDS")

@@ -1,4 +1,4 @@
-"""Cloud TPU slices: created, lost, made again, deleted; sweeps on several."""
+"""Cloud TPU slices: created, lost, created again, deleted; sweeps on several."""
 
 import os
 import re
@@ -29,20 +29,20 @@ def test_tpu_is_created_installed_and_runs_on_all_hosts(stubs, project):
     subprocess.run(["git", "-C", project, "add", "."], check=True)
     check = 'echo "$HOST: $1 $LIBTPU_INIT_ARGS"; cat launch/new.txt'
     command = ["bash", "-c", check, "-", "a b'", BUCKET]
-    done = launch("tpu_vm.sh", "up", "n", *command, env=env | TPU, cwd=project)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^0: a b' --xla\S+\nchanged, not committed$", done.stdout, re.M)
+    process = launch("tpu_vm.sh", "up", "n", *command, env=env | TPU, cwd=project)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"^0: a b' --xla\S+\nchanged, not committed$", process.stdout, re.M)
     order = ["tpu-vm create", "status", "tpu-vm scp", "install", "start", "log", "wait"]
     assert actions(calls()) == order
     log = Path(env["CLOUD"], "hosts/1/condiff_jax/.run/log")
-    assert log.read_text().startswith("1: a b'")  # host 1 ran it, too
+    assert log.read_text().startswith("1: a b'")  # host 1 ran it as well
     pip = [" ".join(call) for call in calls() if call[0] == "python3"]
     assert sum("uv pip install" in call and ".[tpu,gcs]" in call for call in pip) == 2
     assert all("--zone=z1" in call for call in calls() if call[0] == "gcloud")
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "READY"])
-def test_tpu_that_is_lost_is_made_again_until_the_run_ends(stubs, project, tmp_path, state):
+def test_a_lost_tpu_is_created_again_until_the_run_ends(stubs, project, tmp_path, state):
     env, calls = stubs
     lives = tmp_path / "lives"
     program = f"echo $HOST >>{lives}; (($(wc -l <{lives}) > 2)) || sleep 100"
@@ -51,14 +51,14 @@ def test_tpu_that_is_lost_is_made_again_until_the_run_ends(stubs, project, tmp_p
     cloud = Path(env["CLOUD"])
     with started(*up, env=env, cwd=project, stdout=subprocess.DEVNULL) as job:
         wait_for(lambda: lives.exists() and len(lives.read_text().split()) == 2, job)
-        (cloud / "node").write_text(state)  # READY: the hosts have been started again
+        (cloud / "node").write_text(state)  # READY: the hosts were restarted
         for host in (cloud / "hosts").iterdir():
             os.killpg(int((host / "condiff_jax/.run/pid").read_text()), signal.SIGKILL)
         assert job.wait(timeout=30) == 0
     assert sorted(lives.read_text().split()) == ["0", "0", "1", "1"]
-    made = [action for action in actions(calls()) if action.startswith("queued")]
+    queue_actions = [action for action in actions(calls()) if action.startswith("queued")]
     again = 2 if state == "PREEMPTED" else 1
-    assert made == ["queued-resources create", "queued-resources delete"] * again
+    assert queue_actions == ["queued-resources create", "queued-resources delete"] * again
     create, delete = [call for call in calls() if call[4:5] in (["create"], ["delete"])][:2]
     assert create[5:] == [
         "n", "--node-id=n", "--runtime-version=v2-alpha-tpuv6e", "--spot", "--zone=z1",
@@ -68,25 +68,25 @@ def test_tpu_that_is_lost_is_made_again_until_the_run_ends(stubs, project, tmp_p
     assert not (cloud / "node").exists() and not (cloud / "queue").exists()
 
 
-def test_tpu_run_outlives_the_connection_and_keeps_its_exit_code(stubs, project):
+def test_tpu_run_survives_a_lost_connection_and_keeps_its_exit_code(stubs, project):
     env, calls = stubs
     Path(env["CLOUD"], "drop").touch()
     fails = "[[ $HOST == 0 ]] || { sleep 2; exit 5; }"
     up = ["up", "n", "bash", "-c", fails, "-", BUCKET]
-    done = launch("tpu_vm.sh", *up, env=env | TPU, cwd=project)
-    assert done.returncode == 5, done.stderr
+    process = launch("tpu_vm.sh", *up, env=env | TPU, cwd=project)
+    assert process.returncode == 5, process.stderr
     assert actions(calls()).count("start") == 1 and actions(calls()).count("wait") == 2
-    assert "tpu-vm delete" not in actions(calls())  # to be looked at
+    assert "tpu-vm delete" not in actions(calls())  # kept for inspection
 
 
-def test_tpu_up_again_follows_what_runs_and_stop_saves(stubs, project, tmp_path):
+def test_second_tpu_up_follows_the_running_command_and_stop_saves(stubs, project, tmp_path):
     env, calls = stubs
     saves = (
         f"trap 'touch {tmp_path}/saved$HOST; exit 0' TERM; touch {tmp_path}/begun$HOST; "
         "for i in {1..600}; do sleep 0.1; done"
     )
     up = ["bash", "launch/tpu_vm.sh", "up", "n", "bash", "-c", saves, "-", BUCKET]
-    for connection in (1, 2):  # the first breaks off
+    for connection in (1, 2):  # the first one is lost
         with started(*up, env=env | TPU, cwd=project, stdout=subprocess.DEVNULL) as job:
             wait_for(lambda n=connection: actions(calls()).count("log") == n, job)
             wait_for(lambda: all((tmp_path / f"begun{host}").exists() for host in (0, 1)), job)
@@ -94,8 +94,8 @@ def test_tpu_up_again_follows_what_runs_and_stop_saves(stubs, project, tmp_path)
     busy = launch("tpu_vm.sh", "run", "n", "true", env=env | TPU, cwd=project)
     assert busy.returncode and "running already" in busy.stderr
     assert launch("tpu_vm.sh", "stop", "n", env=env | TPU, cwd=project).returncode == 0
-    done = launch("tpu_vm.sh", "follow", "n", env=env | TPU, cwd=project)
-    assert done.returncode == 143, done.stderr
+    process = launch("tpu_vm.sh", "follow", "n", env=env | TPU, cwd=project)
+    assert process.returncode == 143, process.stderr
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
 
 
@@ -145,7 +145,7 @@ def test_tpu_request_that_failed_is_not_repeated(stubs, project):
 
 
 def installed(env, project):
-    """A slice as `create` and `install` leave it."""
+    """Create and install a slice."""
     for action in ("create", "install"):
         assert launch("tpu_vm.sh", action, "n", env=env | TPU, cwd=project).returncode == 0
 
@@ -161,28 +161,28 @@ def test_tpu_sweep_gives_a_shard_to_each(stubs, project, tmp_path):
         "--rows=a=1;b=*",
         "--config.data.path=my dir",
     ]
-    done = launch("sweep_tpu.sh", "tpu-a", *args, env=env | TPU, cwd=project)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "tpu-a: done\n"
+    process = launch("sweep_tpu.sh", "tpu-a", *args, env=env | TPU, cwd=project)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "tpu-a: done\n"
     assert (project / "sweep-tpu-a.log").exists()
     shard = ["python", "-m", "condiff_jax.main", "--mode=sweep", *args, "--shard=0/1"]
     assert [call for call in calls() if call[0] == "python"] == [shard] * 2
 
 
-def test_tpu_sweep_names_those_that_fail(stubs, project):
+def test_tpu_sweep_names_the_slices_that_fail(stubs, project):
     env, calls = stubs
-    done = launch(
+    process = launch(
         "sweep_tpu.sh", "a,b", "--config=t.py", env=env | TPU, cwd=project
-    )  # there are none
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines() == [f"error: {n}: see sweep-{n}.log" for n in "ab"]
+    )  # these slices do not exist
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.splitlines() == [f"error: {n}: see sweep-{n}.log" for n in "ab"]
     starts = sorted(call[5:] for call in calls() if "start" in call[-1])
     assert [start[0] for start in starts] == ["a", "b"]
     assert [start[-1][-3:] for start in starts] == ["0/2", "1/2"]
 
 
 @pytest.mark.parametrize("code", [EVIL, "", "*", "256", "08", "1 2"])
-def test_tpu_exit_code_that_is_unreadable_is_a_failure(stubs, project, code):
+def test_an_unreadable_tpu_exit_code_is_a_failure(stubs, project, code):
     env, calls = stubs
     installed(env, project)
     for host in (0, 1):

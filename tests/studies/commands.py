@@ -1,4 +1,4 @@
-"""The command line of modes sweep and report in the process of the test."""
+"""The command line of modes sweep and report, run within the test process."""
 
 from absl.testing import flagsaver
 
@@ -6,17 +6,17 @@ from condiff_jax import main
 
 
 def sweep(*arguments) -> int:
-    """Exit code of mode sweep."""
+    """Run mode sweep and return its exit code."""
     return run("--mode=sweep", *arguments)
 
 
 def report(*arguments) -> int:
-    """Exit code of mode report."""
+    """Run mode report and return its exit code."""
     return run("--mode=report", *arguments)
 
 
 def run(*arguments) -> int:
-    """Exit code of `python -m condiff_jax.main ARGUMENTS`."""
+    """Run the command line `python -m condiff_jax.main ARGUMENTS` and return its exit code."""
     with flagsaver.flagsaver():
         try:
             return main.main(main.parse(["condiff_jax", *map(str, arguments)])) or 0

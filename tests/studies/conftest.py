@@ -1,4 +1,4 @@
-"""A table with results, and reports of it."""
+"""Fixtures: a table with results, and reports of it."""
 
 import pytest
 
@@ -20,7 +20,7 @@ CITED = {"another [1]": {"FID": 4.5}}
 
 @pytest.fixture
 def swept(tmp_path):
-    """Flags --config and --workdir of a table with results: two seeds, a diverged one, none."""
+    """--config and --workdir of a table with rows of two seeds, a diverged seed, no results."""
     config, workdir = tmp_path / "configs" / "tableX.py", tmp_path / "runs"
     config.parent.mkdir()
     config.write_text(SWEPT)
@@ -35,7 +35,7 @@ def swept(tmp_path):
 
 @pytest.fixture
 def shown(tmp_path):
-    """Makes a report as Markdown, or as another kind of file."""
+    """Write a report as Markdown or another kind of file, and return its text."""
 
     def show(*arguments, kind="markdown"):
         path = tmp_path / "site" / "shown"

@@ -1,4 +1,4 @@
-"""The HTML page of a report: text, figures, images; nothing becomes markup, nothing leaks."""
+"""The HTML page of a report: text, figures, images, escaping, and files that it must not show."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 class Tree(HTMLParser):
-    """Checks that every tag is closed in order, and collects text, tags and attributes."""
+    """A parser that checks that tags are closed in order, and collects text, tags, attributes."""
 
     VOID = {"meta", "img"}
 
@@ -62,7 +62,7 @@ def row(text, *values, changed=()):
 
 
 def drawn(rows):
-    """{label: texts} of the figures of rows, each of which is well-formed."""
+    """{label: texts} of the figures of rows; checks that each is well-formed."""
     trees = [ElementTree.fromstring(svg) for _, svg in html_report.figures(rows)]
     assert all(tree.tag == f"{SVG}svg" and tree.get("viewBox") for tree in trees)
     return {tree.get("aria-label"): [e.text for e in tree.iter(f"{SVG}text")] for tree in trees}
@@ -83,7 +83,7 @@ def test_page_has_every_row_and_note_as_text(html):
     assert "0123456789abcdef-dirty" in text  # folded provenance has everything
 
 
-def test_page_embeds_images_and_refers_to_nothing_outside(html):
+def test_page_embeds_images_and_has_no_remote_references(html):
     tree = Tree(html)
     # Both rows' first seeds have the same run's folder in the fixture; there is no grid.png.
     data = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -95,7 +95,7 @@ def test_page_embeds_images_and_refers_to_nothing_outside(html):
     assert not [name for name, _ in tree.attributes if name.startswith("on")]
     assert "@import" not in html and all("url(#" in part for part in re.findall(r"url\(.", html))
     outside = {value for value in re.findall("https?:[^\"']*", html)}
-    assert outside == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names only
+    assert outside == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # namespaces
 
 
 def test_page_is_the_same_each_time_and_has_no_id_twice(swept, shown):
@@ -123,7 +123,7 @@ def test_bars_go_from_zero_to_the_mean_with_a_dot_for_each_seed():
     assert low <= -2 and high >= 3
 
 
-def test_a_single_row_has_no_bars_and_values_without_a_place_are_left_out():
+def test_a_single_row_has_no_bars_and_values_that_are_not_finite_are_left_out():
     assert drawn([row("padding=a", 1.0)]) == {}
     rows = [
         row("padding=a", 1.0, float("nan")),
@@ -133,7 +133,7 @@ def test_a_single_row_has_no_bars_and_values_without_a_place_are_left_out():
     assert drawn(rows) == {"m": ["padding=a", "1", "padding=c", "2"]}
 
 
-def test_numbers_make_curves_one_for_each_choice_of_the_others():
+def test_numeric_arguments_make_a_curve_for_each_choice_of_the_others():
     rows = [
         row(f"part=x,size={size},guidance={guidance}", guidance * size, guidance * size + 1)
         for size in (1, 2)
@@ -142,7 +142,7 @@ def test_numbers_make_curves_one_for_each_choice_of_the_others():
     texts = drawn([*rows, row("beta=1", 7.0), row("beta=2", 7.0)])
     assert list(texts) == ["m over guidance", "m"]
     assert {"1", "2", "3", "guidance", "size=1", "size=2"} <= set(texts["m over guidance"])
-    assert "part=x" not in "".join(texts["m over guidance"])  # it tells no curve from another
+    assert "part=x" not in "".join(texts["m over guidance"])  # equal in all curves
     axes = html_report.curves(rows, "m", "guidance").axes[0]
     means, seeds = axes.lines[::2], axes.lines[1::2]
     assert [list(line.get_xdata()) for line in means] == [[1, 2, 3]] * 2
@@ -152,7 +152,7 @@ def test_numbers_make_curves_one_for_each_choice_of_the_others():
     assert axes.get_xscale() == "linear"
 
 
-def test_overrides_make_curves_of_their_own():
+def test_overrides_make_separate_curves():
     rows = [
         row(f"guidance={guidance}", value, changed=changed)
         for value, changed in ((1.0, ("batch_size=4",)), (2.0, ("batch_size=8",)))
@@ -184,18 +184,18 @@ def test_a_row_shows_the_image_of_one_seed(tmp_path):
     for text, seeds in (("padding=zero", (0, 1)), ("padding=noisy", (1,))):
         records = [record(text, seed, root=str(tmp_path)) for seed in seeds]
         rows.append(ResultRow(text, records))
-        for one in records:
-            samples = tmp_path / one["folder"] / "samples"
+        for result in records:
+            samples = tmp_path / result["folder"] / "samples"
             samples.mkdir(parents=True, exist_ok=True)
-            (samples / "1-grid.png").write_bytes(PNG + str(one["seed"]).encode())
+            (samples / "1-grid.png").write_bytes(PNG + str(result["seed"]).encode())
     content = page(rows)
     captions = re.findall(r"<figcaption>([^<]*)</figcaption><img", content)
     assert captions == ["padding=zero, seed 0", "padding=noisy, seed 1"]
     assert base64.b64encode(PNG + b"0").decode() in content
 
 
-def test_nothing_that_is_named_becomes_markup(tmp_path):
-    """Tags in names of metrics, rows, devices and images are text, as is mathematics."""
+def test_names_are_escaped(tmp_path):
+    """Tags and mathematics in names of metrics, rows, devices and images are shown as text."""
     places = ("title", "group", "row", "cell", "note", "metric", "axis", "legend")
     places += ("override", "device", "kind")
     tags = {place: f"<u-{place}>$_{{'&" for place in places}
@@ -203,14 +203,14 @@ def test_nothing_that_is_named_becomes_markup(tmp_path):
     for legend in ("x", tags["legend"]):
         for value in (1, 2, 3):
             text = f"{tags['axis']}={value},part={legend}"
-            one = record(
+            result = record(
                 text, 0, metrics={tags["metric"]: value}, device=tags["device"], folder=".",
                 root=str(tmp_path), pictures={tags["kind"]: "a.png"},
             )  # fmt: skip
-            rows.append(ResultRow(text, [one], (tags["override"],)))
+            rows.append(ResultRow(text, [result], (tags["override"],)))
     for seed in (0, 1):
-        one = record(tags["row"], seed, metrics={tags["metric"]: 1.0}, pictures={})
-        rows.append(ResultRow(tags["row"], [one]))
+        result = record(tags["row"], seed, metrics={tags["metric"]: 1.0}, pictures={})
+        rows.append(ResultRow(tags["row"], [result]))
     (tmp_path / "a.png").write_bytes(PNG)
     columns = [("", "row"), (tags["group"], tags["metric"])]
     table = Table(tags["title"], columns, [[tags["row"], tags["cell"]]], [tags["note"]])
@@ -234,7 +234,7 @@ def test_any_characters_can_be_drawn(text, tmp_path):
 
 
 SECRET = b"secret"
-SECRETS = {  # paths in results to files of this machine that are no images of the run
+SECRETS = {  # paths in results to files that are not images of the run
     "../outside/secret.png": lambda samples, outside: None,
     "OUTSIDE/secret.png": lambda samples, outside: None,
     "samples/text.txt": lambda samples, outside: (samples / "text.txt").write_bytes(PNG + SECRET),
@@ -250,21 +250,21 @@ SECRETS = {  # paths in results to files of this machine that are no images of t
 @pytest.mark.parametrize("place", SECRETS)
 @pytest.mark.parametrize("of_run", [False, True])
 def test_a_page_shows_no_file_but_images_of_the_run(swept, tmp_path, shown, place, of_run):
-    """Results may come from others, and a page is made to be sent on."""
+    """Results may come from other people, and pages are shared."""
     outside, folder = tmp_path / "outside", "" if of_run else "ours-0a1b2c30-100"
     outside.mkdir()
     (outside / "secret.png").write_bytes(PNG + SECRET)
     (tmp_path / "real" / folder / "samples").mkdir(parents=True)
-    (tmp_path / "results").symlink_to(tmp_path / "real")  # a folder that is a link is one's own
+    (tmp_path / "results").symlink_to(tmp_path / "real")  # the work directory itself may be a link
     samples = tmp_path / "results" / folder / "samples"
     (samples / "1.png").write_bytes(PNG)
     (samples / "2.png").symlink_to("1.png")
     SECRETS[place](samples, outside)
     pictures = {"sizes": "samples/1.png", "flip": "samples/2.png"}
     pictures |= {"grid": place.replace("OUTSIDE", str(outside))}
-    one = record("padding=zero", 0, folder=folder, pictures=pictures)
-    one["sampling"]["seed"], one["step"] = 0, 1
-    save(tmp_path / "results", [one], "evaluation.jsonl" if of_run else "results.jsonl")
+    result = record("padding=zero", 0, folder=folder, pictures=pictures)
+    result["sampling"]["seed"], result["step"] = 0, 1
+    save(tmp_path / "results", [result], "evaluation.jsonl" if of_run else "results.jsonl")
     table = [] if of_run else [swept[0]]
     content = shown(*table, f"--workdir={tmp_path}/results", kind="html")
     embedded = re.findall('base64,([^"]*)', content)
@@ -272,14 +272,14 @@ def test_a_page_shows_no_file_but_images_of_the_run(swept, tmp_path, shown, plac
 
 
 def test_a_page_shows_images_of_buckets():
-    one = {"root": "gs://b/runs", "folder": "a", "pictures": {"grid": "samples/1.png"}}
+    result = {"root": "gs://b/runs", "folder": "a", "pictures": {"grid": "samples/1.png"}}
     files = {"gs://b/runs/a/samples/1.png": PNG}
     bucket = epath.testing.mock_epath(
         exists=lambda _, path: path in files, open=lambda _, path, mode: io.BytesIO(files[path])
     )
     with bucket:
-        assert base64.b64decode(html_report.image(one, "grid")) == PNG
-        assert not html_report.image(one | {"folder": "b"}, "grid")
+        assert base64.b64decode(html_report.image(result, "grid")) == PNG
+        assert not html_report.image(result | {"folder": "b"}, "grid")
 
 
 def test_a_page_that_cannot_be_written_is_one_line(swept, tmp_path, capsys):

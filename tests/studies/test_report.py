@@ -1,4 +1,4 @@
-"""Reports: Table A1's cells; means over seeds, missing rows, provenance; files that are read."""
+"""Reports: Table A1, means over seeds, missing rows, provenance, input files."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def cells(text, row):
     return next(line for line in lines if line[0] == row)
 
 
-# To trace a UNet takes seconds: by default one of its rows.
+# Tracing a UNet takes seconds, so the default suite has one of its rows.
 SLOW = [row for row in TABLE["ROWS"] if "unet" in row and "imagenet1k,resolution=256" not in row]
 
 
@@ -39,7 +39,7 @@ SLOW = [row for row in TABLE["ROWS"] if "unet" in row and "imagenet1k,resolution
     "row",
     [pytest.param(row, marks=pytest.mark.slow) if row in SLOW else row for row in TABLE["ROWS"]],
 )
-def test_cells_are_as_recorded_and_sizes_the_papers(row):
+def test_cells_equal_the_recorded_ones_and_sizes_the_papers(row):
     ours = report.size_and_flop(create_config(TABLE["get_config"](row)))
     paper = list(TABLE["PAPER"][row].values())
     for value, (_, cell, _) in zip(ours, recorded(row), strict=True):
@@ -84,7 +84,7 @@ def test_rows_show_the_paper_means_over_seeds_and_provenance(swept, shown):
     here = ["small", "100", "0a1b2c30, 0a1b2c31", "TPU v5e", "0123456+"]
     zero = cells(text, "padding=zero")
     assert zero == ["padding=zero", "3", "-", "0.6 ± 0.1", "4 ± 0", "0, 1", *here]
-    # A diverged seed counts as such, and not in the mean; a cross of the paper's is one, too.
+    # A diverged seed is not part of the mean; the paper's cross is shown as diverged.
     other = cells(text, "padding=a<b")
     assert other[1:6] == ["diverged", "26.6", "0.5", "4", "0, 1 diverged"]
     assert cells(text, "padding=noisy") == ["padding=noisy", "2.75", *9 * "-"]
@@ -99,22 +99,22 @@ def test_rows_show_the_paper_means_over_seeds_and_provenance(swept, shown):
         assert note in text
 
 
-def test_the_same_measures_at_the_papers_scale_are_compared(swept, tmp_path, shown):
-    one = record("padding=zero", 0, scale="paper", metrics={"FID": 3.1})
-    save(tmp_path / "other", [one])
+def test_the_same_metrics_at_the_papers_scale_are_compared(swept, tmp_path, shown):
+    result = record("padding=zero", 0, scale="paper", metrics={"FID": 3.1})
+    save(tmp_path / "other", [result])
     text = shown(swept[0], f"--results={tmp_path}/other")
     assert "not comparable" not in text
     assert cells(text, "row")[3] == "ours: FID" and cells(text, "padding=zero")[3] == "3.1"
 
 
-def test_a_measure_that_the_paper_lacks_is_not_comparable_at_its_scale(swept, tmp_path, shown):
+def test_a_metric_that_the_paper_lacks_is_not_comparable_at_its_scale(swept, tmp_path, shown):
     metrics = {"FID": 3.1, "accuracy": 0.5}
     save(tmp_path / "other", [record("padding=zero", 0, scale="paper", metrics=metrics)])
     text = shown(swept[0], f"--results={tmp_path}/other")
     assert "not comparable: ours are other measures. Compare" in text
 
 
-def test_parts_of_a_measure_have_no_column(swept, tmp_path, shown):
+def test_intermediate_values_of_a_metric_have_no_column(swept, tmp_path, shown):
     metrics = {"accuracy": 0.5, "sharpness_12": 3.0, "sharpness_response": 0.25}
     save(tmp_path / "other", [record("padding=zero", 0, metrics=metrics)])
     options = [f"--results={tmp_path}/other"]
@@ -132,7 +132,7 @@ def test_a_cell_with_a_bar_does_not_add_a_column(swept, tmp_path, shown):
     assert r"a\|b" in text and r"ours: x\|y" in text
 
 
-def test_other_scales_steps_and_overrides_are_lines_of_their_own(swept, tmp_path, shown):
+def test_other_scales_steps_and_overrides_are_separate_rows(swept, tmp_path, shown):
     changed = record("padding=zero", 0, overrides={"batch_size": 4}, metrics={"accuracy": 0.25})
     save(tmp_path / "a", [changed])
     save(tmp_path / "b", [record("padding=zero", 0, scale="tiny", metrics={"accuracy": 0.125})])
@@ -144,10 +144,10 @@ def test_other_scales_steps_and_overrides_are_lines_of_their_own(swept, tmp_path
     assert means == ["0.6 ± 0.1", "0.125"]
 
 
-def test_overrides_of_all_lines_are_a_note(swept, tmp_path, shown):
+def test_overrides_of_all_rows_are_a_note(swept, tmp_path, shown):
     both = {"batch_size": 4, "data.crop": [0.4, 1.0]}
-    one = record("padding=zero", 0, overrides=both)
-    save(tmp_path / "a", [one, record("padding=noisy", 0, overrides=both | {"steps": 9})])
+    result = record("padding=zero", 0, overrides=both)
+    save(tmp_path / "a", [result, record("padding=noisy", 0, overrides=both | {"steps": 9})])
     text = shown(swept[0], f"--results={tmp_path}/a")
     assert "All of ours with batch_size=4, data.crop=[0.4, 1.0].\n" in text
     assert cells(text, "padding=zero")[5] == "0"
@@ -167,38 +167,38 @@ def test_text_columns_are_aligned(swept, capsys):
     assert all(len(line) <= 100 for line in rows[3:])
 
 
-def test_without_results_the_paper_stands_alone(swept, shown):
+def test_without_results_only_the_papers_numbers_are_shown(swept, shown):
     text = shown(swept[0])
     assert "No results of ours yet" in text and "ours" not in text.splitlines()[0]
     assert "<svg" not in shown(swept[0], kind="html")
 
 
-def test_save_records_what_is_used_for_others_to_report(swept, tmp_path, shown):
+def test_save_records_the_shown_results_for_later_reports(swept, tmp_path, shown):
     saved = tmp_path / "benchmarks" / "results" / "tableX.json"
     more = record("padding=noisy", 0, overrides={"init.path": "/home/me/old"})
     save(tmp_path / "more", [more, record("padding=gone", 0), record("a", 0, table="tableY")])
     text = shown(*swept, f"--results={tmp_path}/more", f"--save={saved}")
-    kept = json.loads(saved.read_text())
-    assert [(one["row"], one["seed"]) for one in kept] == [
+    saved_records = json.loads(saved.read_text())
+    assert [(result["row"], result["seed"]) for result in saved_records] == [
         ("padding=a<b", 0), ("padding=a<b", 1), ("padding=noisy", 0),
         ("padding=zero", 0), ("padding=zero", 1),
     ]  # fmt: skip
-    assert kept[2]["overrides"] == {"init.path": "old"}
+    assert saved_records[2]["overrides"] == {"init.path": "old"}
     assert str(tmp_path) not in saved.read_text() and "/home" not in saved.read_text()
-    assert {"sampling", "evaluation", "versions", "commit", "seconds"} <= set(kept[0])
-    # The recorded results are what a report without --results shows.
+    assert {"sampling", "evaluation", "versions", "commit", "seconds"} <= set(saved_records[0])
+    # A report without --results shows the recorded results.
     again = shown(swept[0])
     squeezed = [re.sub("[ -]+", " ", page) for page in (again, text.replace("/home/me/old", "old"))]
     assert squeezed[0] == squeezed[1]
 
 
-def test_of_two_results_the_later_counts_but_no_failure_undoes_a_result(tmp_path):
+def test_the_later_result_counts_but_a_failure_does_not_replace_one(tmp_path):
     failed = record("padding=zero", 0, status="failed", reason="disk")
     done = record("padding=zero", 0)
     for order, status in (([failed, done], "done"), ([done, failed], "done"), ([failed], "failed")):
         save(tmp_path / "one", order)
-        (found,) = results.read([tmp_path / "one"])
-        assert found["status"] == status
+        (latest,) = results.read([tmp_path / "one"])
+        assert latest["status"] == status
     save(tmp_path / "one", [done, done | {"metrics": {"accuracy": 1.0}}])
     assert results.read([tmp_path / "one"])[0]["metrics"] == {"accuracy": 1.0}
 

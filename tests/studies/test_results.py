@@ -22,9 +22,9 @@ def record(weight, guidance, value, seed=0, step=10):
 
 
 RECORDS = [
-    {"step": 5, "accuracy": 0.5},  # as a classifier's training leaves
+    {"step": 5, "accuracy": 0.5},  # a record of a classifier's training
     *(record(weight, 0.0, 0.1 * weight) for weight in (0.0, 1.0, 4.0)),
-    record(1.0, 0.0, 0.9),  # made again
+    record(1.0, 0.0, 0.9),  # evaluated again
     record(1.0, 0.0, 0.7, seed=1),
     *(record(weight, 1.5, 0.5) for weight in (0.0, 1.0, 4.0)),
 ]
@@ -32,12 +32,12 @@ RECORDS = [
 
 @pytest.fixture
 def workdir(tmp_path):
-    text = "".join(json.dumps(one) + "\n" for one in RECORDS)
+    text = "".join(json.dumps(entry) + "\n" for entry in RECORDS)
     (tmp_path / "evaluation.jsonl").write_text(text)
     return tmp_path
 
 
-def test_lines_are_named_by_what_differs_and_hold_the_last_of_each_seed(workdir):
+def test_rows_are_named_by_settings_that_vary_and_have_the_last_of_each_seed(workdir):
     rows, common = results.group_evaluations(results.read_evaluations(str(workdir)))
     assert [row.row for row in rows] == [
         f"guidance={guidance},classifier_guidance={weight}"
@@ -50,7 +50,7 @@ def test_lines_are_named_by_what_differs_and_hold_the_last_of_each_seed(workdir)
     }  # fmt: skip
 
 
-def test_the_report_has_a_curve_for_each_of_the_others(workdir, tmp_path, capsys):
+def test_the_report_has_a_curve_for_each_value_of_the_other_setting(workdir, tmp_path, capsys):
     assert commands.report(f"--workdir={workdir}") == 0
     out = capsys.readouterr().out
     assert "guidance=0,classifier_guidance=1" in out and "0.8 ± 0.1" in out
@@ -66,7 +66,7 @@ def test_the_report_has_a_curve_for_each_of_the_others(workdir, tmp_path, capsys
     assert capsys.readouterr().out.splitlines()[2:] == out.splitlines()[2:]
 
 
-def test_records_of_before_and_with_a_classifier_are_other_lines(tmp_path):
+def test_records_with_and_without_a_classifier_are_separate_rows(tmp_path):
     rows, common = results.group_evaluations(
         [record(None, 1.0, 0.2), record(2.0, 1.0, 0.3, step=20)]
     )
@@ -76,15 +76,15 @@ def test_records_of_before_and_with_a_classifier_are_other_lines(tmp_path):
     assert common["guidance"] == "1"
 
 
-def test_pictures_are_looked_for_beside_the_records(workdir):
-    assert {one["root"] for one in results.read_evaluations(str(workdir))} == {str(workdir)}
+def test_the_root_of_images_is_the_work_directory(workdir):
+    assert {entry["root"] for entry in results.read_evaluations(str(workdir))} == {str(workdir)}
 
 
-def test_fields_are_flat_and_hold_nothing_that_separates_the_arguments_of_a_row():
+def test_settings_are_flat_and_without_separators_of_row_arguments():
     deep = record(None, 1.0, 0.2)
     deep["sampling"]["control"] = {"a": {"b": {"c": 0.5}}, "d": "x=1,2"}
-    found = results.settings(deep)
-    assert found["control.a.b.c"] == "0.5" and found["control.d"] == "x:1;2"
+    fields = results.settings(deep)
+    assert fields["control.a.b.c"] == "0.5" and fields["control.d"] == "x:1;2"
 
 
 def test_seeds_are_in_order():
@@ -94,10 +94,10 @@ def test_seeds_are_in_order():
     assert row.values("all") == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_what_holds_no_evaluations_is_named(tmp_path):
+def test_places_without_evaluations_are_named(tmp_path):
     with pytest.raises(ConfigError, match="none: is not a work directory or a .json of"):
         results.read_evaluations(str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="no evaluations here; --mode=evaluate makes them"):
+    with pytest.raises(ConfigError, match="no evaluations here; run --mode=evaluate"):
         results.read_evaluations(str(tmp_path))
     (tmp_path / "x.json").write_text('{"a": 1}')
     with pytest.raises(ConfigError, match="x.json: not a file of results"):

@@ -1,4 +1,4 @@
-"""Sweeps: what rows share, order, interrupts, shards, failures; training and evaluation stubbed."""
+"""Sweeps with stubs of training and evaluation: shared trainings, interrupts, shards, failures."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.studies import commands
 
 ROOT = Path(__file__).parents[2]
 TABLE = '''
-"""A table of all that rows can share: steps, sampling, an earlier stage."""
+"""A table whose rows share steps, sampling or an earlier stage."""
 from tests import tiny
 
 PAPER = {
@@ -56,7 +56,7 @@ def get_config(args=None):
 
 
 class Stub:
-    """loop.run and evaluate.run without models; counts what they are asked for."""
+    """Replacements of loop.run and evaluate.run without models; they record their calls."""
 
     def __init__(self, monkeypatch):
         self.trained, self.evaluated, self.stop, self.errors = [], [], None, {}
@@ -104,7 +104,7 @@ class Stub:
 
 @pytest.fixture
 def stub(monkeypatch):
-    monkeypatch.setattr(sweep, "release", lambda: None)  # nothing to release, and slow
+    monkeypatch.setattr(sweep, "release", lambda: None)  # slow, and there is nothing to release
     return Stub(monkeypatch)
 
 
@@ -127,17 +127,17 @@ def test_rows_share_trainings_stages_and_shorter_runs(stub, table, tmp_path):
     assert folder["steps=4"] == folder["steps=4,guidance=2"] != folder["steps=6"]
     assert folder["kind=fine"] == folder["kind=fine,guidance=2"] != folder["kind=fine,size=uniform"]
     starts = {name: (first, last) for name, first, last in stub.trained}
-    assert len(stub.trained) == len(starts) == 5  # with the one stage that two rows start from
+    assert len(stub.trained) == len(starts) == 5  # including the stage that two rows start from
     assert starts[folder["steps=6"]] == (4, 6)
     assert [steps for name, _, steps in stub.trained if name in folder.values()][:2] == [4, 6]
     assert by_row["steps=4,guidance=2"]["metrics"] == {"accuracy": 2.0}
     assert by_row["steps=4"]["metrics"] == {"accuracy": 1.0}
-    # Steps of 2 s: 6 of them in all, of which 4 in the shorter run; 4 after the stage's 4.
+    # Steps take 2 s. steps=6 has 6 steps, 4 of them in the shorter run; kind=fine 4 after 4.
     assert by_row["steps=6"]["seconds"] == {"training": 12.0, "evaluation": 1.5}
     assert by_row["kind=fine"]["seconds"]["training"] == 16.0
 
 
-def test_records_tell_how_they_were_made(stub, table, tmp_path):
+def test_records_have_settings_and_provenance(stub, table, tmp_path):
     arguments = [
         f"--config={table}",
         f"--workdir={tmp_path}/runs",
@@ -160,7 +160,7 @@ def test_records_tell_how_they_were_made(stub, table, tmp_path):
     assert config["conditioning"]["control"] == ["size"]
 
 
-def test_files_are_recorded_by_name_alone(stub, table, tmp_path):
+def test_files_are_recorded_by_name_only(stub, table, tmp_path):
     arguments = [f"--config={table}", f"--workdir={tmp_path}/runs", "--rows=steps=4"]
     assert commands.sweep(*arguments, "--config.evaluation.lpips=/home/me/alexnet.npz") == 0
     (record,) = read(tmp_path / "runs")
@@ -186,7 +186,7 @@ def test_of_several_failures_the_last_counts(tmp_path):
     lines = [{**record, "reason": reason} for reason in ("first", "second")]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [one["reason"] for one in results.read([str(tmp_path)])] == ["second"]
+    assert [result["reason"] for result in results.read([str(tmp_path)])] == ["second"]
 
 
 def test_without_metrics_a_row_is_trained_and_shown(stub, table, tmp_path):
@@ -215,12 +215,12 @@ def test_finished_rows_are_skipped_and_others_are_not(stub, table, tmp_path, cap
         assert len(stub.evaluated) == before + 3, more
 
 
-def test_seed_is_that_of_all_stages(table):
+def test_all_stages_have_the_seed(table):
     config, _ = sweep.create(results.load_table(table), "kind=fine", "", 7, {})
     assert config.seed == config.init.pretrain.seed == 7
 
 
-def test_a_longer_run_goes_on_from_the_longest_shorter_one_and_leaves_it(stub, table, tmp_path):
+def test_a_longer_run_starts_from_a_copy_of_the_longest_shorter_one(stub, table, tmp_path):
     def go(steps):
         arguments = ["--rows=steps=6", f"--config.steps={steps}"]
         assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}", *arguments) == 0
@@ -233,7 +233,7 @@ def test_a_longer_run_goes_on_from_the_longest_shorter_one_and_leaves_it(stub, t
     assert Workdir(tmp_path / folders[0]).metrics.read_text().count("\n") == 6
 
 
-def test_half_a_copy_is_not_taken_for_a_run(stub, table, tmp_path, monkeypatch):
+def test_an_incomplete_copy_is_not_a_run(stub, table, tmp_path, monkeypatch):
     config, _ = sweep.create(results.load_table(table), "steps=4", "", None, {})
     stub.train(config, tmp_path / shared_runs.folder_name(config))
     longer, _ = sweep.create(results.load_table(table), "steps=6", "", None, {})
@@ -258,7 +258,7 @@ def _fail_at_vocabulary(copy):
 
 
 @pytest.mark.parametrize("stop", range(5))
-def test_an_interrupt_leaves_a_sweep_that_goes_on(stub, table, tmp_path, stop, capsys):
+def test_an_interrupted_sweep_resumes(stub, table, tmp_path, stop, capsys):
     stub.stop = stop
     assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}/runs") == 0
     assert len(stub.trained) == stop
@@ -282,7 +282,7 @@ def test_sigterm_during_an_evaluation_ends_in_order(stub, table, tmp_path, monke
     assert len(read(tmp_path / "runs")) == 7
 
 
-def test_a_diverged_row_is_a_result_and_a_failed_one_is_tried_again(stub, table, tmp_path, capsys):
+def test_a_diverged_row_is_a_result_and_a_failed_one_runs_again(stub, table, tmp_path, capsys):
     stub.errors["train"] = ConfigError("data.path", "gone")
     arguments = [f"--config={table}", f"--workdir={tmp_path}/runs", "--rows=steps=4;rate=1"]
     assert commands.sweep(*arguments) == 1
@@ -323,7 +323,7 @@ def test_shards_are_disjoint_and_complete(stub, table, tmp_path, count):
     assert sum(map(len, folders)) == len(set.union(*folders)) == 10
 
 
-def test_dry_run_shows_what_is_shared_and_done_and_writes_nothing(stub, table, tmp_path, capsys):
+def test_dry_run_shows_shared_and_finished_runs_and_writes_nothing(stub, table, tmp_path, capsys):
     arguments = [f"--config={table}", f"--workdir={tmp_path}/runs"]
     assert commands.sweep(*arguments, "--dry_run") == 0
     assert not (tmp_path / "runs").exists()
@@ -352,12 +352,12 @@ def test_dry_run_shows_what_is_shared_and_done_and_writes_nothing(stub, table, t
     ],
 )
 def test_overrides_have_the_type_of_the_field(table, field, text, value):
-    config, found = sweep.create(results.load_table(table), "kind=fine", "", None, {field: text})
+    config, values = sweep.create(results.load_table(table), "kind=fine", "", None, {field: text})
     assert get(config, field) == value
-    assert type(found[field]) is type(value)
+    assert type(values[field]) is type(value)
 
 
-def test_an_override_of_the_earlier_stage_passes_by_rows_without_one(stub, table, tmp_path):
+def test_an_override_of_the_earlier_stage_skips_rows_without_one(stub, table, tmp_path):
     arguments = ["--rows=kind=fine;steps=4", "--config.init.pretrain.steps=2"]
     assert commands.sweep(f"--config={table}", f"--workdir={tmp_path}", *arguments) == 0
     assert sorted(steps for _, _, steps in stub.trained) == [2, 4, 4]
@@ -417,7 +417,7 @@ def test_tables_that_do_not_load_are_one_line(text, message, tmp_path, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_a_torn_line_is_dropped_and_other_files_are_refused(stub, table, tmp_path, capsys):
+def test_an_incomplete_line_is_skipped_and_other_files_are_errors(stub, table, tmp_path, capsys):
     arguments = [f"--config={table}", f"--workdir={tmp_path}", "--rows=steps=4"]
     assert commands.sweep(*arguments) == 0
     path = tmp_path / "results.jsonl"
@@ -435,10 +435,10 @@ def test_a_torn_line_is_dropped_and_other_files_are_refused(stub, table, tmp_pat
 
 def test_trainings_from_different_folders_are_different(table):
     module = results.load_table(table)
-    one, other = (
+    first, second = (
         sweep.create(module, "steps=4", "", None, {"init.path": path})[0] for path in ("a", "b")
     )
-    assert shared_runs.folder_name(one) != shared_runs.folder_name(other)
+    assert shared_runs.folder_name(first) != shared_runs.folder_name(second)
 
 
 def test_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
@@ -460,18 +460,18 @@ def test_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["sweep", "report"])
 def test_bad_flags_are_one_line_and_code_2_before_jax_is_loaded(mode):
     command = [sys.executable, "-X", "importtime", "-m", "condiff_jax.main", f"--mode={mode}"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--config=configs/table3.py", "--confg=x"], cwd=ROOT, capture_output=True,
         text=True, env={**os.environ, "GLIBC_TUNABLES": ""},
     )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == ""
-    error = done.stderr.splitlines()[-1]
+    assert process.returncode == 2 and process.stdout == ""
+    error = process.stderr.splitlines()[-1]
     assert error.startswith(f"error: unexpected argument '--confg=x'; mode {mode} has --config, --")
-    modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    modules = {line.split("|")[-1].strip() for line in process.stderr.splitlines()}
     assert "absl.flags" in modules and not {"jax", "matplotlib"} & modules
 
 
-def test_of_three_ways_to_write_a_flag_all_are_read(table, tmp_path, capsys):
+def test_all_three_ways_to_write_a_flag_work(table, tmp_path, capsys):
     words = ["--mode", "sweep", "--config", table, "--rows=steps=4", "--rows", "rate=*;steps=6"]
     assert commands.run("--workdir", tmp_path, *words, "-dry_run") == 0
     assert capsys.readouterr().out.endswith("3 runs, 3 trainings, 2 groups\n")
@@ -481,8 +481,8 @@ def end_with_whether_matplotlib_is_loaded():
     sys.exit(int("matplotlib" in sys.modules))
 
 
-def test_matplotlib_is_loaded_by_reports_alone():
-    """This module imports mode sweep, and the process that is forked all other modes."""
+def test_only_mode_report_loads_matplotlib():
+    """This module imports mode sweep, and the forked process all other modes."""
     process = CONTEXT.Process(target=end_with_whether_matplotlib_is_loaded)
     process.start()
     process.join()

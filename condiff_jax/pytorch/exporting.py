@@ -275,7 +275,7 @@ def run(config: Config, workdir: str) -> epath.Path:
         raise ConfigError(
             "conditioning.padding",
             f"{padding} is missing in PyTorch; add it to PADDINGS in condiff_jax/pytorch/models.py "
-            "and set its pytorch=True in condiff_jax/conditioning/text.py",
+            "and set pytorch=True in its entry of conditioning.PADDINGS",
         )
     if jax.process_count() > 1:
         raise ConfigError("--processes", "mode export runs in one process")

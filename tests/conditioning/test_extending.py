@@ -76,7 +76,9 @@ def test_a_padding_trains_and_is_refused_at_the_start_of_an_export(tmp_path):
     assert loop.run(config, str(tmp_path))
     text = tiny.objective(config).condition({}, FEATURES, None).semantics
     np.testing.assert_array_equal(text.tokens[0, 2:], np.broadcast_to(text.tokens[0, 0], (6, 16)))
-    with pytest.raises(ConfigError, match="^conditioning.padding: first is not in .*models.py"):
+    with pytest.raises(
+        ConfigError, match="^conditioning.padding: first is missing in PyTorch; add it"
+    ):
         exporting.run(config, str(tmp_path))
 
 

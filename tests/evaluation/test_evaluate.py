@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from condiff_jax.conditioning import SCALARS
 from condiff_jax.config.errors import ConfigError
 from condiff_jax.config.schema import ControlValues, Sampling
 from condiff_jax.data import augment, shapes
@@ -199,6 +200,8 @@ UNAFFECTING = {
     "labels": (1,),
 }  # fmt: skip
 
+JITTER = {f"control.{name}" for name, scalar in SCALARS.items() if scalar.jitter}
+
 
 def described(**overrides):
     config = tiny.config(**FIELDS | overrides)
@@ -209,7 +212,14 @@ def test_every_field_of_sampling_is_described_or_does_not_matter():
     names = {field.name for field in dataclasses.fields(Sampling)} - {"control", "size_range"}
     names -= {"classifier", "classifier_guidance"}  # see tests/sampling/test_classifier_guide.py
     names |= {f"control.{field.name}" for field in dataclasses.fields(ControlValues)}
-    assert names == set(AFFECTING) | set(UNAFFECTING)
+    assert names == set(AFFECTING) | set(UNAFFECTING) | JITTER
+
+
+@pytest.mark.parametrize("name", sorted(JITTER))
+def test_color_factors_are_described_where_training_jitters_colors(name):
+    field, color = f"sampling.{name}", {"data.color": 0.5}
+    assert described(**color, **{field: 1.2}) != described(**color)
+    assert described(**{field: 1.2}) == described()
 
 
 @pytest.mark.parametrize("name", AFFECTING)

@@ -31,7 +31,11 @@ def pytest_configure(config):
 
 
 # Files that take long, most of it for one of pytest's workers to wait for processes or programs.
-FIRST = ("test_distributed", "test_stopping", "test_torture", "test_rows", "test_loop", "test_plan")
+FIRST = (
+    "test_distributed", "test_stopping", "test_torture", "test_rows", "test_loop", "test_plan",
+    "test_transformers", "test_transfer", "test_mmdit", "test_classifier_guide", "test_exporting",
+    "test_importing", "test_encode", "test_parity",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

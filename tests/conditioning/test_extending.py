@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from condiff_jax.conditioning import PADDINGS, SCALARS, WEIGHTINGS, Cond
+from condiff_jax.config.build import with_fields
 from condiff_jax.config.errors import ConfigError
-from condiff_jax.data.pipeline import batches, create_source
+from condiff_jax.data.pipeline import batches, create_source, first_controls
 from condiff_jax.pytorch import exporting, models
 from condiff_jax.sampling import sample
+from condiff_jax.sampling.requests import create_batch
 from condiff_jax.training import loop
 from tests import tiny
 
@@ -42,14 +44,22 @@ def entries():
         yield
 
 
-def test_a_scalar_and_a_weighting_train_and_sample(tmp_path):
-    config = tiny.config(**OWN, **{"sampling.n": 2})
-    batch = next(batches(config, create_source(config)))
-    np.testing.assert_allclose(
-        batch["control"]["lightness"], batch["image"].mean((1, 2, 3)) / 255, rtol=1e-6
-    )
+def test_all_three_train_and_sample_and_the_padding_is_refused_at_the_start_of_an_export(tmp_path):
+    own = {**OWN, "data.semantics": "text", "model.name": "ours", "conditioning.padding": "first"}
+    config = tiny.config(steps=1, **own, **{"sampling.n": 2, "sampling.prompts": "a ring"})
+    source, objective = create_source(config), tiny.objective(config)
+    batch = next(batches(config, source, objective.encode_text))
+    lightness = batch["image"].mean((1, 2, 3)) / 255
+    np.testing.assert_allclose(batch["control"]["lightness"], lightness, rtol=1e-6)
+    features = FEATURES | {"control": {name: np.zeros(1, np.float32) for name in SCALARS}}
+    text = objective.condition({}, features, None).semantics
+    np.testing.assert_array_equal(text.tokens[0, 2:], np.broadcast_to(text.tokens[0, 0], (6, 16)))
     assert loop.run(config, str(tmp_path))
     assert (sample.run(config, str(tmp_path)) / "000001.png").exists()
+    with pytest.raises(
+        ConfigError, match="^conditioning.padding: first is missing in PyTorch; add"
+    ):
+        exporting.run(config, str(tmp_path))
 
 
 def test_they_are_exported_as_they_are_trained(tmp_path):
@@ -71,23 +81,11 @@ def test_they_are_exported_as_they_are_trained(tmp_path):
     assert network.settings["control"]["lightness"] == 0.5
 
 
-def test_a_padding_trains_and_is_refused_at_the_start_of_an_export(tmp_path):
-    config = tiny.config(**{"conditioning.padding": "first", "sampling.prompts": "a ring"})
-    assert loop.run(config, str(tmp_path))
-    text = tiny.objective(config).condition({}, FEATURES, None).semantics
-    np.testing.assert_array_equal(text.tokens[0, 2:], np.broadcast_to(text.tokens[0, 0], (6, 16)))
-    with pytest.raises(
-        ConfigError, match="^conditioning.padding: first is missing in PyTorch; add it"
-    ):
-        exporting.run(config, str(tmp_path))
-
-
 FEATURES = {
     "label": np.zeros(1, np.int32),
     "tokens": np.random.default_rng(0).normal(size=(1, 8, 16)),
     "pooled": np.zeros((1, 16)),
     "mask": np.arange(8)[None] < 2,
-    "control": {name: np.zeros(1, np.float32) for name in SCALARS},
 }
 
 
@@ -104,7 +102,7 @@ def test_unknown_entries_are_refused_with_all_choices(field, value, choices):
         tiny.config(**{field: value})
 
 
-def test_colors_are_trained_and_sampled_where_they_are_jittered(tmp_path):
+def test_colors_are_conditioned_on_where_they_are_jittered():
     color = {"conditioning.control": ("flip", "color"), "data.color": 0.4}
     with pytest.raises(ConfigError, match="^data.color: 0, but conditioning.control has color"):
         tiny.config(**{"conditioning.control": ("flip", "color")})
@@ -113,6 +111,9 @@ def test_colors_are_trained_and_sampled_where_they_are_jittered(tmp_path):
     assert objective.control.low == ("brightness", "contrast", "saturation")
     batch = next(batches(config, create_source(config)))
     assert 0.6 <= batch["control"]["contrast"].min() < batch["control"]["contrast"].max() <= 1.4
-    assert loop.run(config, str(tmp_path))
-    assert np.load(tmp_path / "control.npy").shape[1] == len(SCALARS)
-    assert (sample.run(config, str(tmp_path)) / "000001.png").exists()
+    controls = first_controls(config, create_source(config), n=9)
+    assert controls.shape == (9, len(SCALARS))
+    own = {"sampling.control.contrast": 0.7, "sampling.control.saturation": 1.3}
+    asked = create_batch(tiny.objective(with_fields(config, own)), [1, 2])
+    low = objective.control.control(asked["control"]).low
+    np.testing.assert_allclose(low, [[1000, 700, 1300]] * 2)

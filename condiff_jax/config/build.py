@@ -38,7 +38,9 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
     sections = dataclasses.asdict(config)
     for field, value in values.items():
         *parents, name = field.split(".")
-        section = functools.reduce(lambda node, part: (node or {}).get(part), parents, sections)
+        section: Any = sections
+        for part in parents:
+            section = section.get(part) if isinstance(section, dict) else None
         if not isinstance(section, dict):
             raise ConfigError(field, f"this config has no {'.'.join(parents)}")
         section[name] = value

@@ -17,7 +17,7 @@ from condiff_jax.data.pipeline import SOURCES
 from condiff_jax.diffusion.prediction import PREDICTIONS
 from condiff_jax.diffusion.sampler import SAMPLERS, SPACINGS
 from condiff_jax.diffusion.schedule import SCHEDULES
-from condiff_jax.evaluation.metrics import METRICS
+from condiff_jax.evaluation.evaluate import MEASURES
 from condiff_jax.evaluation.protocols import PROTOCOLS
 from condiff_jax.models import MODELS, attention, kl
 from condiff_jax.models.mmdit import STREAMS
@@ -198,6 +198,7 @@ def test_other_fields_are_checked_like_all():
         ("sampling.steps", 0, "must be at least 1, got 0"),
         ("sampling.step", 1, "unknown field; choose from sampler, steps"),
         ("init.pretrain.init.pretrain.seed", 1, "this config has no init.pretrain.init.pretrain"),
+        ("data.name.other.field", 1, "this config has no data.name.other"),
         ("samplings.steps", 1, "this config has no samplings"),
     ]:
         with pytest.raises(ConfigError, match=f"^{field}: {reason}"):
@@ -254,7 +255,7 @@ REGISTRIES = {
     "autoencoder.size": kl.SIZES,
     "sampling.sampler": SAMPLERS,
     "sampling.spacing": SPACINGS,
-    "evaluation.metrics": METRICS,
+    "evaluation.metrics": set().union(*(names for names, _ in MEASURES)),
     "evaluation.protocol": ("", *PROTOCOLS),
 }
 # Choices of which the code that uses them has no table.
